@@ -1,0 +1,125 @@
+"""What a pipeline is: a card that says what it is and was trained on, and one function, HU in, HU out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.volume import Volume
+
+Progress = Callable[[float], None]
+"""Called with the fraction done, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What a pipeline was validated for; the gate refuses a series outside it. Units: mm, HU."""
+
+    slice_spacing_mm: tuple[float, float] = (0.3, 10.0)
+    pixel_spacing_mm: tuple[float, float] = (0.2, 2.0)
+    min_slices: int = 1
+    max_slices: int = 3000
+    gantry_tilt: bool = False
+    """May the slice normal differ from the direction in which the slices advance?"""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """Everything a physicist asks about a pipeline before trusting it; ships as JSON beside the weights."""
+
+    name: str
+    version: str
+    paper: str
+    doi: str
+    input: Literal["slice", "slab3", "volume"]
+    patch_zyx: tuple[int, int, int]
+    overlap_zyx: tuple[int, int, int]
+    hu_window: tuple[float, float]
+    """HU range of the training data; values outside pass the network unclipped."""
+    precision: str
+    """Number format that really runs: ``fp32``, ``bf16``, ``int8`` or ``none``."""
+    weights_sha256: str
+    """Digest of the weights file; empty for a pipeline without weights."""
+    valid_for: Envelope = field(default_factory=Envelope)
+    noise_map: bool = False
+    """True if the network takes a noise map, which `Options.strength` scales."""
+    trained_on: str = ""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """Its own quality table, with the command that printed it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user may turn. Both move voxels, so both are part of the pipeline hash.
+
+    strength
+        Scale of the noise map (0.5 to 1.5); only for networks that take one.
+    blend
+        Part of the denoised image in the output: ``out = (1 - blend)·in + blend·denoised`` (0 to 1).
+    """
+
+    strength: float = 1.0
+    blend: float = 1.0
+
+
+class Pipeline(Protocol):
+    """A denoiser. Made once by its factory (which loads the weights), then used for many series."""
+
+    card: ModelCard
+
+    def denoise(self, volume: Volume, options: Options, progress: Progress) -> NDArray[np.float32]:
+        """Denoised HU, float32, same shape as ``volume.hu``; deterministic."""
+        ...
+
+
+ENTRY_POINT_GROUP = "dicomnode.pipelines"
+"""A package announces a pipeline by an entry point of this group: a callable without arguments that makes it.
+
+Ours are announced in pyproject.toml by the same mechanism, so there is one way to be a pipeline.
+"""
+
+
+class UnknownPipeline(LookupError):
+    """No installed package announces a pipeline of that name."""
+
+
+def names() -> tuple[str, ...]:
+    """Names of all installed pipelines; reads package metadata only, imports none of them."""
+    return tuple(sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)}))
+
+
+def load(name: str) -> Pipeline:
+    """Make the pipeline `name` (imports its module and loads its weights).
+
+    Raises
+    ------
+    UnknownPipeline
+        With the names that exist.
+    """
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        factory: Callable[[], Pipeline] = point.load()
+        return factory()
+    raise UnknownPipeline(f"no pipeline {name!r}; there are: {', '.join(names())}")
+
+
+def pipeline_hash(card: ModelCard, options: Options) -> str:
+    """Digest of everything that can move a voxel: name, version, weights, options and the precision that runs.
+
+    It is part of every derived UID (docs/architecture.md): whatever changes a pixel changes the UID.
+    """
+    what = {
+        "name": card.name,
+        "version": card.version,
+        "weights_sha256": card.weights_sha256,
+        "precision": card.precision,
+        **asdict(options),
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
