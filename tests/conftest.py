@@ -1,0 +1,49 @@
+"""What every test may use: the real CT series, where they are to be had, and the peers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+"""Real CT beside the checkout; never part of the repository."""
+
+
+def require_peer(*programs: str) -> None:
+    """Skip (fail, when CI is set) unless these programs are installed."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing:
+        reason = f"{', '.join(missing)} not installed (Debian packages orthanc, dcmtk, dicom3tools)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def ct_series(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
+    """Files of one real series by name, unpacked once; skips without the data."""
+    root = tmp_path_factory.mktemp("ct")
+
+    def files(name: str) -> list[Path]:
+        archive = DATA / "series" / f"{name}.tar.xz"
+        if not archive.exists():
+            pytest.skip(f"real CT series {name} is not here")
+        if not (root / name).exists():
+            with tarfile.open(archive) as tar:
+                tar.extractall(root, filter="data")
+        return sorted((root / name).rglob("*.dcm"))
+
+    return files
+
+
+@pytest.fixture(scope="session")
+def odd_dir() -> Path:
+    """Folder of single odd DICOM files; skips without the data."""
+    if not (DATA / "odd").exists():
+        pytest.skip("odd DICOM files are not here")
+    return DATA / "odd"
