@@ -1,0 +1,287 @@
+"""Jobs: one transition table, one `advance` that writes state and event together and refuses a stale caller.
+
+Nothing else in the project writes ``jobs.state``. Every function here is idempotent over the tables, because the engine
+calls at least once: a second caller finds the row moved on, changes nothing and is told so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, fields
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from dicomnode.db import DeliveryState, JobKind, JobState, SeriesState, deliveries, job_events, job_instances, jobs, now, series
+
+log = logging.getLogger(__name__)
+
+FINAL = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED, JobState.SKIPPED, JobState.WITHHELD})
+
+TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset(
+        {
+            JobState.QUEUED,  # the attempt was lost (dead worker, full disk): later again
+            JobState.DISPATCHING,
+            JobState.SKIPPED,  # the gate said no
+            JobState.WITHHELD,  # the guard said no
+            JobState.FAILED,
+            JobState.CANCELLED,
+        }
+    ),
+    JobState.DISPATCHING: frozenset({JobState.COMMITTING, JobState.DONE, JobState.FAILED, JobState.CANCELLED}),
+    JobState.COMMITTING: frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED}),
+    JobState.FAILED: frozenset({JobState.QUEUED, JobState.DISPATCHING}),  # only an operator's retry
+    JobState.DONE: frozenset(),
+    JobState.CANCELLED: frozenset(),
+    JobState.SKIPPED: frozenset(),
+    JobState.WITHHELD: frozenset(),
+}
+
+_LOST_ATTEMPT_PAUSE = timedelta(seconds=2)
+_NO_INFRASTRUCTURE_PAUSE = timedelta(seconds=30)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One row of ``jobs``, as far as the code asks for it."""
+
+    id: str
+    kind: JobKind
+    series_uid: str
+    study_uid: str
+    generation: int
+    route: str
+    state: JobState
+    reason: str
+    priority: int
+    pipeline: str | None
+    uses: str | None
+    strength: float | None
+    blend: float | None
+    pipeline_hash: str | None
+    fingerprint: str | None
+    runs: int
+    crashes: int
+    enqueued: int
+    cancel_requested: bool
+    created_at: datetime
+
+
+_COLUMNS = [jobs.c[field.name] for field in fields(Job)]
+
+
+def _job(row: sa.RowMapping) -> Job:
+    values = dict(row)
+    values["kind"] = JobKind(values["kind"])
+    values["state"] = JobState(values["state"])
+    return Job(**values)
+
+
+def job_id(*parts: str) -> str:
+    """Identity of a job: the same series, slices, route and pipeline are the same job, however often received."""
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:40]
+
+
+def fingerprint(digests: Iterable[tuple[str, str]]) -> str:
+    """Digest of a set of slices: their sorted (SOPInstanceUID, data set SHA-256) pairs."""
+    text = "\n".join(f"{uid} {digest}" for uid, digest in sorted(digests))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def get(connection: sa.Connection, identity: str) -> Job | None:
+    """The job of that id, if there is one."""
+    row = connection.execute(sa.select(*_COLUMNS).where(jobs.c.id == identity)).mappings().one_or_none()
+    return None if row is None else _job(row)
+
+
+def create(
+    connection: sa.Connection,
+    *,
+    identity: str,
+    state: JobState,
+    reason: str,
+    sop_instance_uids: Collection[str] = (),
+    **values: Any,
+) -> bool:
+    """Insert a job with its first event and its input; False if the job exists already (the same work again)."""
+    at = now()
+    row = {"id": identity, "state": state, "reason": reason, "created_at": at, "updated_at": at, **values}
+    if state in FINAL:
+        row["finished_at"] = at
+    inserted = connection.execute(
+        sa.insert(jobs).prefix_with("OR IGNORE").values(n_in=len(sop_instance_uids), **row)
+    ).rowcount
+    if not inserted:
+        return False
+    if sop_instance_uids:
+        connection.execute(
+            sa.insert(job_instances), [{"job_id": identity, "sop_instance_uid": uid} for uid in sorted(sop_instance_uids)]
+        )
+    add_event(connection, identity, state, reason)
+    return True
+
+
+def add_event(
+    connection: sa.Connection, identity: str, state: JobState, what: str, worker: str | None = None
+) -> None:
+    """A line in the job's history; for things that happen without a change of state."""
+    connection.execute(sa.insert(job_events).values(job_id=identity, at=now(), state=state, what=what, worker=worker))
+
+
+def advance(
+    connection: sa.Connection,
+    identity: str,
+    to: JobState,
+    reason: str,
+    *,
+    expected: Collection[JobState],
+    where: Collection[sa.ColumnElement[bool]] = (),
+    worker: str | None = None,
+    **values: Any,
+) -> bool:
+    """Move a job, and write the event, in the caller's transaction.
+
+    Returns
+    -------
+    bool
+        False if the job is not in an `expected` state (or `where` does not hold): somebody was faster, or the caller
+        is stale. Nothing was changed then.
+
+    Raises
+    ------
+    ValueError
+        If the transition table has no such move; a programming error.
+    """
+    illegal = [state for state in expected if to not in TRANSITIONS[state]]
+    if illegal:
+        raise ValueError(f"no transition from {', '.join(illegal)} to {to}")
+    at = now()
+    if to in FINAL:
+        values["finished_at"] = at
+    moved = connection.execute(
+        sa.update(jobs)
+        .where(jobs.c.id == identity, jobs.c.state.in_(expected), *where)
+        .values(state=to, reason=reason, updated_at=at, **values)
+    ).rowcount
+    if not moved:
+        return False
+    add_event(connection, identity, to, reason, worker)
+    log.info("job %s: %s, %s", identity[:12], to, reason)
+    return True
+
+
+def begin(database: sa.Engine, identity: str, run: int, worker: str, max_crashes: int) -> Job | None:
+    """Start attempt number `run` (from 0) of a queued job; None if there is nothing (more) to do.
+
+    If this very attempt is running already, its process has died and the engine calls again: that costs one of
+    `max_crashes`, so that a series which kills its process is not tried for ever.
+    """
+    with database.begin() as connection:
+        job = get(connection, identity)
+        if job is None or job.cancel_requested:
+            return None
+        if job.state is JobState.QUEUED and job.runs == run:
+            advance(
+                connection,
+                identity,
+                JobState.RUNNING,
+                f"attempt {run + 1} begun",
+                expected={JobState.QUEUED},
+                worker=worker,
+                runs=run + 1,
+                enqueued=0,
+                started_at=now(),
+                progress=0.0,
+            )
+            connection.execute(sa.update(jobs).where(jobs.c.id == identity).values(worker=worker))
+        elif job.state is JobState.RUNNING and job.runs == run + 1:
+            if not _count_crash(connection, job, "the node ended during the attempt", max_crashes):
+                return None
+            add_event(connection, identity, JobState.RUNNING, f"attempt {run + 1} begun again", worker)
+        else:
+            return None
+        return get(connection, identity)
+
+
+def lost_attempt(database: sa.Engine, identity: str, why: str, max_crashes: int) -> None:
+    """The compute child died: one attempt is lost; the job waits for the next or, after too many, has failed."""
+    with database.begin() as connection:
+        job = get(connection, identity)
+        if job is not None and _count_crash(connection, job, why, max_crashes):
+            requeue(connection, identity, why, _LOST_ATTEMPT_PAUSE)
+
+
+def no_infrastructure(database: sa.Engine, identity: str, why: str) -> None:
+    """Our own ground gave way (disk full, database locked), not the series: try again later, without a count."""
+    with database.begin() as connection:
+        requeue(connection, identity, why, _NO_INFRASTRUCTURE_PAUSE)
+
+
+def requeue(connection: sa.Connection, identity: str, why: str, pause: timedelta) -> bool:
+    """Put a running job back into the queue, due after `pause`."""
+    return advance(
+        connection,
+        identity,
+        JobState.QUEUED,
+        why,
+        expected={JobState.RUNNING},
+        next_try_at=now() + pause,
+        enqueued=0,
+        progress=0.0,
+    )
+
+
+def _count_crash(connection: sa.Connection, job: Job, why: str, max_crashes: int) -> bool:
+    crashes = job.crashes + 1
+    connection.execute(sa.update(jobs).where(jobs.c.id == job.id).values(crashes=crashes))
+    if crashes < max_crashes:
+        return True
+    advance(
+        connection,
+        job.id,
+        JobState.FAILED,
+        f"{why}; {crashes} attempts ended so: this series is not tried again",
+        expected={JobState.RUNNING},
+    )
+    return False
+
+
+def settle(connection: sa.Connection, identity: str) -> None:
+    """Close a dispatching job whose deliveries are all at their end: DONE only if every one was accepted whole.
+
+    A job that forwards originals stays open while its series may still grow.
+    """
+    job = get(connection, identity)
+    if job is None or job.state is not JobState.DISPATCHING:
+        return
+    rows = connection.execute(
+        sa.select(deliveries.c.destination, deliveries.c.state, deliveries.c.reason).where(
+            deliveries.c.job_id == identity
+        )
+    ).all()
+    if any(row.state in (DeliveryState.WAITING, DeliveryState.SENDING) for row in rows):
+        return
+    if job.kind is JobKind.ORIGINALS:
+        current = connection.execute(
+            sa.select(series.c.state, series.c.generation).where(series.c.series_uid == job.series_uid)
+        ).one()
+        if current.state == SeriesState.OPEN and current.generation == job.generation:
+            return
+    failed = [f"{row.destination}: {row.reason}" for row in rows if row.state != DeliveryState.SENT]
+    if failed:
+        advance(connection, identity, JobState.FAILED, "; ".join(failed), expected={JobState.DISPATCHING})
+    else:
+        names = ", ".join(sorted(row.destination for row in rows))
+        advance(
+            connection,
+            identity,
+            JobState.DONE,
+            f"every instance accepted by {names}" if names else "nothing to send",
+            expected={JobState.DISPATCHING},
+            progress=1.0,
+        )
