@@ -1,8 +1,8 @@
-"""What a routing rule may ask about one attribute: the conditions, their check at start-up, and their answer for a value.
+"""What a routing rule may ask about one attribute: the conditions, and their check when the configuration is read.
 
-A rule is data, never an expression that is evaluated. Each condition is checked against the attribute's value
-representation (PS3.5 section 6.2) when the configuration is read, so that a range on a text or a misspelt keyword is found
-at start and not when the first patient comes.
+A rule is data, never an expression that is evaluated. Each condition is checked against the value representation of its
+attribute (PS3.5 section 6.2), so that a range on a text or a misspelt keyword is found at start and not when the first
+patient comes.
 """
 
 from __future__ import annotations
@@ -10,126 +10,252 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, FiniteFloat, Strict, StrictBool, Tag, field_validator
-from pydantic_core import PydanticCustomError
 from pydicom.datadict import dictionary_VR, keyword_dict, tag_for_keyword
 
 Scalar = str | int | float
-"""One value of an attribute as rules see it: text, or a number."""
+"""One value of an attribute as rules see it: text, or a number in the unit of the attribute."""
 
 MAX_TEXT_CHARS = 256
 """Longest text that a regular expression is tried on; LO (PS3.5 table 6.2-1), the usual description, has at most 64."""
 
 MAX_PATTERN_CHARS = 256
+MAX_UNBOUNDED = 3
+"""``*``, ``+`` and ``{n,}`` in one pattern: with three, a search takes at most about `MAX_TEXT_CHARS`⁴/24 steps."""
+FEW_TIMES = 8
+"""``{m,n}`` with a wider range counts as unbounded."""
+MAX_CHOICES = 12
+"""Places in one pattern where the search may have to come back and try another way."""
+
+MAX_NOT_DEPTH = 3
 
 ASSOCIATION_KEYWORDS = frozenset({"CallingAETitle", "CalledAETitle"})
-"""Names of rule subjects that the association gives, not the object."""
+"""Subjects of rules that the association gives, not the object."""
 
 NUMERIC_VRS = frozenset({"DS", "IS", "FD", "FL", "SS", "US", "SL", "UL", "SV", "UV", "US or SS"})
 TEXT_VRS = frozenset({"AE", "AS", "CS", "DA", "DT", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT"})
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
-
-
-class Equals(_Part):
+@dataclass(frozen=True, slots=True)
+class Equals:
     """Any value of the attribute equals any of `values`; case counts. In the file: a value, or a list of values."""
 
-    values: tuple[Scalar, ...] = Field(min_length=1)
-
-    @field_validator("values", mode="before")
-    @classmethod
-    def _comparable(cls, values: Any) -> Any:
-        for value in values if isinstance(values, list | tuple) else ():
-            if isinstance(value, bool) or value is None:
-                raise ValueError(f"{_yaml(value)} is never the value of an attribute; put text in quotes")
-            if not isinstance(value, str | int | float):
-                raise ValueError("a list here may hold only texts and numbers")
-        return values
+    values: tuple[Scalar, ...]
 
 
-class Between(_Part):
+@dataclass(frozen=True, slots=True)
+class Between:
     """Any value of the attribute is a number from `min` to `max`, both included, in the unit of the attribute."""
 
-    min: Annotated[FiniteFloat, Strict()] | None = None
-    max: Annotated[FiniteFloat, Strict()] | None = None
-
-    @field_validator("max", mode="after")
-    @classmethod
-    def _not_below_min(cls, highest: float | None, info: Any) -> float | None:
-        lowest = info.data.get("min")
-        if highest is not None and lowest is not None and highest < lowest:
-            raise ValueError(f"max {highest:g} is below min {lowest:g}; no number lies between")
-        return highest
+    min: float | None = None
+    max: float | None = None
 
 
-class Matches(_Part):
+@dataclass(frozen=True, slots=True)
+class Matches:
     """The regular expression occurs in any value of the attribute (``re.search``); ``(?i)`` in front ignores case."""
 
-    regex: Annotated[str, Strict()] = Field(min_length=1, max_length=MAX_PATTERN_CHARS)
-
-    @field_validator("regex")
-    @classmethod
-    def _sound(cls, pattern: str) -> str:
-        try:
-            compiled_pattern(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-        refuse_slow(pattern)
-        return pattern
+    regex: str
 
 
-class Exists(_Part):
-    """The attribute is there and not empty (true), or missing or empty (false)."""
+@dataclass(frozen=True, slots=True)
+class Exists:
+    """The attribute has a value (true), or is missing or empty (false)."""
 
-    exists: StrictBool
-
-
-class Not(_Part):
-    """The other condition does not hold; a missing attribute meets it, unless that other one is ``exists``."""
-
-    condition: Condition = Field(alias="not")
+    exists: bool
 
 
-def _kind(value: Any) -> str | None:
-    """Tag of the condition that `value` (from the file, or already made) stands for."""
+@dataclass(frozen=True, slots=True)
+class Not:
+    """The other condition is not met; a missing attribute therefore meets ``not: CT``."""
+
+    condition: Condition
+
+
+Condition = Equals | Between | Matches | Exists | Not
+
+
+class ConditionError(ValueError):
+    """A condition that cannot be used: `where` (keys below the keyword) and why, in words."""
+
+    def __init__(self, reason: str, *where: str | int) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.where = where
+
+
+def vr_of(keyword: str) -> str:
+    """Value representation of the attribute `keyword`, ``AE`` for those of the association.
+
+    Raises
+    ------
+    ConditionError
+        If the data dictionary (PS3.6) has no such keyword; names the nearest ones.
+    """
+    if keyword in ASSOCIATION_KEYWORDS:
+        return "AE"
+    tag = tag_for_keyword(keyword)
+    if tag is None:
+        near = difflib.get_close_matches(keyword, [*keyword_dict, *ASSOCIATION_KEYWORDS], n=2, cutoff=0.75)
+        advice = (
+            f"did you mean {' or '.join(near)}?" if near else "use a keyword of DICOM PS3.6, e.g. SeriesDescription"
+        )
+        raise ConditionError(f"unknown DICOM keyword {keyword!r}; {advice}")
+    return dictionary_VR(tag)
+
+
+def parse(keyword: str, value: object) -> Condition:
+    """The condition that `value`, as read from the file, puts on the attribute `keyword`.
+
+    Raises
+    ------
+    ConditionError
+        If the keyword is unknown, or the condition is malformed or does not suit the attribute.
+    """
+    return _parse(keyword, vr_of(keyword), value, ())
+
+
+def _parse(keyword: str, vr: str, value: object, where: tuple[str | int, ...]) -> Condition:
     if isinstance(value, Equals | Between | Matches | Exists | Not):
-        return type(value).__name__
-    if not isinstance(value, Mapping):
-        return "Equals"
+        return value
+    if not isinstance(value, dict):
+        return _equals(keyword, vr, value, where)
     keys = set(value)
-    for names, tag in (
-        ({"min", "max"}, "Between"),
-        ({"regex"}, "Matches"),
-        ({"exists"}, "Exists"),
-        ({"not"}, "Not"),
-    ):
-        if keys and keys <= names:
-            return tag
+    if keys == {"exists"}:
+        if not isinstance(value["exists"], bool):
+            raise ConditionError("exists wants true or false", *where, "exists")
+        return Exists(value["exists"])
+    if keys == {"not"}:
+        if len(where) >= MAX_NOT_DEPTH:
+            raise ConditionError("not within not within not; write the condition once", *where)
+        return Not(_parse(keyword, vr, value["not"], (*where, "not")))
+    if keys == {"regex"}:
+        return _matches(keyword, vr, value["regex"], (*where, "regex"))
+    if keys and keys <= {"min", "max"}:
+        return _between(keyword, vr, value, where)
+    raise ConditionError(
+        f"no condition has the keys {', '.join(map(str, value)) or '(none)'}; write a value, [a, list], "
+        '{min: 0.5, max: 1.5}, {regex: "..."}, {exists: true} or {not: ...}',
+        *where,
+    )
+
+
+def _equals(keyword: str, vr: str, value: object, where: tuple[str | int, ...]) -> Equals:
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values:
+        raise ConditionError("an empty list is met by nothing; write the values", *where)
+    wanted: list[Scalar] = []
+    for position, one in enumerate(values):
+        here = (*where, position) if isinstance(value, list | tuple) else where
+        if one is None:
+            raise ConditionError("no value; write one, or {exists: false} for an attribute without value", *here)
+        if vr not in NUMERIC_VRS | TEXT_VRS:
+            raise ConditionError(f"{keyword} (VR {vr}) cannot be compared; only {{exists: true}} can be asked", *here)
+        if vr in NUMERIC_VRS:
+            if isinstance(one, bool) or not isinstance(one, int | float):
+                raise ConditionError(
+                    f"{keyword} is a number (VR {vr}), {one!r} is not; write the number without quotes or unit", *here
+                )
+            wanted.append(one)
+        else:
+            if not isinstance(one, str):
+                raise ConditionError(f"{keyword} is text (VR {vr}), {one!r} is not; put it in quotes", *here)
+            wanted.append(one.strip())
+    return Equals(tuple(wanted))
+
+
+def _between(keyword: str, vr: str, value: dict[str, object], where: tuple[str | int, ...]) -> Between:
+    if vr not in NUMERIC_VRS:
+        raise ConditionError(f"min and max are for numbers, {keyword} is none (VR {vr}); use a list or a regex", *where)
+    limits: dict[str, float] = {}
+    for name, limit in value.items():
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not math.isfinite(limit):
+            raise ConditionError(
+                f"{limit!r} is not a number; write the number in the unit of {keyword}, without quotes or unit",
+                *where,
+                name,
+            )
+        limits[name] = float(limit)
+    between = Between(**limits)
+    if between.min is not None and between.max is not None and between.max < between.min:
+        raise ConditionError(f"max {between.max:g} is below min {between.min:g}; exchange them", *where, "max")
+    return between
+
+
+def _matches(keyword: str, vr: str, pattern: object, where: tuple[str | int, ...]) -> Matches:
+    if vr not in TEXT_VRS:
+        raise ConditionError(f"a regex is for text, {keyword} is none (VR {vr}); use min and max, or a value", *where)
+    if not isinstance(pattern, str) or not pattern:
+        raise ConditionError("a regex wants a text in quotes", *where)
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise ConditionError(f"longer than {MAX_PATTERN_CHARS} characters; split it over several routes", *where)
+    try:
+        compiled(pattern)
+        slow = why_slow(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConditionError(f"{pattern!r} is no regular expression ({error}); correct it", *where) from error
+    if slow:
+        raise ConditionError(f"{pattern!r} could take hours on some texts: {slow}; simplify it", *where)
+    return Matches(pattern)
+
+
+@functools.cache
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The regular expression, compiled once in the life of the process."""
+    return re.compile(pattern)
+
+
+def why_slow(pattern: str) -> str | None:
+    """Why a search for `pattern` may take exponential or high polynomial time; None for one that is surely fast.
+
+    Backtracking explodes where a repetition holds another choice, or where many choices follow one another; both are
+    refused, a few harmless patterns with them.
+    """
+    tree = importlib.import_module("re._parser").parse(pattern)
+    unbounded = choices = 0
+    for kind, repeated in _choice_points(tree, repeated=False):
+        if repeated:
+            return "a repetition within a repetition, as in (a+)+ or (a|b)*"
+        unbounded += kind == "unbounded"
+        choices += 1
+    if unbounded > MAX_UNBOUNDED:
+        return f"more than {MAX_UNBOUNDED} of * and +"
+    if choices > MAX_CHOICES:
+        return f"more than {MAX_CHOICES} of *, +, ? and (a|b)"
     return None
 
 
-def _as_equals(value: Any) -> Any:
-    """Make the file's bare value or list a mapping, as the model wants it."""
-    if isinstance(value, Equals | Mapping):
-        return value
-    return {"values": value if isinstance(value, list | tuple) else [value]}
+def _choice_points(tree: Any, repeated: bool) -> Iterator[tuple[str, bool]]:
+    """Each point where a search has a choice, and whether it lies within something that repeats.
 
-
-def _spelt_out(value: Any, handler: Any) -> Any:
-    return handler(value)
-
-
-Condition = Annotated[
-    Annotated[Equals, Tag("Equals")]
-    | Annotated[Between, Tag("Between")]
-    | Annotated[Matches, Tag("Matches")]
-    | Annotated[Exists, Tag("Exists")]
-    | Annotated[Not, Tag("Not")],
-    Discriminator(_kind),
-]
+    A list of alternatives that is the whole pattern is no such point: each of them is tried once.
+    """
+    for operation, argument in tree:
+        name = str(operation)
+        if name in {"MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"}:
+            lowest, highest, body = argument
+            if lowest != highest:
+                yield ("unbounded" if highest - lowest > FEW_TIMES else "bounded"), repeated
+            yield from _choice_points(body, repeated or highest > 1)
+        elif name == "BRANCH":
+            if repeated:
+                yield "bounded", repeated
+            for alternative in argument[1]:
+                yield from _choice_points(alternative, repeated)
+        elif name == "SUBPATTERN":
+            inside = argument[-1]
+            if len(inside) and str(inside[0][0]) == "BRANCH" and not repeated:
+                yield "bounded", repeated
+            yield from _choice_points(inside, repeated)
+        elif name == "ATOMIC_GROUP":
+            yield from _choice_points(argument, repeated)
+        elif name in {"ASSERT", "ASSERT_NOT"}:
+            yield from _choice_points(argument[1], repeated)
+        elif name == "GROUPREF_EXISTS":
+            for alternative in argument[1:]:
+                yield from _choice_points(alternative or (), repeated)

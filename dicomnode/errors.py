@@ -7,12 +7,28 @@ NodeError
 │   └── BadIdentifier      a UID that is none: 0xA900
 ├── DerivationError        a derived object was not what it should be
 ├── WorkerDied             the compute child vanished: one attempt is lost, not the job
-└── PeerError              see scu.py
+├── MalformedPdu           bytes that PS3.7 or PS3.8 does not allow
+├── UnsendableFile         a file that no syntax of the peer can carry, or that cannot be read
+└── PeerError              sending stopped; what was not answered is sent again, unless `permanent`
+    ├── PeerUnreachable    no connection
+    ├── AssociationRejected  permanent or transient, as the peer says
+    ├── PeerAborted        A-ABORT, early release or closed connection
+    ├── PeerTimedOut       no answer or no progress in time
+    ├── ProtocolViolation  an answer that is none
+    └── VerificationFailed no C-ECHO there (permanent)
 """
 
 
 class NodeError(Exception):
     """Base of everything the node raises on purpose."""
+
+
+class ConfigError(NodeError):
+    """The configuration cannot be used; `problems` has one line for each thing that is wrong."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 class SpoolError(NodeError):
@@ -27,5 +43,57 @@ class BadIdentifier(SpoolError):
     """A UID that is no UID (PS3.5 section 9) and so can name no file."""
 
 
+class DerivationError(NodeError):
+    """A derived object could not be made, or what was written is not what was meant; the original is untouched."""
+
+
 class WorkerDied(NodeError):
     """The compute child ended before its job did."""
+
+
+class MalformedPdu(NodeError):
+    """Bytes from the network that PS3.7 or PS3.8 does not allow."""
+
+
+class UnsendableFile(NodeError):
+    """A file that cannot be sent as it stands or in any syntax the peer takes; nothing of it went out."""
+
+
+class PeerError(NodeError):
+    """Nothing is known to have arrived since the last answer; the association is gone."""
+
+    permanent = False
+    """True if the same try would fail the same way until somebody changes a configuration."""
+
+
+class PeerUnreachable(PeerError):
+    """No TCP connection: unknown host, refused, or no reply in time."""
+
+
+class AssociationRejected(PeerError):
+    """A-ASSOCIATE-RJ; `result`, `source` and `reason` as in PS3.8 table 9-21."""
+
+    def __init__(self, message: str, result: int, source: int, reason: int) -> None:
+        super().__init__(message)
+        self.result = result
+        self.source = source
+        self.reason = reason
+        self.permanent = result == 1
+
+
+class PeerAborted(PeerError):
+    """The peer sent A-ABORT, released early or closed the connection."""
+
+
+class PeerTimedOut(PeerError):
+    """No answer, or no progress, within the configured time."""
+
+
+class ProtocolViolation(PeerError):
+    """The peer sent what the standard does not allow at this point."""
+
+
+class VerificationFailed(PeerError):
+    """The peer accepts associations but not C-ECHO, or answered it with a failure."""
+
+    permanent = True

@@ -1,9 +1,9 @@
 """Read a YAML file by the letter: each value as it looks, each key once, and the line where everything stands.
 
-YAML 1.1 has surprises: ``no`` is false, ``011`` is nine, ``1:30`` is ninety, ``2024-01-01`` is a date. Here only ``true`` and
-``false``, plain decimal numbers and ``null`` are more than text, as in the YAML 1.2 core schema, and other spellings of
-numbers stay text, so that a field that wants a number refuses them. Anchors, aliases and tags are refused: no file of ours
-needs them, and a few lines of them can unfold into gigabytes.
+YAML 1.1 has surprises: ``no`` is false, ``011`` is nine, ``1:30`` is ninety, ``2024-01-01`` is a date. Here only
+``true`` and ``false``, plain decimal numbers and ``null`` are more than text, as in the YAML 1.2 core schema, and other
+spellings of numbers stay text, so that a field that wants a number refuses them. Anchors, aliases and tags are refused:
+no file of ours needs them, and a few lines of them can unfold into gigabytes.
 """
 
 from __future__ import annotations
@@ -69,11 +69,15 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()  # type: ignore[no-untyped-call]
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise YamlError(Problem(line, "anchors (&) and aliases (*) are not allowed; write the value out, or quote it"))
+            raise YamlError(
+                Problem(line, "anchors (&) and aliases (*) are not allowed; write the value out, or quote it")
+            )
         if getattr(event, "tag", None) is not None:
             raise YamlError(Problem(line, "tags (!) are not allowed; write the plain value, or quote it"))
         if self.depth >= MAX_DEPTH:
-            raise YamlError(Problem(line, f"nested more than {MAX_DEPTH} levels deep; check the brackets and the indentation"))
+            raise YamlError(
+                Problem(line, f"nested more than {MAX_DEPTH} levels deep; check the brackets and the indentation")
+            )
         self.depth += 1
         try:
             return super().compose_node(parent, index)
@@ -91,11 +95,11 @@ def parse(data: bytes) -> Document:
     """
     loader = _Loader(_text(data))
     try:
-        root = loader.get_single_node()  # type: ignore[no-untyped-call]
+        root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         raise YamlError(_syntax(error)) from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     if root is None:
         raise YamlError(Problem(1, "the file is empty"))
     document = Document(None)
@@ -109,7 +113,9 @@ def parse(data: bytes) -> Document:
 def _text(data: bytes) -> str:
     """`data` as text; a byte order mark, which Windows editors write, is allowed."""
     if len(data) > MAX_BYTES:
-        raise YamlError(Problem(1, f"the file has {len(data)} bytes, at most {MAX_BYTES} are read; is it the right file?"))
+        raise YamlError(
+            Problem(1, f"the file has {len(data)} bytes, at most {MAX_BYTES} are read; is it the right file?")
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -148,15 +154,18 @@ def _build(node: yaml.Node, at: Location, lines: dict[Location, int], problems: 
                 continue
             key: str = key_node.value
             if key in mapping:
-                problems.append(Problem(line, f"{key!r} stands here twice, first in line {lines[*at, key]}; remove one"))
+                problems.append(
+                    Problem(line, f"{key!r} stands here twice, first in line {lines[*at, key]}; remove one")
+                )
                 continue
             lines[*at, key] = line
             mapping[key] = _build(value_node, (*at, key), lines, problems)
         return mapping
+    assert isinstance(node, yaml.ScalarNode)
     return _scalar(node)
 
 
-def _scalar(node: yaml.Node) -> str | int | float | bool | None:
+def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
     """Quoted text as it is, other text as the number, truth value or nothing that it looks like."""
     text: str = node.value
     if node.style is not None:

@@ -1,0 +1,565 @@
+"""The configuration: one frozen object, read and checked once from ``config.yaml`` and passed down.
+
+Every default stands here, on its field, and nowhere else. Names end in their unit: ``_s`` seconds, ``_mb`` 10⁶ bytes,
+``_days`` days. Keys that no field has are refused, and so is whatever could only fail later: names of destinations,
+pipelines and DICOM keywords that do not exist, ranges, units, AE titles.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+from dicomnode import conditions, strict_yaml
+from dicomnode.conditions import Condition
+from dicomnode.errors import ConfigError
+from pipelines import base
+
+_CROSS_CHECK = "cross_check"
+"""Type of the errors that only several values together show."""
+
+_FOLDER = "folder"
+"""Key of the validation context under which `load` passes the folder of the configuration file."""
+
+_SQLITE = "sqlite:///"
+
+
+def _ae_title(value: str) -> str:
+    """AE title as PS3.5 table 6.2-1 has it; spaces at its ends mean nothing and go."""
+    title = value.strip(" ")
+    if not title:
+        raise ValueError("an AE title needs at least one character that is no space")
+    if len(title) > 16:
+        raise ValueError(f"an AE title has at most 16 characters, {title!r} has {len(title)}")
+    if not all(" " <= letter <= "~" and letter != "\\" for letter in title):
+        raise ValueError(
+            f"an AE title has plain ASCII letters, digits, signs and spaces, but no backslash; not {title!r}"
+        )
+    return title
+
+
+def _name(value: str) -> str:
+    """Name of a route, destination or pipeline; it becomes part of logs, metrics and command lines."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+        raise ValueError(f"a name has 1 to 64 letters, digits, dots, dashes and underscores; not {value!r}")
+    return value
+
+
+def _host(value: str) -> str:
+    """Host name (RFC 1123) or IP address, as text."""
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        label = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+        if len(value) > 253 or re.fullmatch(r"[0-9.]+", value) or not re.fullmatch(rf"{label}(\.{label})*\.?", value):
+            raise ValueError(
+                f"{value!r} is neither a host name nor an IP address; e.g. pacs.hospital.local or 10.1.2.3"
+            ) from None
+        return value
+
+
+def _network(value: object) -> object:
+    """Network in CIDR notation; a single address is a network of one."""
+    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"a network is written as text, e.g. 10.1.2.0/24; not {value!r}")
+    try:
+        return ipaddress.ip_network(value)
+    except ValueError:
+        try:
+            inner = ipaddress.ip_network(value, strict=False)
+        except ValueError:
+            raise ValueError(f"{value!r} is no network; write e.g. 10.1.2.0/24, or one address") from None
+        raise ValueError(f"{value!r} is an address within a network; write {inner} for the network") from None
+
+
+def _dicom_text(value: str) -> str:
+    """Text that every Specific Character Set can hold (PS3.5 section 6.1.1: the default repertoire)."""
+    if not all(" " <= letter <= "~" and letter != "\\" for letter in value):
+        raise ValueError("only plain ASCII characters without backslash: it must fit every series' character set")
+    return value
+
+
+def _path(value: object) -> object:
+    if isinstance(value, str) and ("\0" in value or not value.strip()):
+        raise ValueError("a path is needed")
+    return value
+
+
+Text = Annotated[str, Strict()]
+Flag = Annotated[bool, Strict()]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Seconds = Annotated[float, Strict(), Field(gt=0, le=7 * 86_400, allow_inf_nan=False)]
+AETitle = Annotated[Text, AfterValidator(_ae_title)]
+Port = Annotated[int, Strict(), Field(ge=1, le=65_535)]
+Host = Annotated[Text, AfterValidator(_host)]
+Name = Annotated[Text, AfterValidator(_name)]
+Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(_network)]
+
+
+class _Section(BaseModel):
+    """`validate_by_name` lets Python code write ``continue_=True``; a file must write ``continue``, see `load`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
+
+
+class Node(_Section):
+    """Who the node is, where it listens, where it keeps its things.
+
+    `load` makes `spool` and `database` absolute: what is relative in the file counts from the file's folder.
+    """
+
+    ae_title: AETitle = "DICOMNODE"
+    address: Host = "127.0.0.1"
+    port: Port = 11112
+    spool: Annotated[Path, BeforeValidator(_path)] = Field(default=Path("var/spool"), validate_default=True)
+    database: Text = Field(default="sqlite:///var/node.db", validate_default=True)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("spool")
+    @classmethod
+    def _absolute_spool(cls, spool: Path, info: ValidationInfo) -> Path:
+        folder: Path | None = (info.context or {}).get(_FOLDER)
+        return folder / spool if folder else spool
+
+    @field_validator("database")
+    @classmethod
+    def _absolute_database(cls, database: str, info: ValidationInfo) -> str:
+        path = database.removeprefix(_SQLITE)
+        if path == database or not path or path.startswith(":") or "?" in path or path.endswith("/"):
+            raise ValueError(
+                "only SQLite in a file so far; write sqlite:/// and the path of the file, e.g. sqlite:///var/node.db"
+            )
+        folder: Path | None = (info.context or {}).get(_FOLDER)
+        return f"{_SQLITE}{folder / path}" if folder else database
+
+
+class Reception(_Section):
+    """Who may send to the node, how much, and how long it waits for them."""
+
+    called_ae_titles: tuple[AETitle, ...] = ()
+    """Titles that senders may call the node by; empty: its own only."""
+    calling_ae_titles: tuple[AETitle, ...] = ()
+    """Titles that senders may have; empty: any, `networks` alone decides."""
+    networks: tuple[Network, ...] = Field(
+        default=(ipaddress.IPv4Network("127.0.0.0/8"), ipaddress.IPv6Network("::1/128")), min_length=1
+    )
+    """Addresses that may connect at all."""
+    max_associations: Count = 64
+    max_associations_per_peer: Count = 32
+    max_object_mb: Count = 1024
+    min_free_mb: Annotated[int, Strict(), Field(ge=0)] = 1024
+    """With less free space than this on the spool's disk objects are refused (0xA700)."""
+    acse_timeout_s: Seconds = 30
+    dimse_timeout_s: Seconds = 60
+    network_timeout_s: Seconds = 60
+    different_duplicate: Literal["keep", "refuse"] = "keep"
+    """The same SOP Instance UID with other bytes: kept apart and acknowledged, or refused with 0x0111."""
+
+    @field_validator("max_associations_per_peer")
+    @classmethod
+    def _not_more_than_all(cls, per_peer: int, info: ValidationInfo) -> int:
+        everyone = info.data.get("max_associations", per_peer)
+        if "max_associations" in info.data and per_peer > everyone:
+            raise ValueError(f"{per_peer} for one peer is more than max_associations, {everyone}, for all")
+        return per_peer
+
+
+class Assembly(_Section):
+    """How long a series must be silent before it counts as whole."""
+
+    quiet_s: Seconds = 15
+    """After evidence that nothing is missing."""
+    quiet_without_evidence_s: Seconds = 120
+
+    @field_validator("quiet_without_evidence_s")
+    @classmethod
+    def _not_shorter(cls, without: float, info: ValidationInfo) -> float:
+        if without < info.data.get("quiet_s", 0):
+            raise ValueError(f"{without:g} s without evidence is less than quiet_s with it; make it longer")
+        return without
+
+
+class Compute(_Section):
+    """What denoising may use."""
+
+    threads: Annotated[int, Strict(), Field(ge=0, le=1024)] = 0
+    """0: all cores but the share that reception needs."""
+    max_worker_deaths: Count = 3
+    """A job whose compute process dies this often has failed."""
+
+
+class Delivery(_Section):
+    """How often and how long sending is tried again."""
+
+    retry_first_s: Seconds = 10
+    retry_max_s: Seconds = 900
+    give_up_after_days: Annotated[float, Strict(), Field(gt=0, le=365, allow_inf_nan=False)] = 7
+    failure_status_tries: Count = 5
+    """Tries of an object that the destination answers with a failure which may pass."""
+
+    @field_validator("retry_max_s")
+    @classmethod
+    def _not_below_first(cls, longest: float, info: ValidationInfo) -> float:
+        if longest < info.data.get("retry_first_s", 0):
+            raise ValueError(f"{longest:g} s is less than retry_first_s; make it longer")
+        return longest
+
+
+class Derivation(_Section):
+    """What tells the derived series from the original (PS3.3 C.7.6.1.1.2, C.8.2.1)."""
+
+    series_description_suffix: Annotated[Text, Field(max_length=32), AfterValidator(_dicom_text)] = " denoised"
+    series_number_offset: Annotated[int, Strict(), Field(ge=0, le=1_000_000_000)] = 1000
+    image_type_value_2: Literal["PRIMARY", "SECONDARY"] = "SECONDARY"
+    keep_private_attributes: Flag = True
+    image_comments: Annotated[Text, Field(max_length=1024), AfterValidator(_dicom_text)] = (
+        "Denoised by software; compare with the original series"
+    )
+
+    @field_validator("series_description_suffix")
+    @classmethod
+    def _visible(cls, suffix: str) -> str:
+        if not suffix.strip():
+            raise ValueError('a reader must see that a series is derived; write a word, e.g. " denoised"')
+        return suffix
+
+
+class Destination(_Section):
+    """A system that the node sends to."""
+
+    ae_title: AETitle
+    host: Host
+    port: Port
+    calling_ae_title: AETitle | None = None
+    """Title under which the node calls it; None: the node's own."""
+    connect_timeout_s: Seconds = 10
+    acse_timeout_s: Seconds = 30
+    dimse_timeout_s: Seconds = 60
+    max_associations: Count = 1
+
+
+class PipelineOptions(_Section):
+    """A pipeline under a site's own name, with the site's settings (see `pipelines.base.Options`)."""
+
+    uses: Text
+    """Name of an installed pipeline; in the file the name of the entry, unless given."""
+    strength: Annotated[float, Strict(), Field(ge=0.5, le=1.5)] = 1.0
+    blend: Annotated[float, Strict(), Field(ge=0.0, le=1.0)] = 1.0
+
+    @field_validator("uses")
+    @classmethod
+    def _installed(cls, uses: str) -> str:
+        if uses not in base.names():
+            raise ValueError(f"no pipeline {uses!r} is installed; {_did_you_mean(uses, base.names())}")
+        return uses
+
+
+def _conditions(value: object) -> Mapping[str, Condition]:
+    """The rules of a route, each checked against its attribute; names every wrong one."""
+    if not isinstance(value, Mapping):
+        raise ValueError("conditions are written as KEYWORD: value, e.g. {Modality: CT}")
+    made: dict[str, Condition] = {}
+    problems: list[tuple[strict_yaml.Location, str]] = []
+    for keyword, condition in value.items():
+        try:
+            made[keyword] = conditions.parse(keyword, condition)
+        except conditions.ConditionError as problem:
+            problems.append(((keyword, *problem.where), problem.reason))
+    _refuse("when", problems)
+    return made
+
+
+class Route(_Section):
+    """Which objects go which way; routes are tried in the order of the file."""
+
+    name: Name
+    when: Annotated[Mapping[str, Condition], PlainValidator(_conditions)] = Field(default_factory=dict)
+    """DICOM keyword → condition; all must be met. Empty: everything."""
+    action: Literal["pipeline", "forward", "ignore"]
+    """In the file it may be left out where `pipeline` is given."""
+    pipeline: Text | None = None
+    send_to: tuple[Text, ...] = ()
+    originals_to: tuple[Text, ...] = ()
+    """Destinations that get the originals at once, as they arrive, whatever becomes of the denoising."""
+    priority: Annotated[int, Strict(), Field(ge=1, le=100)] = 10
+    """1 is the most urgent."""
+    continue_: Flag = Field(default=False, alias="continue")
+    """After a match, try the later routes too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _action_of_pipeline(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "action" not in data and data.get("pipeline") is not None:
+            return {**data, "action": "pipeline"}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Route:
+        problems: list[tuple[strict_yaml.Location, str]] = []
+        if self.action == "pipeline" and self.pipeline is None:
+            problems.append((("action",), "action pipeline needs the name of one; add pipeline: NAME"))
+        if self.action != "pipeline" and self.pipeline is not None:
+            problems.append((("action",), f"action {self.action} runs no pipeline; remove one of the two lines"))
+        if self.action != "ignore" and not self.send_to:
+            problems.append(
+                (("send_to",), f"a route with the action {self.action} needs a destination; add send_to: [NAME]")
+            )
+        for key in ("send_to", "originals_to"):
+            names: tuple[str, ...] = getattr(self, key)
+            if self.action == "ignore" and names:
+                problems.append(((key,), f"a route that ignores sends nothing; remove {key}, or write action: forward"))
+            for position, name in enumerate(names):
+                if name in names[:position]:
+                    problems.append(((key, position), f"{name} is named twice; remove one"))
+        twice = sorted(set(self.send_to) & set(self.originals_to)) if self.action == "forward" else []
+        if twice:
+            problems.append(
+                (("originals_to",), f"{', '.join(twice)} would get each object twice; remove it here or in send_to")
+            )
+        _refuse("Route", problems)
+        return self
+
+
+class Config(_Section):
+    """Everything a site decides."""
+
+    node: Node = Field(default_factory=Node)
+    reception: Reception = Field(default_factory=Reception)
+    assembly: Assembly = Field(default_factory=Assembly)
+    compute: Compute = Field(default_factory=Compute)
+    delivery: Delivery = Field(default_factory=Delivery)
+    derivation: Derivation = Field(default_factory=Derivation)
+    destinations: Mapping[Name, Destination] = Field(default_factory=dict)
+    pipelines: Mapping[Name, PipelineOptions] = Field(default_factory=dict, validate_default=True)
+    """By name: every installed pipeline, with the site's settings or the defaults, and the site's own names."""
+    routes: tuple[Route, ...] = ()
+
+    @field_validator("pipelines", mode="before")
+    @classmethod
+    def _with_installed(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        named = {
+            name: {"uses": name} | (given or {}) if given is None or isinstance(given, dict) else given
+            for name, given in value.items()
+        }
+        return {name: {"uses": name} for name in base.names()} | named
+
+    @field_validator("pipelines")
+    @classmethod
+    def _installed_keep_their_names(cls, pipelines: Mapping[str, PipelineOptions]) -> Mapping[str, PipelineOptions]:
+        _refuse(
+            "pipelines",
+            [
+                (
+                    (name, "uses"),
+                    f"{name} is the name of an installed pipeline; choose another for one that uses {options.uses}",
+                )
+                for name, options in pipelines.items()
+                if name in base.names() and options.uses != name
+            ],
+        )
+        return pipelines
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        problems = _mismatches(dict(enumerate(self.routes)), self.destinations, self.pipelines)
+        for name, destination in self.destinations.items():
+            if (destination.host, destination.port) == (self.node.address, self.node.port):
+                problems.append((("destinations", name), "this is the node itself; write the address of the PACS"))
+        _refuse("Config", problems)
+        return self
+
+
+def _mismatches(
+    routes: Mapping[int, Route], destinations: Mapping[str, object], pipelines: Mapping[str, object]
+) -> list[tuple[strict_yaml.Location, str]]:
+    """What is wrong with `routes` (by position) among themselves and with the names they use."""
+    problems: list[tuple[strict_yaml.Location, str]] = []
+    first: dict[str, int] = {}
+    catches_all: str | None = None
+    for position, route in routes.items():
+        at = ("routes", position)
+        if route.name in first:
+            problems.append(((*at, "name"), f"a route {route.name!r} is there already; give each its own name"))
+        first.setdefault(route.name, position)
+        if catches_all is not None:
+            problems.append(
+                (at, f"never reached, because route {catches_all} before it takes everything; change the order")
+            )
+        if not route.when and not route.continue_:
+            catches_all = catches_all or route.name
+        for key in ("send_to", "originals_to"):
+            for place, name in enumerate(getattr(route, key)):
+                if name not in destinations:
+                    problems.append(
+                        ((*at, key, place), f"no destination {name!r}; {_did_you_mean(name, destinations)}")
+                    )
+        if route.pipeline is not None and route.pipeline not in pipelines:
+            problems.append(
+                ((*at, "pipeline"), f"no pipeline {route.pipeline!r}; {_did_you_mean(route.pipeline, pipelines)}")
+            )
+    return problems
+
+
+def _refuse(title: str, problems: list[tuple[strict_yaml.Location, str]]) -> None:
+    """Raise all `problems` at once, each at its own place below the value that is being validated."""
+    if problems:
+        raise ValidationError.from_exception_data(
+            title,
+            [
+                InitErrorDetails(
+                    type=PydanticCustomError(_CROSS_CHECK, "{reason}", {"reason": reason}), loc=at, input=None
+                )
+                for at, reason in problems
+            ],
+        )
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known)) or 'none'}"
+
+
+def load(path: Path) -> Config:
+    """Read and check the configuration file at `path`.
+
+    Raises
+    ------
+    ConfigError
+        With a line ``FILE:LINE: where.it.is: reason; what to do`` for every error that can be seen. (What depends on a
+        value that is itself wrong is seen once that is right.)
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(strict_yaml.MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; check the path and the permissions") from error
+    try:
+        document = strict_yaml.parse(data)
+    except strict_yaml.YamlError as error:
+        raise ConfigError(*(f"{path.name}:{problem.line}: {problem.reason}" for problem in error.problems)) from error
+    if not isinstance(document.value, dict):
+        raise ConfigError(f"{path.name}:1: not a configuration; it begins with a section, e.g. node:")
+    # A section whose lines are all commented out is read as nothing and has its defaults.
+    raw = {"node": {}} | {key: value for key, value in document.value.items() if value is not None}
+    try:
+        return Config.model_validate(raw, context={_FOLDER: path.resolve().parent}, by_alias=True, by_name=False)
+    except ValidationError as error:
+        problems = [(tuple(detail["loc"]), _in_words(detail)) for detail in error.errors()]
+        problems += [problem for problem in _mismatches_of_the_valid(raw) if problem not in problems]
+        lines = [(document.line(at), f"{_where(at, raw)}: {reason}") for at, reason in problems]
+        raise ConfigError(*(f"{path.name}:{line}: {text}" for line, text in sorted(lines))) from error
+
+
+def _mismatches_of_the_valid(raw: Mapping[str, Any]) -> list[tuple[strict_yaml.Location, str]]:
+    """`_mismatches` of those routes in the file that are valid by themselves."""
+    routes: dict[int, Route] = {}
+    listed = raw.get("routes")
+    for position, route in enumerate(listed if isinstance(listed, list) else ()):
+        try:
+            routes[position] = Route.model_validate(route, by_alias=True, by_name=False)
+        except ValidationError:
+            continue  # reported already: the whole file was validated first
+    destinations, pipelines = (
+        names if isinstance(names := raw.get(key), dict) else {} for key in ("destinations", "pipelines")
+    )
+    return _mismatches(routes, destinations, pipelines | dict.fromkeys(base.names()))
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "node": Node,
+    "reception": Reception,
+    "assembly": Assembly,
+    "compute": Compute,
+    "delivery": Delivery,
+    "derivation": Derivation,
+    "destinations": Destination,
+    "pipelines": PipelineOptions,
+    "routes": Route,
+}
+
+
+def _in_words(detail: ErrorDetails) -> str:
+    """What pydantic found, in words, and what to do."""
+    kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
+    key = str(detail["loc"][-1]) if detail["loc"] else ""
+    if kind == _CROSS_CHECK:
+        return str(context["reason"])
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "missing":
+        return "is missing; add it"
+    if kind == "extra_forbidden":
+        section = _SECTIONS.get(str(detail["loc"][0])) if len(detail["loc"]) > 1 else Config
+        known = [field.alias or name for name, field in section.model_fields.items()] if section else []
+        return f"unknown key; {_did_you_mean(key, known)}"
+    if kind in {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}:
+        limit = next(iter(context.values()))
+        words = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than"}
+        return f"{_short(value)} is out of range; write a number of {words.get(kind, 'at most')} {limit}{_unit(key)}"
+    if kind.startswith(("float_", "int_", "finite_")):
+        whole = "a whole number" if kind.startswith("int_") else "a number"
+        return f"{_short(value)} is not {whole}; write only the number{_unit(key)}, without quotes or unit"
+    if kind.startswith("bool_"):
+        return f"{_short(value)} is neither true nor false; write one of these"
+    if kind.startswith("string_too"):
+        return f"{detail['msg'].removeprefix('String ')}; shorten it"
+    if kind.startswith("string_"):
+        return f"{_short(value)} is not text; put it in quotes"
+    if kind == "literal_error":
+        return f"{_short(value)} is not possible; write {context['expected']}"
+    if kind == "tuple_type":
+        return f"{_short(value)} is not a list; write [{value if isinstance(value, str) else '...'}]"
+    if kind in {"dict_type", "mapping_type", "model_type", "model_attributes_type"}:
+        return f"{_short(value)} stands where KEY: VALUE lines belong; check the indentation and the colon"
+    return f"{detail['msg']}; correct it"
+
+
+def _unit(key: str) -> str:
+    for ending, unit in (("_s", "seconds"), ("_mb", "megabytes"), ("_days", "days")):
+        if key.endswith(ending):
+            return f" ({unit})"
+    return ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _where(at: strict_yaml.Location, raw: Mapping[str, Any]) -> str:
+    """``routes[chest-low-dose].when.SliceThickness``: a route by its name, else by its number from 1."""
+    text = ""
+    for depth, part in enumerate(at):
+        if part == "[key]":
+            continue
+        if isinstance(part, int):
+            name = None
+            if depth == 1 and at[0] == "routes" and isinstance(raw["routes"][part], dict):
+                name = raw["routes"][part].get("name")
+            text += f"[{name if isinstance(name, str) else part + 1}]"
+        else:
+            text += f".{part}" if text else part
+    return text or "the file"
