@@ -1,33 +1,39 @@
 """The only DICOM → HU code of the project: a CT series on disk becomes a volume in Hounsfield units.
 
-Stub: filled in by the reader.
+What a single object must be is decided in `pipelines.ct_slice`; here, which slices may stand in one volume. What a
+certain pipeline was not validated for (tilt, gaps, spacing) is decided in `pipelines.gate`. Every reason: docs/gate.md.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.ct_slice import CTSlice, SeriesRefused, read_slice
 
-class SeriesRefused(Exception):
-    """A series cannot be denoised; it is a documented outcome, not a fault.
+__all__ = ["Geometry", "SeriesRefused", "Volume", "read_volume"]
 
-    Parameters
-    ----------
-    code
-        Stable slug (``"localizer"``, ``"gap"``, …), stored with the job and listed in docs/gate.md.
-    detail
-        One sentence for a person: what was found, in which slices (UIDs, positions), what to do.
-    """
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(f"{code}: {detail}")
-        self.code = code
-        self.detail = detail
+MAX_VOXELS = 2**31
+"""Largest volume, 8 GiB of HU: 2048 slices of 1024²."""
+SAME_POSITION_MM = 0.01
+"""Slices closer than this along their normal lie at the same place; reconstructions are 0.1 mm apart at least."""
+SPACING_TOLERANCE_MM = 1e-4
+"""How far PixelSpacing may differ between slices; over 512 pixels it adds up to a tenth of a pixel."""
+ORIENTATION_TOLERANCE = 1e-4
+"""How far a direction cosine may differ between slices; over 250 mm it adds up to 0.03 mm."""
+SHIFT_TOLERANCE_MM = 0.1
+"""How far a slice may lie beside the straight line through the first and the last; a sixth of a pixel."""
+MIN_SEPARATE_FRAMES = 3
+"""From this number of slices on, a frame of reference of its own for each slice is taken for a trace of
+de-identification."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +43,14 @@ class Geometry:
     origin_mm: tuple[float, float, float]
     """Centre of voxel (0, 0, 0)."""
     spacing_mm: tuple[float, float, float]
-    """Distance between voxel centres along (z, y, x): slices, rows, columns."""
+    """Distance between voxel centres along (z, y, x): slices, rows, columns.
+
+    Of irregular slices the median; of a single slice its thickness, 0 if unknown.
+    """
     direction: tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]
-    """Unit vectors of the z, y and x axis of the array, in LPS."""
+    """Unit vectors of the z, y and x axis of the array, in LPS. Of a tilted gantry, z is not normal to y and x."""
     frame_of_reference_uid: str
+    """Empty if the series has none, or another one for each slice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,12 @@ class Volume:
     """File of each slice, in the order of axis 0."""
     padding: NDArray[np.bool_]
     """True where the scanner wrote no measurement (PixelPaddingValue); (z, y, x)."""
+    positions_mm: tuple[float, ...] = ()
+    """Place of each slice along the slice normal, ascending; empty: regular, as `geometry` says."""
+    thickness_mm: float = 0.0
+    """Smallest SliceThickness; 0 if unknown."""
+    tilt_deg: float = 0.0
+    """Angle between the slice normal and the direction in which the slices advance: the gantry tilt."""
 
     def with_hu(self, hu: NDArray[np.float32]) -> Volume:
         """The same volume with other values; refuses another shape, another type and non-finite values.
@@ -66,17 +82,162 @@ class Volume:
         """
         if hu.shape != self.hu.shape or hu.dtype != np.float32:
             raise ValueError(f"expected float32 {self.hu.shape}, got {hu.dtype} {hu.shape}")
-        if not np.isfinite(hu).all():
-            raise ValueError(f"{int((~np.isfinite(hu)).sum())} values are not finite")
+        infinite = sum(int(plane.size - np.isfinite(plane).sum()) for plane in hu)  # slice by slice: no second volume
+        if infinite:
+            raise ValueError(f"{infinite} values are not finite")
         return replace(self, hu=hu)
 
 
 def read_volume(paths: Sequence[Path]) -> Volume:
-    """Read one CT series.
+    """Read one CT series, in whatever order its files come.
+
+    Slices are sorted along their normal (ImageOrientationPatient and ImagePositionPatient), never by number. Rescale is
+    applied per slice, so slices of different RescaleSlope or RescaleIntercept are right, each in its own numbers.
+    Headers are read first and judged together, then one plane after the other is decoded into its place.
+
+    Parameters
+    ----------
+    paths
+        Files of one series, one CT image each.
 
     Raises
     ------
     SeriesRefused
         With the reason why these files are no volume that may be denoised.
+    OSError
+        If a file cannot be read.
     """
-    raise NotImplementedError
+    with warnings.catch_warnings():
+        # pydicom warns with the offending value, which may be a name: what matters is checked here and refused by name
+        warnings.simplefilter("ignore")
+        if not paths:
+            raise SeriesRefused("empty", "there are no files")
+        slices = [read_slice(path) for path in paths]
+        _refuse_mixture(slices)
+        row, column = np.array(slices[0].orientation[:3]), np.array(slices[0].orientation[3:])
+        normal = np.cross(row, column)
+        slices.sort(key=lambda s: float(normal @ np.array(s.position_mm)))
+        places = np.array([s.position_mm for s in slices])
+        positions = places @ normal
+        _refuse_same_place(slices, positions)
+        _refuse_interleaved_acquisitions(slices, positions)
+        step, advance, tilt_deg = _advance(slices, places, positions, normal)
+
+        rows, columns = slices[0].matrix
+        hu = np.empty((len(slices), rows, columns), dtype=np.float32)
+        padding = np.zeros(hu.shape, dtype=np.bool_)
+        for k, one in enumerate(slices):
+            one.read_hu(hu[k], padding[k])
+
+    frames = {s.frame_of_reference_uid for s in slices}
+    thickness = min(s.thickness_mm for s in slices)
+    geometry = Geometry(
+        origin_mm=slices[0].position_mm,
+        spacing_mm=(step or thickness, *slices[0].pixel_spacing_mm),
+        direction=(_triple(advance), _triple(column), _triple(row)),
+        frame_of_reference_uid=frames.pop() if len(frames) == 1 else "",
+    )
+    return Volume(
+        hu=hu,
+        geometry=geometry,
+        slice_uids=tuple(s.sop_instance_uid for s in slices),
+        slice_paths=tuple(s.path for s in slices),
+        padding=padding,
+        positions_mm=tuple(float(p) for p in positions),
+        thickness_mm=thickness,
+        tilt_deg=tilt_deg,
+    )
+
+
+def _refuse_mixture(slices: Sequence[CTSlice]) -> None:
+    """Refuse slices that do not belong to one series of one patient, or not on one grid."""
+    twice = [uid for uid, count in Counter(s.sop_instance_uid for s in slices).items() if count > 1]
+    if twice:
+        raise SeriesRefused(
+            "duplicate-instance", f"{len(twice)} instances are there more than once, the first is {twice[0]}"
+        )
+    first = slices[0]
+    for one in slices:
+        pair = f"{first.sop_instance_uid} and {one.sop_instance_uid}"
+        if one.patient != first.patient:
+            raise SeriesRefused("mixed-patient", f"{pair} belong to different patients")
+        if one.study_uid != first.study_uid:
+            raise SeriesRefused("mixed-study", f"{pair} belong to different studies")
+        if one.series_uid != first.series_uid:
+            raise SeriesRefused("mixed-series", f"{pair} belong to different series")
+        if one.matrix != first.matrix:
+            raise SeriesRefused("mixed-matrix", f"{pair} have {first.matrix} and {one.matrix} pixels")
+        if not np.allclose(one.pixel_spacing_mm, first.pixel_spacing_mm, rtol=0, atol=SPACING_TOLERANCE_MM):
+            raise SeriesRefused(
+                "mixed-pixel-spacing", f"{pair} have pixels of {first.pixel_spacing_mm} and {one.pixel_spacing_mm} mm"
+            )
+        if not np.allclose(one.orientation, first.orientation, rtol=0, atol=ORIENTATION_TOLERANCE):
+            raise SeriesRefused("mixed-orientation", f"{pair} lie in planes {first.orientation} and {one.orientation}")
+        if one.reconstruction != first.reconstruction:
+            raise SeriesRefused(
+                "mixed-acquisition", f"{pair} differ in kernel or kVp: {first.reconstruction}, {one.reconstruction}"
+            )
+    frames = {s.frame_of_reference_uid for s in slices}
+    if len(frames) > 1 and not (len(frames) == len(slices) >= MIN_SEPARATE_FRAMES):
+        raise SeriesRefused(
+            "mixed-frame-of-reference",
+            f"{len(frames)} frames of reference among {len(slices)} slices: positions do not compare",
+        )
+    voxels = len(slices) * first.matrix[0] * first.matrix[1]
+    if voxels > MAX_VOXELS:
+        raise SeriesRefused(
+            "too-large", f"{len(slices)} slices of {first.matrix} are {voxels} voxels; {MAX_VOXELS} are read"
+        )
+
+
+def _refuse_same_place(slices: Sequence[CTSlice], positions: NDArray[np.float64]) -> None:
+    """Two slices at one place: two reconstructions, two phases, bolus tracking; which one is meant cannot be told."""
+    close = np.flatnonzero(np.diff(positions) < SAME_POSITION_MM)
+    if close.size:
+        k = int(close[0])
+        raise SeriesRefused(
+            "duplicate-position",
+            f"{close.size + 1} slices share places, the first {slices[k].sop_instance_uid} and "
+            f"{slices[k + 1].sop_instance_uid} at {positions[k]:.2f} mm: several reconstructions or phases",
+        )
+
+
+def _refuse_interleaved_acquisitions(slices: Sequence[CTSlice], positions: NDArray[np.float64]) -> None:
+    """Step-and-shoot scans number each table position anew; two acquisitions of one stretch must not be stacked."""
+    stretches: dict[str, list[float]] = defaultdict(list)
+    for one, position in zip(slices, positions, strict=True):
+        stretches[one.acquisition].append(float(position))
+    ordered = sorted(stretches.items(), key=lambda item: item[1][0])
+    for (before, below), (after, above) in pairwise(ordered):
+        if below[-1] > above[0]:
+            raise SeriesRefused(
+                "mixed-acquisition",
+                f"acquisitions {before or 'without number'} ({below[0]:.2f} to {below[-1]:.2f} mm) and "
+                f"{after or 'without number'} ({above[0]:.2f} to {above[-1]:.2f} mm) overlap",
+            )
+
+
+def _advance(
+    slices: Sequence[CTSlice], places: NDArray[np.float64], positions: NDArray[np.float64], normal: NDArray[np.float64]
+) -> tuple[float, NDArray[np.float64], float]:
+    """Median distance between slices in mm (0 for one), the unit vector in which they advance, its tilt in degrees."""
+    if len(slices) == 1:
+        return 0.0, normal, 0.0
+    total = places[-1] - places[0]
+    advance = total / np.linalg.norm(total)
+    line = places[0] + np.outer((positions - positions[0]) / (positions[-1] - positions[0]), total)
+    beside = np.linalg.norm(places - line, axis=1)
+    k = int(beside.argmax())
+    if beside[k] > SHIFT_TOLERANCE_MM:
+        raise SeriesRefused(
+            "in-plane-shift",
+            f"{slices[k].sop_instance_uid} at {positions[k]:.2f} mm lies {beside[k]:.2f} mm beside the line of the "
+            "others: the pixel grids do not lie on top of each other",
+        )
+    cosine = float(np.clip(advance @ normal, -1, 1))
+    step = float(np.median(np.diff(positions))) / cosine
+    return step, advance, math.degrees(math.acos(cosine))
+
+
+def _triple(vector: NDArray[np.float64]) -> tuple[float, float, float]:
+    return float(vector[0]), float(vector[1]), float(vector[2])
