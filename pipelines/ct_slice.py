@@ -28,6 +28,8 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
 )
 
+from pipelines.elements import BadElement, items, numbers, text, texts
+
 MAX_MATRIX = 2048
 """Largest Rows and Columns; clinical CT reconstructs up to 1024, photon-counting CT up to 2048."""
 MAX_INFLATED_BYTES = 64 * 2**20
@@ -134,13 +136,11 @@ class CTSlice:
             hu[...] = stored.astype(np.float64) * self.slope + self.intercept
         if self.padding is not None:
             low, high = self.padding
-            np.equal(stored, low, out=padding) if low == high else np.copyto(
-                padding, (stored >= low) & (stored <= high)
-            )
+            padding[...] = (stored == low) if low == high else (stored >= low) & (stored <= high)
         # Undeclared padding (files say -32768 and hold -2000): a constant below any measurement, from a corner inwards.
         # Air under a sharp kernel may be as low, but it is noisy.
-        lowest = hu[[0, 0, -1, -1], [0, -1, 0, -1]].min()
-        if lowest < PADDING_BELOW_HU:
+        corners = hu[[0, 0, -1, -1], [0, -1, 0, -1]][~padding[[0, 0, -1, -1], [0, -1, 0, -1]]]
+        if corners.size and (lowest := corners.min()) < PADDING_BELOW_HU:
             constant = np.abs(hu - lowest) <= PADDING_WOBBLE_HU
             if np.count_nonzero(constant) >= MIN_PADDING_PART * hu.size:
                 padding |= hu < PADDING_BELOW_HU
@@ -157,7 +157,7 @@ class CTSlice:
                 if len(ds.PixelData) != expected + expected % 2:
                     raise ValueError(f"{len(ds.PixelData)} bytes of pixel data, the header says {expected}")
             # unused high bits are looked at below, not silently masked away; decoders of compressed data set them right
-            stored = pixel_array(ds, **({"correct_unused_bits": False} if native else {}))
+            stored = pixel_array(ds, correct_unused_bits=False) if native else pixel_array(ds)
             if stored.shape != self.matrix or stored.dtype.kind not in "iu":
                 raise ValueError(f"decoded to {stored.dtype} {stored.shape}, the header says {self.matrix}")
         except OSError:
@@ -189,38 +189,53 @@ def read_slice(path: Path) -> CTSlice:
     ------
     SeriesRefused
         See docs/gate.md: ``unreadable``, ``not-ct``, ``multi-frame``, ``secondary-capture``, ``own-output``,
-        ``localizer``, ``monitoring``, ``derived``, ``colour``, ``bad-header``, ``missing-rescale``, ``bad-rescale``, ``not-hu``,
-        ``missing-geometry``, ``not-transverse``, ``too-large``, ``undecodable``.
+        ``localizer``, ``monitoring``, ``derived``, ``colour``, ``bad-header``, ``missing-rescale``, ``bad-rescale``,
+        ``not-hu``, ``missing-geometry``, ``not-transverse``, ``too-large``, ``undecodable``.
     OSError
         If the file itself cannot be read.
     """
     ds = _read_header(path)
-    uid = _text(ds, "SOPInstanceUID") or path.name
-    _refuse_other_objects(ds, uid)
-    _refuse_own_output(ds, uid)
-    _refuse_image_type(ds, uid)
+    uid = _name(ds, path)
+    try:
+        _refuse_other_objects(ds, uid)
+        _refuse_own_output(ds, uid)
+        _refuse_image_type(ds, uid)
+        return _ct_slice(ds, uid, path)
+    except BadElement as error:
+        raise SeriesRefused("bad-header", f"{uid}: {error}") from error
+
+
+def _ct_slice(ds: Dataset, uid: str, path: Path) -> CTSlice:
     matrix = _pixel_description(ds, uid, path)
     slope, intercept = _rescale(ds, uid)
     orientation, position, spacing = _geometry(ds, uid)
-    thickness = _numbers(ds, "SliceThickness", 1)
+    thickness = numbers(ds, "SliceThickness", 1)
     return CTSlice(
         path=path,
-        sop_instance_uid=_required_uid(ds, "SOPInstanceUID", uid),
-        series_uid=_required_uid(ds, "SeriesInstanceUID", uid),
-        study_uid=_required_uid(ds, "StudyInstanceUID", uid),
-        patient=(_text(ds, "PatientName"), _text(ds, "PatientID")),
-        frame_of_reference_uid=_text(ds, "FrameOfReferenceUID"),
+        sop_instance_uid=_required_uid(ds, "SOPInstanceUID"),
+        series_uid=_required_uid(ds, "SeriesInstanceUID"),
+        study_uid=_required_uid(ds, "StudyInstanceUID"),
+        patient=(text(ds, "PatientName"), text(ds, "PatientID")),
+        frame_of_reference_uid=text(ds, "FrameOfReferenceUID"),
         matrix=matrix,
         pixel_spacing_mm=spacing,
         position_mm=position,
         orientation=orientation,
         thickness_mm=max(0.0, thickness[0]) if thickness else 0.0,
-        acquisition=_text(ds, "AcquisitionNumber"),
-        reconstruction=(_text(ds, "ConvolutionKernel"), _text(ds, "KVP")),
+        acquisition=text(ds, "AcquisitionNumber"),
+        reconstruction=(text(ds, "ConvolutionKernel"), text(ds, "KVP")),
         slope=slope,
         intercept=intercept,
         padding=_padding_range(ds),
     )
+
+
+def _name(ds: Dataset, path: Path) -> str:
+    """What to call the object in a reason: its UID where it has one."""
+    try:
+        return text(ds, "SOPInstanceUID") or path.name
+    except BadElement:
+        return path.name
 
 
 def _read_header(path: Path) -> Dataset:
@@ -252,22 +267,22 @@ def _refuse_bomb(path: Path, offset: int) -> None:
 
 
 def _refuse_other_objects(ds: Dataset, uid: str) -> None:
-    sop_class, modality = _text(ds, "SOPClassUID"), _text(ds, "Modality")
+    sop_class, modality = text(ds, "SOPClassUID"), text(ds, "Modality")
     name = UID(sop_class).name
     if sop_class.startswith(SECONDARY_CAPTURE_PREFIX):
         raise SeriesRefused("secondary-capture", f"{uid} is a {name} object, a picture and no CT measurement")
     if sop_class not in (CTImageStorage, *ENHANCED_CT) or modality != "CT":
         raise SeriesRefused("not-ct", f"{uid} is {name or 'of no SOP class'}, modality {modality or 'missing'}")
-    frames = _numbers(ds, "NumberOfFrames", 1) or (1.0,)
+    frames = numbers(ds, "NumberOfFrames", 1) or (1.0,)
     if sop_class in ENHANCED_CT or frames[0] != 1:
         raise SeriesRefused("multi-frame", f"{uid} is a multi-frame object ({name}); only single-frame CT is read")
 
 
 def _refuse_own_output(ds: Dataset, uid: str) -> None:
     """What this node derived may come back from the PACS; denoising it again would smooth it twice."""
-    for item in _items(ds, "ContributingEquipmentSequence"):
-        purposes = {_text(code, "CodeValue") for code in _items(item, "PurposeOfReferenceCodeSequence")}
-        if _text(item, "Manufacturer").casefold() == OWN_MANUFACTURER and PROCESSING_EQUIPMENT in purposes:
+    for item in items(ds, "ContributingEquipmentSequence"):
+        purposes = {text(code, "CodeValue") for code in items(item, "PurposeOfReferenceCodeSequence")}
+        if text(item, "Manufacturer").casefold() == OWN_MANUFACTURER and PROCESSING_EQUIPMENT in purposes:
             raise SeriesRefused(
                 "own-output", f"{uid} was derived by {OWN_MANUFACTURER} already and is not denoised again"
             )
@@ -279,7 +294,7 @@ def _refuse_image_type(ds: Dataset, uid: str) -> None:
     DERIVED alone is no reason: lossy compression and some reconstructions write DERIVED\\PRIMARY\\AXIAL. An image
     without ImageType is judged by its geometry.
     """
-    words = [word.strip().upper() for word in _values(ds, "ImageType")]
+    words = [word.strip().upper() for word in texts(ds, "ImageType")]
     shown = "\\".join(words)
     if LOCALIZER_WORDS.intersection(words):
         raise SeriesRefused(
@@ -301,12 +316,12 @@ def _refuse_image_type(ds: Dataset, uid: str) -> None:
 def _pixel_description(ds: Dataset, uid: str, path: Path) -> tuple[int, int]:
     """(rows, columns), once the image pixel module (PS3.3 C.7.6.3) is one that this reader can hold and convert."""
     names = ("SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
-    values = {name: _numbers(ds, name, 1) for name in names}
+    values = {name: numbers(ds, name, 1) for name in names}
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise SeriesRefused("undecodable", f"{uid} has no {', '.join(missing)}")
     samples, rows, columns, allocated, stored, high_bit, signed = (int(value[0]) for value in values.values() if value)
-    photometric = _text(ds, "PhotometricInterpretation")
+    photometric = text(ds, "PhotometricInterpretation")
     if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise SeriesRefused(
             "colour", f"{uid} is no grey-scale image ({photometric or 'no photometric interpretation'})"
@@ -325,7 +340,7 @@ def _pixel_description(ds: Dataset, uid: str, path: Path) -> tuple[int, int]:
 
 
 def _rescale(ds: Dataset, uid: str) -> tuple[float, float]:
-    slope, intercept = _numbers(ds, "RescaleSlope", 1), _numbers(ds, "RescaleIntercept", 1)
+    slope, intercept = numbers(ds, "RescaleSlope", 1), numbers(ds, "RescaleIntercept", 1)
     if slope is None or intercept is None:
         raise SeriesRefused(
             "missing-rescale", f"{uid} has no RescaleSlope or RescaleIntercept: its HU are unknown, never guessed"
@@ -336,7 +351,7 @@ def _rescale(ds: Dataset, uid: str) -> tuple[float, float]:
             f"{uid}: RescaleSlope {slope[0]:g}, RescaleIntercept {intercept[0]:g}; a slope above 0 and up to "
             f"{MAX_STEP_HU:g} HU per step is needed to hold a denoised image",
         )
-    kind = _text(ds, "RescaleType")
+    kind = text(ds, "RescaleType")
     if kind not in ("", "HU"):
         raise SeriesRefused("not-hu", f"{uid}: RescaleType {kind!r}, the values are not Hounsfield units")
     return slope[0], intercept[0]
@@ -344,9 +359,9 @@ def _rescale(ds: Dataset, uid: str) -> tuple[float, float]:
 
 def _geometry(ds: Dataset, uid: str) -> tuple[tuple[float, ...], tuple[float, float, float], tuple[float, float]]:
     """(orientation, position, pixel spacing) of the image plane module (PS3.3 C.7.6.2)."""
-    orientation = _numbers(ds, "ImageOrientationPatient", 6)
-    position = _numbers(ds, "ImagePositionPatient", 3)
-    spacing = _numbers(ds, "PixelSpacing", 2)
+    orientation = numbers(ds, "ImageOrientationPatient", 6)
+    position = numbers(ds, "ImagePositionPatient", 3)
+    spacing = numbers(ds, "PixelSpacing", 2)
     if orientation is None or position is None or spacing is None:
         raise SeriesRefused(
             "missing-geometry", f"{uid} lacks ImagePositionPatient, ImageOrientationPatient or PixelSpacing"
@@ -368,11 +383,11 @@ def _padding_range(ds: Dataset) -> tuple[int, int] | None:
     Both have the pixels' representation (PS3.3 C.7.5.1.1.2), but files exist that write 63536 as unsigned beside signed
     pixels and mean -2000.
     """
-    value = _numbers(ds, "PixelPaddingValue", 1)
+    value = numbers(ds, "PixelPaddingValue", 1)
     if value is None:
         return None
-    limit = _numbers(ds, "PixelPaddingRangeLimit", 1) or value
-    signed = (_numbers(ds, "PixelRepresentation", 1) or (0,))[0] == 1
+    limit = numbers(ds, "PixelPaddingRangeLimit", 1) or value
+    signed = (numbers(ds, "PixelRepresentation", 1) or (0,))[0] == 1
     bits = 1 << 16
     both = [int(number) % bits for number in (value[0], limit[0])]
     if signed:
@@ -380,54 +395,8 @@ def _padding_range(ds: Dataset) -> tuple[int, int] | None:
     return min(both), max(both)
 
 
-def _required_uid(ds: Dataset, keyword: str, uid: str) -> str:
-    value = _text(ds, keyword)
+def _required_uid(ds: Dataset, keyword: str) -> str:
+    value = text(ds, keyword)
     if not UID(value).is_valid:
-        raise SeriesRefused("bad-header", f"{uid} has no valid {keyword}")
+        raise BadElement(f"{keyword} is missing or no valid UID")
     return value
-
-
-def _value(ds: Dataset, keyword: str) -> Any:
-    """Value of an element; None if absent or empty."""
-    try:
-        value = ds.get(keyword)
-    except OSError:
-        raise
-    except Exception as error:  # conversion of the raw bytes happens on access
-        raise SeriesRefused("bad-header", f"element {keyword} cannot be read ({type(error).__name__})") from error
-    return None if value is None or value == "" else value
-
-
-def _values(ds: Dataset, keyword: str) -> list[str]:
-    value = _value(ds, keyword)
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else [str(part) for part in value]
-
-
-def _text(ds: Dataset, keyword: str) -> str:
-    value = _value(ds, keyword)
-    return "" if value is None else str(value).strip()
-
-
-def _items(ds: Dataset, keyword: str) -> list[Dataset]:
-    value = _value(ds, keyword)
-    return (
-        [item for item in value if isinstance(item, Dataset)]
-        if value is not None and not isinstance(value, str)
-        else []
-    )
-
-
-def _numbers(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
-    """`count` finite numbers; None if the element is absent or empty."""
-    value = _value(ds, keyword)
-    if value is None:
-        return None
-    try:
-        numbers = tuple(float(part) for part in ([value] if count == 1 else value))
-    except (TypeError, ValueError, OverflowError):
-        numbers = ()
-    if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise SeriesRefused("bad-header", f"element {keyword} does not hold {count} finite number(s)")
-    return numbers
