@@ -1,0 +1,341 @@
+"""A denoised volume becomes a derived CT series: files that are written, read back and proved before they count.
+
+The header is `dicomnode.derived_header`'s, the UIDs are `dicomnode.uids`'s; here are the pixels and the files. Nothing
+depends on clock, host or chance: the same job gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import dcmread, dcmwrite
+from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels.utils import pixel_array
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
+
+from dicomnode.config import Derivation
+from dicomnode.derived_header import LOSSY_METHODS, MANUFACTURER, Making, describe, drop_false, explicit_copy
+from dicomnode.errors import DerivationError
+from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from dicomnode.uids import derived_uid
+from pipelines.base import ModelCard, Options, Progress
+from pipelines.ct_slice import CTSlice, SeriesRefused, read_slice
+from pipelines.volume import Volume
+
+__all__ = ["MANUFACTURER", "DerivedInstance", "derive_series", "derived_uid", "stored_values"]
+
+_BROKEN = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, InvalidDicomError, LookupError, MemoryError),
+    *(NotImplementedError, RuntimeError, SeriesRefused, TypeError, ValueError),
+)
+"""What reading, decoding or encoding a damaged object raises; OSError is not among them: the disk may recover."""
+
+_KEPT = (
+    *("SOPClassUID", "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "AccessionNumber"),
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "FrameOfReferenceUID"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SliceLocation"),
+    *("GantryDetectorTilt", "InstanceNumber", "AcquisitionNumber", "AcquisitionDate", "AcquisitionTime"),
+    *("KVP", "XRayTubeCurrent", "Exposure", "ExposureTime", "CTDIvol"),
+    *("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+    *("RescaleSlope", "RescaleIntercept", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+)
+"""Looked at again in the written file: the same bytes as in the source."""
+
+
+@dataclass(frozen=True, slots=True)
+class DerivedInstance:
+    """One written, proved file of a derived series."""
+
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    path: Path
+    sha256: str
+    size_bytes: int
+
+
+def derive_series(
+    volume: Volume,
+    hu: NDArray[np.float32],
+    *,
+    card: ModelCard,
+    options: Options,
+    pipeline_hash: str,
+    fingerprint: str,
+    settings: Derivation,
+    created_at: datetime,
+    out_dir: Path,
+    progress: Progress = lambda done: None,
+) -> list[DerivedInstance]:
+    """Write `hu` as a series derived from `volume`, one file per slice, Explicit VR Little Endian.
+
+    Parameters
+    ----------
+    volume
+        What was denoised; its files are read again for header and stored values.
+    hu
+        The denoised HU, float32, same shape. Where it equals ``volume.hu`` the stored value stays as it is.
+    card, options, pipeline_hash
+        The pipeline that ran. `card.input` says which slices fed one slice: itself (``slice``), its two neighbours too
+        (``slab3``), or ``card.overlap_zyx[0]`` on each side, the radius of the receptive field (``volume``).
+    fingerprint
+        Of the set of source slices.
+    settings
+        Of the site.
+    created_at
+        When the job was made, with a time zone. Written in the source's TimezoneOffsetFromUTC where it has one, else
+        in the zone it is given in: pass local time, as dates without offset are read as such (PS3.3 C.12.1).
+    out_dir
+        Existing folder; the files are named by their new UIDs.
+    progress
+        Told the fraction done.
+
+    Returns
+    -------
+    list of DerivedInstance
+        In the order of the slices; all of them are on disk.
+
+    Raises
+    ------
+    DerivationError
+        A source file is not what was read as `volume`, cannot be encoded, or a written file is not what was meant.
+    ValueError
+        `hu` is no finite float32 array of the volume's shape, or `created_at` has no time zone.
+    OSError
+        The disk failed; trying again may help.
+    """
+    if created_at.tzinfo is None:
+        raise ValueError("created_at has no time zone")
+    volume.with_hu(hu)
+    made = Making(card, options, pipeline_hash, fingerprint, settings, created_at)
+    radius = {"slice": 0, "slab3": 1, "volume": card.overlap_zyx[0]}[card.input]
+    count = len(volume.slice_paths)
+    instances: list[DerivedInstance] = []
+    for k in range(count):
+        near = range(max(0, k - radius), min(count, k + radius + 1))
+        sources = [volume.slice_uids[j] for j in (k, *(j for j in near if j != k))]
+        try:
+            header, pixels = _derive_slice(volume, hu, k, made, sources)
+            encoded = _encode(header)
+        except _BROKEN as error:
+            # no message of a library: it may quote the header
+            raise DerivationError(f"{volume.slice_uids[k]} cannot be derived from ({type(error).__name__})") from error
+        path = out_dir / f"{header.file_meta.MediaStorageSOPInstanceUID}.dcm"
+        _write_durably(path, encoded)
+        instances.append(_prove(path, encoded, header, pixels))
+        progress((k + 1) / count)
+    _sync_folder(out_dir)
+    for what, values in (("instances", {i.sop_instance_uid for i in instances}), ("files", set(volume.slice_paths))):
+        if len(values) != count:
+            raise DerivationError(f"{count} slices have only {len(values)} different {what}")
+    return instances
+
+
+def stored_values(
+    hu: NDArray[np.float32],
+    source_hu: NDArray[np.float32],
+    source: NDArray[Any],
+    padding: NDArray[np.bool_],
+    *,
+    slope: float,
+    intercept: float,
+    limits: tuple[int, int],
+    reserved: tuple[int, int] | None,
+) -> NDArray[Any]:
+    """Stored values of one slice: ``(hu - intercept) / slope`` (PS3.3 C.11.1), rounded half to even, then saturated.
+
+    Parameters
+    ----------
+    hu, source_hu
+        Denoised and original HU, (y, x).
+    source
+        Stored values that `source_hu` came from, (y, x). They stay where HU did not change.
+    padding
+        True where nothing was measured: `source` stays there, (y, x).
+    slope, intercept
+        Rescale of this slice.
+    limits
+        Lowest and highest value that BitsStored and PixelRepresentation allow.
+    reserved
+        Range of stored values that mean padding; a measured voxel that changed goes to the nearest value outside.
+
+    Returns
+    -------
+    ndarray
+        Of `source`'s type.
+
+    Raises
+    ------
+    DerivationError
+        If `reserved` leaves no value to a measured voxel.
+    """
+    low, high = limits
+    exact = (hu.astype(np.float64) - intercept) / slope
+    stored = np.clip(np.rint(exact), low, high)
+    if reserved is not None:
+        first, last = reserved
+        below, above = first - 1, last + 1
+        if below < low and above > high:
+            raise DerivationError(f"padding values {first} to {last} leave no stored value of {low} to {high}")
+        hit = (stored >= first) & (stored <= last)
+        upwards = (exact >= (first + last) / 2) & (above <= high) | (below < low)
+        stored = np.where(hit, np.where(upwards, above, below), stored)
+    return np.where(padding | (hu == source_hu), source, stored.astype(source.dtype))
+
+
+def _derive_slice(
+    volume: Volume, hu: NDArray[np.float32], k: int, made: Making, sources: list[str]
+) -> tuple[Dataset, bytes]:
+    """Header with pixels of slice `k`, and the pixels alone."""
+    one = read_slice(volume.slice_paths[k])
+    source = dcmread(volume.slice_paths[k])
+    keep_private = made.settings.keep_private_attributes
+    header = explicit_copy(source, keep_private=keep_private)  # before anything of the source is decoded
+    if one.sop_instance_uid != volume.slice_uids[k] or source.SOPInstanceUID != volume.slice_uids[k]:
+        raise DerivationError(f"{volume.slice_uids[k]}: its file holds another object now")
+    if source.SOPClassUID != CTImageStorage:
+        raise DerivationError(f"{volume.slice_uids[k]}: SOP class {source.SOPClassUID} is not CT Image Storage")
+    pixels = _pixels(source, one, volume.hu[k], hu[k], volume.padding[k])
+
+    drop_false(header)
+    syntax = source.file_meta.TransferSyntaxUID
+    lossy = None
+    if syntax in LOSSY_METHODS:
+        lossy = (LOSSY_METHODS[syntax], len(pixels) / len(source.PixelData))
+    describe(header, made, sources, lossy)
+    header.add(DataElement(Tag("PixelData"), "OW" if source.BitsAllocated > 8 else "OB", pixels))
+    meta = header.file_meta = FileMetaDataset()  # nothing of the source's: its sender and implementation are not ours
+    meta.MediaStorageSOPClassUID = source.SOPClassUID
+    meta.MediaStorageSOPInstanceUID = UID(
+        derived_uid(volume.slice_uids[k], made.pipeline_hash, made.fingerprint, "instance")
+    )
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
+    meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
+    return header, pixels
+
+
+def _pixels(
+    source: Dataset,
+    one: CTSlice,
+    source_hu: NDArray[np.float32],
+    hu: NDArray[np.float32],
+    padding: NDArray[np.bool_],
+) -> bytes:
+    """PixelData of the derived slice, little endian, of even length."""
+    encapsulated = source.file_meta.TransferSyntaxUID.is_encapsulated
+    before = pixel_array(source, correct_unused_bits=encapsulated)
+    # a padding value may use bits above BitsStored; of a measured voxel they are no part (PS3.5 8.1.1)
+    unused = int(source.BitsAllocated) - int(source.BitsStored)
+    measured = before << unused >> unused
+    if before.shape != hu.shape:
+        raise DerivationError(f"{one.sop_instance_uid} has {before.shape} pixels, the volume {hu.shape}")
+    away = np.abs(measured * np.float64(one.slope) + one.intercept - source_hu) > one.slope / 2
+    strangers = int((away & ~padding).sum())
+    if strangers:
+        raise DerivationError(f"{one.sop_instance_uid}: {strangers} voxels of its file are not those of the volume")
+    bits = int(source.BitsStored)
+    stored = stored_values(
+        hu,
+        source_hu,
+        np.where(padding, before, measured),
+        padding,
+        slope=one.slope,
+        intercept=one.intercept,
+        limits=(-(1 << bits - 1), (1 << bits - 1) - 1) if source.PixelRepresentation else (0, (1 << bits) - 1),
+        reserved=one.padding,
+    )
+    encoded = stored.astype(stored.dtype.newbyteorder("<")).tobytes()
+    return encoded + b"\0" * (len(encoded) % 2)
+
+
+def _encode(header: Dataset) -> bytes:
+    buffer = io.BytesIO()
+    dcmwrite(buffer, header, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """Write, sync, rename: the name never stands for half a file."""
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _prove(path: Path, encoded: bytes, header: Dataset, pixels: bytes) -> DerivedInstance:
+    """Read the file back as a stranger would and compare it with what was meant.
+
+    Raises
+    ------
+    DerivationError
+        With what differs.
+    """
+    content = path.read_bytes()
+    if content != encoded:
+        raise DerivationError(f"{path.name}: read back {len(content)} bytes, other than the {len(encoded)} written")
+    try:
+        written = dcmread(io.BytesIO(content))
+        meta = written.file_meta
+        wrong = [
+            keyword
+            for keyword in (*_KEPT, "SeriesInstanceUID", "SOPInstanceUID", "SpecificCharacterSet")
+            if not _same(written, header, Tag(keyword))
+        ]
+        if written.PixelData != pixels:
+            wrong.append("PixelData")
+        if (
+            meta.MediaStorageSOPInstanceUID != written.SOPInstanceUID
+            or meta.MediaStorageSOPClassUID != written.SOPClassUID
+            or meta.TransferSyntaxUID != ExplicitVRLittleEndian
+        ):
+            wrong.append("file meta information")
+        if written.ImageType[0] != "DERIVED":
+            wrong.append("ImageType")
+        if written.SourceImageSequence[0].ReferencedSOPInstanceUID == written.SOPInstanceUID:
+            wrong.append("SourceImageSequence")
+        if written.ContributingEquipmentSequence[-1].Manufacturer != MANUFACTURER:
+            wrong.append("ContributingEquipmentSequence")
+    except _BROKEN as error:
+        raise DerivationError(f"{path.name} cannot be read back ({type(error).__name__})") from error
+    if wrong:
+        raise DerivationError(f"{path.name} differs from what was meant in {', '.join(wrong)}")
+    return DerivedInstance(
+        sop_instance_uid=str(written.SOPInstanceUID),
+        sop_class_uid=str(written.SOPClassUID),
+        transfer_syntax_uid=str(meta.TransferSyntaxUID),
+        path=path,
+        sha256=hashlib.sha256(content).hexdigest(),
+        size_bytes=len(content),
+    )
+
+
+def _same(one: Dataset, other: Dataset, tag: BaseTag) -> bool:
+    """Whether both have the same element, or neither has it: the same bytes, unless it was decoded already."""
+    if tag not in one or tag not in other:
+        return (tag in one) == (tag in other)
+    first, second = one.get_item(tag), other.get_item(tag)
+    if isinstance(first, RawDataElement) and isinstance(second, RawDataElement):
+        return (first.VR, first.value or b"") == (second.VR, second.value or b"")
+    return bool(one[tag] == other[tag])
