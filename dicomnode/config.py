@@ -7,17 +7,13 @@ pipelines and DICOM keywords that do not exist, ranges, units, AE titles.
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
@@ -27,94 +23,19 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dicomnode import conditions, strict_yaml
 from dicomnode.conditions import Condition
+from dicomnode.config_fields import AETitle, Count, DicomText, FilePath, Flag, Host, Name, Network, Port, Seconds, Text
+from dicomnode.config_words import CROSS_CHECK, did_you_mean, in_words, where
 from dicomnode.errors import ConfigError
 from pipelines import base
-
-_CROSS_CHECK = "cross_check"
-"""Type of the errors that only several values together show."""
 
 _FOLDER = "folder"
 """Key of the validation context under which `load` passes the folder of the configuration file."""
 
 _SQLITE = "sqlite:///"
-
-
-def _ae_title(value: str) -> str:
-    """AE title as PS3.5 table 6.2-1 has it; spaces at its ends mean nothing and go."""
-    title = value.strip(" ")
-    if not title:
-        raise ValueError("an AE title needs at least one character that is no space")
-    if len(title) > 16:
-        raise ValueError(f"an AE title has at most 16 characters, {title!r} has {len(title)}")
-    if not all(" " <= letter <= "~" and letter != "\\" for letter in title):
-        raise ValueError(
-            f"an AE title has plain ASCII letters, digits, signs and spaces, but no backslash; not {title!r}"
-        )
-    return title
-
-
-def _name(value: str) -> str:
-    """Name of a route, destination or pipeline; it becomes part of logs, metrics and command lines."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
-        raise ValueError(f"a name has 1 to 64 letters, digits, dots, dashes and underscores; not {value!r}")
-    return value
-
-
-def _host(value: str) -> str:
-    """Host name (RFC 1123) or IP address, as text."""
-    try:
-        return str(ipaddress.ip_address(value))
-    except ValueError:
-        label = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
-        if len(value) > 253 or re.fullmatch(r"[0-9.]+", value) or not re.fullmatch(rf"{label}(\.{label})*\.?", value):
-            raise ValueError(
-                f"{value!r} is neither a host name nor an IP address; e.g. pacs.hospital.local or 10.1.2.3"
-            ) from None
-        return value
-
-
-def _network(value: object) -> object:
-    """Network in CIDR notation; a single address is a network of one."""
-    if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
-        return value
-    if not isinstance(value, str):
-        raise ValueError(f"a network is written as text, e.g. 10.1.2.0/24; not {value!r}")
-    try:
-        return ipaddress.ip_network(value)
-    except ValueError:
-        try:
-            inner = ipaddress.ip_network(value, strict=False)
-        except ValueError:
-            raise ValueError(f"{value!r} is no network; write e.g. 10.1.2.0/24, or one address") from None
-        raise ValueError(f"{value!r} is an address within a network; write {inner} for the network") from None
-
-
-def _dicom_text(value: str) -> str:
-    """Text that every Specific Character Set can hold (PS3.5 section 6.1.1: the default repertoire)."""
-    if not all(" " <= letter <= "~" and letter != "\\" for letter in value):
-        raise ValueError("only plain ASCII characters without backslash: it must fit every series' character set")
-    return value
-
-
-def _path(value: object) -> object:
-    if isinstance(value, str) and ("\0" in value or not value.strip()):
-        raise ValueError("a path is needed")
-    return value
-
-
-Text = Annotated[str, Strict()]
-Flag = Annotated[bool, Strict()]
-Count = Annotated[int, Strict(), Field(ge=1)]
-Seconds = Annotated[float, Strict(), Field(gt=0, le=7 * 86_400, allow_inf_nan=False)]
-AETitle = Annotated[Text, AfterValidator(_ae_title)]
-Port = Annotated[int, Strict(), Field(ge=1, le=65_535)]
-Host = Annotated[Text, AfterValidator(_host)]
-Name = Annotated[Text, AfterValidator(_name)]
-Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(_network)]
 
 
 class _Section(BaseModel):
@@ -132,7 +53,7 @@ class Node(_Section):
     ae_title: AETitle = "DICOMNODE"
     address: Host = "127.0.0.1"
     port: Port = 11112
-    spool: Annotated[Path, BeforeValidator(_path)] = Field(default=Path("var/spool"), validate_default=True)
+    spool: FilePath = Field(default=Path("var/spool"), validate_default=True)
     database: Text = Field(default="sqlite:///var/node.db", validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
@@ -229,11 +150,11 @@ class Delivery(_Section):
 class Derivation(_Section):
     """What tells the derived series from the original (PS3.3 C.7.6.1.1.2, C.8.2.1)."""
 
-    series_description_suffix: Annotated[Text, Field(max_length=32), AfterValidator(_dicom_text)] = " denoised"
+    series_description_suffix: Annotated[DicomText, Field(max_length=32)] = " denoised"
     series_number_offset: Annotated[int, Strict(), Field(ge=0, le=1_000_000_000)] = 1000
     image_type_value_2: Literal["PRIMARY", "SECONDARY"] = "SECONDARY"
     keep_private_attributes: Flag = True
-    image_comments: Annotated[Text, Field(max_length=1024), AfterValidator(_dicom_text)] = (
+    image_comments: Annotated[DicomText, Field(max_length=1024)] = (
         "Denoised by software; compare with the original series"
     )
 
@@ -271,7 +192,7 @@ class PipelineOptions(_Section):
     @classmethod
     def _installed(cls, uses: str) -> str:
         if uses not in base.names():
-            raise ValueError(f"no pipeline {uses!r} is installed; {_did_you_mean(uses, base.names())}")
+            raise ValueError(f"no pipeline {uses!r} is installed; {did_you_mean(uses, base.names())}")
         return uses
 
 
@@ -413,12 +334,10 @@ def _mismatches(
         for key in ("send_to", "originals_to"):
             for place, name in enumerate(getattr(route, key)):
                 if name not in destinations:
-                    problems.append(
-                        ((*at, key, place), f"no destination {name!r}; {_did_you_mean(name, destinations)}")
-                    )
+                    problems.append(((*at, key, place), f"no destination {name!r}; {did_you_mean(name, destinations)}"))
         if route.pipeline is not None and route.pipeline not in pipelines:
             problems.append(
-                ((*at, "pipeline"), f"no pipeline {route.pipeline!r}; {_did_you_mean(route.pipeline, pipelines)}")
+                ((*at, "pipeline"), f"no pipeline {route.pipeline!r}; {did_you_mean(route.pipeline, pipelines)}")
             )
     return problems
 
@@ -430,16 +349,11 @@ def _refuse(title: str, problems: list[tuple[strict_yaml.Location, str]]) -> Non
             title,
             [
                 InitErrorDetails(
-                    type=PydanticCustomError(_CROSS_CHECK, "{reason}", {"reason": reason}), loc=at, input=None
+                    type=PydanticCustomError(CROSS_CHECK, "{reason}", {"reason": reason}), loc=at, input=None
                 )
                 for at, reason in problems
             ],
         )
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(known)) or 'none'}"
 
 
 def load(path: Path) -> Config:
@@ -467,9 +381,9 @@ def load(path: Path) -> Config:
     try:
         return Config.model_validate(raw, context={_FOLDER: path.resolve().parent}, by_alias=True, by_name=False)
     except ValidationError as error:
-        problems = [(tuple(detail["loc"]), _in_words(detail)) for detail in error.errors()]
+        problems = [(tuple(detail["loc"]), in_words(detail, _known_keys(detail["loc"]))) for detail in error.errors()]
         problems += [problem for problem in _mismatches_of_the_valid(raw) if problem not in problems]
-        lines = [(document.line(at), f"{_where(at, raw)}: {reason}") for at, reason in problems]
+        lines = [(document.line(at), f"{where(at, raw)}: {reason}") for at, reason in problems]
         raise ConfigError(*(f"{path.name}:{line}: {text}" for line, text in sorted(lines))) from error
 
 
@@ -501,65 +415,7 @@ _SECTIONS: dict[str, type[_Section]] = {
 }
 
 
-def _in_words(detail: ErrorDetails) -> str:
-    """What pydantic found, in words, and what to do."""
-    kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
-    key = str(detail["loc"][-1]) if detail["loc"] else ""
-    if kind == _CROSS_CHECK:
-        return str(context["reason"])
-    if kind == "value_error":
-        return str(context["error"])
-    if kind == "missing":
-        return "is missing; add it"
-    if kind == "extra_forbidden":
-        section = _SECTIONS.get(str(detail["loc"][0])) if len(detail["loc"]) > 1 else Config
-        known = [field.alias or name for name, field in section.model_fields.items()] if section else []
-        return f"unknown key; {_did_you_mean(key, known)}"
-    if kind in {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}:
-        limit = next(iter(context.values()))
-        words = {"greater_than": "more than", "greater_than_equal": "at least", "less_than": "less than"}
-        return f"{_short(value)} is out of range; write a number of {words.get(kind, 'at most')} {limit}{_unit(key)}"
-    if kind.startswith(("float_", "int_", "finite_")):
-        whole = "a whole number" if kind.startswith("int_") else "a number"
-        return f"{_short(value)} is not {whole}; write only the number{_unit(key)}, without quotes or unit"
-    if kind.startswith("bool_"):
-        return f"{_short(value)} is neither true nor false; write one of these"
-    if kind.startswith("string_too"):
-        return f"{detail['msg'].removeprefix('String ')}; shorten it"
-    if kind.startswith("string_"):
-        return f"{_short(value)} is not text; put it in quotes"
-    if kind == "literal_error":
-        return f"{_short(value)} is not possible; write {context['expected']}"
-    if kind == "tuple_type":
-        return f"{_short(value)} is not a list; write [{value if isinstance(value, str) else '...'}]"
-    if kind in {"dict_type", "mapping_type", "model_type", "model_attributes_type"}:
-        return f"{_short(value)} stands where KEY: VALUE lines belong; check the indentation and the colon"
-    return f"{detail['msg']}; correct it"
-
-
-def _unit(key: str) -> str:
-    for ending, unit in (("_s", "seconds"), ("_mb", "megabytes"), ("_days", "days")):
-        if key.endswith(ending):
-            return f" ({unit})"
-    return ""
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _where(at: strict_yaml.Location, raw: Mapping[str, Any]) -> str:
-    """``routes[chest-low-dose].when.SliceThickness``: a route by its name, else by its number from 1."""
-    text = ""
-    for depth, part in enumerate(at):
-        if part == "[key]":
-            continue
-        if isinstance(part, int):
-            name = None
-            if depth == 1 and at[0] == "routes" and isinstance(raw["routes"][part], dict):
-                name = raw["routes"][part].get("name")
-            text += f"[{name if isinstance(name, str) else part + 1}]"
-        else:
-            text += f".{part}" if text else part
-    return text or "the file"
+def _known_keys(at: strict_yaml.Location) -> list[str]:
+    """Keys that may stand beside the one at `at`, as the file spells them."""
+    section = Config if len(at) == 1 else _SECTIONS.get(str(at[0]))
+    return [field.alias or name for name, field in section.model_fields.items()] if section else []
