@@ -165,7 +165,7 @@ deliveries = Table(
     Column("state", String(16), nullable=False, index=True),
     Column("reason", Text, nullable=False, default=""),
     Column("attempts", Integer, nullable=False, default=0, comment="attempts begun"),
-    Column("failures", Integer, nullable=False, default=0, comment="attempts in a row without progress; sets the pause"),
+    Column("failures", Integer, nullable=False, default=0, comment="attempts in a row without progress"),
     Column("enqueued", Integer, nullable=False, default=0, comment="times handed to the engine for the next attempt"),
     Column("next_try_at", DateTime),
     Column("created_at", DateTime, nullable=False),

@@ -1,11 +1,12 @@
 """The durable queue: calls `process(job_id, run)` and `deliver(job_id, destination, attempt)` at least once.
 
-Only this module and liveness.py know DBOS. It keeps nothing but ids; our tables are the truth. Its rules, each learnt from
-a measured accident (docs/architecture.md, "The engine"):
+Only this module and liveness.py know DBOS. It keeps nothing but ids; our tables are the truth. Its rules, each learnt
+from a measured accident (docs/architecture.md, "The engine"):
 
 - a fresh executor id for every start; a vanished one is taken over by liveness.py;
 - one attempt per workflow: the next is a new one, enqueued when its row is due, so no slot is held by a pause;
-- the application version is a constant: the default is a hash of the code, and after an update old work would wait for ever;
+- the application version is a constant: the default is a hash of the code, and after an update old work would wait
+  for ever;
 - nothing is submitted from an association's thread: a locked database must not stop reception.
 """
 
@@ -106,8 +107,9 @@ class Engine:
 
     def stop(self, timeout_s: int) -> None:
         """Take no new work, wait up to `timeout_s` for what runs, leave the rest to the next start."""
-        DBOS.destroy(workflow_completion_timeout_sec=timeout_s, destroy_registry=True)
         self._liveness.stop()
+        DBOS.destroy(workflow_completion_timeout_sec=timeout_s, destroy_registry=True)
+        self._liveness.leave()
 
     def submit_process(self, key: str, job_id: str, run: int, *, priority: int) -> None:
         """Enqueue an attempt; the same `key` again changes nothing. `priority` 1 goes first."""
@@ -136,13 +138,6 @@ class Engine:
         """True if the attempt came to an end, well or not; False while it waits or runs, or if it is unknown."""
         status = DBOS.get_workflow_status(key)
         return status is not None and status.status in _ENDED
-
-    def forget(self, key: str) -> None:
-        """Take an attempt that did not begin yet out of the queue.
-
-        For a running one this frees its slot at once while its thread goes on, so: first stop what it runs, then this.
-        """
-        DBOS.cancel_workflow(key)
 
     def _running(self) -> _Running:
         return _Running(self._active, self._active_lock)

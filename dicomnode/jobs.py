@@ -15,7 +15,20 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from dicomnode.db import DeliveryState, JobKind, JobState, SeriesState, deliveries, job_events, job_instances, jobs, now, series
+from dicomnode.db import (
+    DeliveryState,
+    JobKind,
+    JobState,
+    SeriesState,
+    TransferState,
+    deliveries,
+    job_events,
+    job_instances,
+    jobs,
+    now,
+    series,
+    transfers,
+)
 
 log = logging.getLogger(__name__)
 
@@ -120,15 +133,14 @@ def create(
         return False
     if sop_instance_uids:
         connection.execute(
-            sa.insert(job_instances), [{"job_id": identity, "sop_instance_uid": uid} for uid in sorted(sop_instance_uids)]
+            sa.insert(job_instances),
+            [{"job_id": identity, "sop_instance_uid": uid} for uid in sorted(sop_instance_uids)],
         )
     add_event(connection, identity, state, reason)
     return True
 
 
-def add_event(
-    connection: sa.Connection, identity: str, state: JobState, what: str, worker: str | None = None
-) -> None:
+def add_event(connection: sa.Connection, identity: str, state: JobState, what: str, worker: str | None = None) -> None:
     """A line in the job's history; for things that happen without a change of state."""
     connection.execute(sa.insert(job_events).values(job_id=identity, at=now(), state=state, what=what, worker=worker))
 
@@ -285,3 +297,69 @@ def settle(connection: sa.Connection, identity: str) -> None:
             expected={JobState.DISPATCHING},
             progress=1.0,
         )
+
+
+def supersede(connection: sa.Connection, series_uid: str, route: str, by: str) -> None:
+    """A series that grew has a new job; older ones of the same route say so, and what is not through is cancelled."""
+    older = connection.execute(
+        sa.select(jobs.c.id, jobs.c.state).where(
+            jobs.c.series_uid == series_uid,
+            jobs.c.route == route,
+            jobs.c.kind == JobKind.PIPELINE,
+            jobs.c.id != by,
+            jobs.c.superseded_by.is_(None),
+        )
+    ).all()
+    for row in older:
+        state = JobState(row.state)
+        connection.execute(
+            sa.update(jobs)
+            .where(jobs.c.id == row.id)
+            .values(superseded_by=by, cancel_requested=state not in FINAL, updated_at=now())
+        )
+        add_event(connection, row.id, state, f"superseded: the series grew, see job {by}")
+
+
+def cancel(connection: sa.Connection, identity: str) -> bool:
+    """Close a job that asked for it, after what it ran was stopped; its open deliveries end too."""
+    job = get(connection, identity)
+    if job is None or job.state in FINAL:
+        return False
+    connection.execute(
+        sa.update(deliveries)
+        .where(
+            deliveries.c.job_id == identity,
+            deliveries.c.state.in_([DeliveryState.WAITING, DeliveryState.SENDING]),
+        )
+        .values(state=DeliveryState.CANCELLED, updated_at=now())
+    )
+    return advance(connection, identity, JobState.CANCELLED, "cancelled on request", expected={job.state})
+
+
+def retry(connection: sa.Connection, identity: str) -> bool:
+    """An operator's second try of a failed job: compute again, or send again what was not accepted."""
+    job = get(connection, identity)
+    if job is None or job.state is not JobState.FAILED:
+        return False
+    planned = connection.execute(
+        sa.update(deliveries)
+        .where(deliveries.c.job_id == identity, deliveries.c.state == DeliveryState.FAILED)
+        .values(state=DeliveryState.WAITING, next_try_at=None, failures=0, enqueued=0, created_at=now())
+    ).rowcount
+    connection.execute(
+        sa.update(transfers)
+        .where(transfers.c.job_id == identity, transfers.c.state == TransferState.REFUSED)
+        .values(state=TransferState.WAITING, tries=0)
+    )
+    to = JobState.DISPATCHING if planned else JobState.QUEUED
+    return advance(
+        connection,
+        identity,
+        to,
+        "tried again on request",
+        expected={JobState.FAILED},
+        crashes=0,
+        enqueued=0,
+        next_try_at=None,
+        finished_at=None,
+    )

@@ -1,8 +1,8 @@
 """Takes over the work of a process that vanished.
 
-The engine recovers what *its own* executor id left behind. Every start of a node has a new id, so that two processes can
-never share one (the second would run the first one's jobs again). So somebody must notice a dead id: a heartbeat row per process,
-by the database's clock, and the engine's public calls.
+The engine recovers what *its own* executor id left behind. Every start of a node has a new id, so that two processes
+can never share one (the second would run the first one's jobs again). So somebody must notice a dead id: a heartbeat
+row per process, by the database's clock, and the engine's public calls.
 """
 
 from __future__ import annotations
@@ -77,9 +77,12 @@ class Liveness(threading.Thread):
                 log.warning("heartbeat failed: %s", error)
 
     def stop(self) -> None:
-        """Stop beating and leave; what is unfinished is taken over at once by whoever starts next."""
+        """Stop beating."""
         self._stop_asked.set()
         self.join()
+
+    def leave(self) -> None:
+        """Say that this process is gone: whoever comes next takes over at once what is unfinished."""
         with self._database.begin() as connection:
             connection.execute(sa.update(workers).where(workers.c.id == self._me).values(beat=0))
 

@@ -7,8 +7,8 @@
                                                                    same UID, other bytes: kept apart
     <spool>/derived/<job id>/                                       results, with their manifest.json
 
-An object is answered 0x0000 only after its file was synced, renamed into place and the folder synced (PS3.4 B.2.3 leaves
-the promise to the SCP; this is what makes it true across a power cut).
+An object is answered 0x0000 only after its file was synced, renamed into place and the folder synced (PS3.4 B.2.3
+leaves the promise to the SCP; this is what makes it true across a power cut).
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Kept(Enum):
     NEW = "new"
     SAME = "the same bytes were here already"
     CONFLICT = "another object of this UID was here already; kept apart"
+    REFUSED = "another object of this UID was here already; not kept, as the site wants it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ class Spool:
         status = os.statvfs(self.root)
         return status.f_bavail * status.f_frsize
 
-    def store(self, incoming: Incoming, data: memoryview) -> tuple[Kept, Instance]:
+    def store(self, incoming: Incoming, data: memoryview, *, keep_conflict: bool = True) -> tuple[Kept, Instance]:
         """Keep one object durably. When this returns, a power cut does not lose it.
 
         Raises
@@ -155,13 +156,13 @@ class Spool:
         """
         digest = hashlib.sha256(data).hexdigest()
         try:
-            return self._store(incoming, data, digest)
+            return self._store(incoming, data, digest, keep_conflict)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise SpoolFull(f"no space left in {self.root}; free some or move the spool") from error
             raise SpoolError(f"cannot keep {incoming.sop_instance_uid}: {error}") from error
 
-    def _store(self, incoming: Incoming, data: memoryview, digest: str) -> tuple[Kept, Instance]:
+    def _store(self, incoming: Incoming, data: memoryview, digest: str, keep_conflict: bool) -> tuple[Kept, Instance]:
         folder = _folder(self.instances, incoming.series_uid)
         path = folder / f"{incoming.sop_instance_uid}.dcm"
         header = _PREAMBLE + _file_meta(incoming)
@@ -179,6 +180,8 @@ class Spool:
             # Whoever wrote it may not have synced the folder yet, and we are about to promise that it is safe.
             _sync_folder(folder)
             return Kept.SAME, _instance(incoming, path, path.stat().st_size, digest)
+        if not keep_conflict:
+            return Kept.REFUSED, _instance(incoming, path, path.stat().st_size, digest)
         apart = _folder(self.conflicts, incoming.series_uid)
         kept = apart / f"{incoming.sop_instance_uid}.{digest[:16]}.dcm"
         _write_part(apart, header, data).rename(kept)

@@ -1,0 +1,161 @@
+"""One attempt to compute a job: what the engine calls as `process`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from dicomnode import jobs as job_table
+from dicomnode.config import Config
+from dicomnode.db import JobState, instances, job_instances, jobs, now
+from dicomnode.delivery import plan
+from dicomnode.denoise import Manifest
+from dicomnode.errors import WorkerDied
+from dicomnode.jobs import Job
+from dicomnode.scu import Outgoing
+from dicomnode.worker import Outcome, Request, Worker
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_EVERY_S = 1.0
+
+
+class Compute:
+    """Runs jobs in the worker and writes down how they ended; made once per node."""
+
+    def __init__(self, config: Config, database: sa.Engine, spool: Path, worker: Worker, me: str) -> None:
+        self._config = config
+        self._database = database
+        self._spool = spool
+        self._worker = worker
+        self._me = me
+        self._stopping = False
+
+    def stop(self) -> None:
+        """The child's next death is ours, not the job's."""
+        self._stopping = True
+
+    def process(self, job_id: str, run: int) -> None:
+        """Attempt number `run` (from 0) of a queued pipeline job."""
+        job = job_table.begin(self._database, job_id, run, self._me, self._config.compute.max_worker_deaths)
+        if job is None:
+            return
+        out = self._spool / "derived" / job.id
+        try:
+            outcome = self._worker.run(self._request(job, out), self._reporter(job.id))
+        except WorkerDied as death:
+            if not self._stopping and not self._cancelled(job.id):
+                job_table.lost_attempt(self._database, job.id, str(death), self._config.compute.max_worker_deaths)
+            return
+        self._conclude(job, out, outcome)
+
+    def _conclude(self, job: Job, out: Path, outcome: Outcome) -> None:
+        if outcome.kind == "no-infrastructure":
+            job_table.no_infrastructure(self._database, job.id, outcome.detail)
+            return
+        running = {JobState.RUNNING}
+        with self._database.begin() as connection:
+            if outcome.kind == "refused":
+                job_table.advance(connection, job.id, JobState.SKIPPED, outcome.detail, expected=running)
+            elif outcome.kind == "withheld":
+                job_table.advance(
+                    connection,
+                    job.id,
+                    JobState.WITHHELD,
+                    outcome.detail,
+                    expected=running,
+                    measured={"guard": outcome.figures},
+                )
+            elif outcome.kind == "failed":
+                job_table.advance(connection, job.id, JobState.FAILED, outcome.detail, expected=running)
+            else:
+                self._dispatch(connection, job, Manifest.read(out))
+
+    def _dispatch(self, connection: sa.Connection, job: Job, manifest: Manifest) -> None:
+        route = next((route for route in self._config.routes if route.name == job.route), None)
+        if route is None:
+            job_table.advance(
+                connection,
+                job.id,
+                JobState.FAILED,
+                f"route {job.route} is no longer in config.yaml; put it back and retry the job",
+                expected={JobState.RUNNING},
+            )
+            return
+        moved = job_table.advance(
+            connection,
+            job.id,
+            JobState.DISPATCHING,
+            f"{len(manifest.instances)} instances derived",
+            expected={JobState.RUNNING},
+            worker=self._me,
+            n_out=len(manifest.instances),
+            progress=1.0,
+            pipeline_hash=manifest.pipeline_hash,
+            derived_series_uid=manifest.derived_series_uid,
+            measured={
+                "seconds": manifest.seconds,
+                "noise_before_hu": manifest.noise_before_hu,
+                "noise_after_hu": manifest.noise_after_hu,
+                "precision": manifest.precision,
+                "guard": manifest.guard,
+            },
+        )
+        if moved:
+            items = [
+                Outgoing(one.sop_instance_uid, one.sop_class_uid, one.transfer_syntax_uid, one.path)
+                for one in manifest.instances
+            ]
+            plan(connection, job.id, route.send_to, items, self._spool)
+
+    def _request(self, job: Job, out: Path) -> Request:
+        with self._database.connect() as connection:
+            paths = (
+                connection.execute(
+                    sa.select(instances.c.path)
+                    .join(job_instances, job_instances.c.sop_instance_uid == instances.c.sop_instance_uid)
+                    .where(job_instances.c.job_id == job.id, instances.c.series_uid == job.series_uid)
+                    .order_by(instances.c.path)
+                )
+                .scalars()
+                .all()
+            )
+        assert job.uses is not None
+        assert job.strength is not None
+        assert job.blend is not None
+        assert job.fingerprint is not None
+        return Request(
+            job_id=job.id,
+            paths=tuple(str(self._spool / path) for path in paths),
+            out=str(out),
+            uses=job.uses,
+            strength=job.strength,
+            blend=job.blend,
+            fingerprint=job.fingerprint,
+            created_at=job.created_at.isoformat(),
+            settings=self._config.derivation.model_dump(),
+        )
+
+    def _reporter(self, job_id: str) -> Callable[[str, float], None]:
+        written_at = 0.0
+
+        def report(stage: str, fraction: float) -> None:
+            nonlocal written_at
+            if time.monotonic() - written_at < _PROGRESS_EVERY_S:
+                return
+            written_at = time.monotonic()
+            with self._database.begin() as connection:
+                connection.execute(
+                    sa.update(jobs).where(jobs.c.id == job_id).values(progress=fraction, updated_at=now())
+                )
+
+        return report
+
+    def _cancelled(self, job_id: str) -> bool:
+        with self._database.connect() as connection:
+            job = job_table.get(connection, job_id)
+        return job is None or job.cancel_requested

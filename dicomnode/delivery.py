@@ -1,0 +1,376 @@
+"""Delivery of one job to one destination: every instance's answer is kept, only what is missing is sent again.
+
+"Delivered" means that the peer answered 0x0000 or a warning for every instance (dicom.md: PS3.4 B.2.3). What a status
+means is decided in one place, `judge`.
+
+======================= ======================================================================================
+answer                  meaning
+======================= ======================================================================================
+0000, B000, B006, B007  accepted
+0111                    accepted if an earlier attempt of this instance ended without an answer, else refused
+A9xx, 0117, 0122, 0124  refused at once
+Cxxx, 0110, any other   refused after `failure_status_tries`: peers answer them for passing trouble too
+A7xx                    not yet: later again, without a count, until `give_up_after_days`
+no context accepted     refused at once, the transfer syntax named
+no answer               later again; the peer may have it (the UIDs do not change, so a second copy is the same object)
+======================= ======================================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Collection
+from datetime import timedelta
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from dicomnode import jobs as job_table
+from dicomnode.config import Config
+from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
+from dicomnode.errors import AssociationRejected, NodeError, PeerError
+from dicomnode.scu import Answer, Outgoing, Peer, Refused, store
+
+log = logging.getLogger(__name__)
+
+_ACCEPTED = frozenset({0x0000, 0xB000, 0xB006, 0xB007})
+_REFUSED = frozenset({0x0117, 0x0122, 0x0124})
+_DUPLICATE = 0x0111
+_WRITE_EVERY_S = 0.5
+"""Answers are written in batches: a crash between two makes at most this much be sent again."""
+_CANCEL_LOOK_S = 1.0
+
+
+class Verdict(Enum):
+    """What an answer means for one instance."""
+
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    COUNTED = "may pass; a few tries"
+    LATER = "may pass; no count"
+
+
+def judge(status: int, *, unanswered_before: bool) -> Verdict:
+    """Meaning of a C-STORE status (PS3.4 table B.2-1, PS3.7 annex C); see the table at the top.
+
+    `unanswered_before`: an earlier attempt of this instance to this destination ended without an answer.
+    """
+    if status in _ACCEPTED:
+        return Verdict.ACCEPTED
+    if status == _DUPLICATE:
+        return Verdict.ACCEPTED if unanswered_before else Verdict.REFUSED
+    if status in _REFUSED or status & 0xFF00 == 0xA900:
+        return Verdict.REFUSED
+    if status & 0xFF00 == 0xA700:
+        return Verdict.LATER
+    return Verdict.COUNTED
+
+
+def peer(config: Config, name: str) -> Peer:
+    """How to call a destination of config.yaml.
+
+    Raises
+    ------
+    NodeError
+        If there is none of that name.
+    """
+    if name not in config.destinations:
+        raise NodeError(f"no destination {name!r} in config.yaml; there are: {', '.join(config.destinations)}")
+    destination = config.destinations[name]
+    return Peer(
+        name=name,
+        ae_title=destination.ae_title,
+        host=destination.host,
+        port=destination.port,
+        calling_ae_title=destination.calling_ae_title or config.node.ae_title,
+        connect_timeout_s=destination.connect_timeout_s,
+        acse_timeout_s=destination.acse_timeout_s,
+        dimse_timeout_s=destination.dimse_timeout_s,
+    )
+
+
+def plan(
+    connection: sa.Connection, job_id: str, destinations: Collection[str], items: Collection[Outgoing], spool: Path
+) -> None:
+    """Write down what has to go where; again is harmless, more items reopen a delivery that was through."""
+    at = now()
+    for destination in destinations:
+        connection.execute(
+            sa.insert(deliveries)
+            .prefix_with("OR IGNORE")
+            .values(job_id=job_id, destination=destination, state=DeliveryState.WAITING, created_at=at, updated_at=at)
+        )
+        if items:
+            connection.execute(
+                sa.insert(transfers).prefix_with("OR IGNORE"),
+                [
+                    {
+                        "job_id": job_id,
+                        "destination": destination,
+                        "sop_instance_uid": item.sop_instance_uid,
+                        "sop_class_uid": item.sop_class_uid,
+                        "transfer_syntax_uid": item.transfer_syntax_uid,
+                        "path": str(item.path.relative_to(spool)),
+                        "state": TransferState.WAITING,
+                        "updated_at": at,
+                    }
+                    for item in items
+                ],
+            )
+        connection.execute(
+            sa.update(deliveries)
+            .where(
+                deliveries.c.job_id == job_id,
+                deliveries.c.destination == destination,
+                deliveries.c.state.in_([DeliveryState.SENT, DeliveryState.FAILED]),
+                sa.exists().where(
+                    transfers.c.job_id == job_id,
+                    transfers.c.destination == destination,
+                    transfers.c.state == TransferState.WAITING,
+                ),
+            )
+            .values(state=DeliveryState.WAITING, next_try_at=None, enqueued=0, updated_at=at)
+        )
+
+
+class Delivery:
+    """Sends; made once per node. `deliver` is what the engine calls."""
+
+    def __init__(self, config: Config, database: sa.Engine, spool: Path) -> None:
+        self._config = config
+        self._database = database
+        self._spool = spool
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Let running associations end after their current image; the rest is sent at the next start."""
+        self._stopping.set()
+
+    def deliver(self, job_id: str, destination: str, attempt: int) -> None:
+        """Attempt number `attempt` (from 0) to send what `destination` has not accepted yet."""
+        begun = self._begin(job_id, destination, attempt)
+        if begun is None:
+            return
+        answers = _Answers(self._database, job_id, destination, self._config.delivery.failure_status_tries)
+        trouble = ""
+        count_trouble = False
+        try:
+            store(peer(self._config, destination), begun, answers.take, lambda: self._should_stop(answers, job_id))
+        except AssociationRejected as error:
+            trouble, count_trouble = str(error), error.permanent
+        except PeerError as error:
+            trouble = str(error)
+        finally:
+            answers.write()
+        self._finish(job_id, destination, trouble, count_trouble, progressed=answers.progressed)
+
+    def _begin(self, job_id: str, destination: str, attempt: int) -> list[Outgoing] | None:
+        mine = (deliveries.c.job_id == job_id, deliveries.c.destination == destination)
+        with self._database.begin() as connection:
+            row = connection.execute(sa.select(deliveries).where(*mine)).one_or_none()
+            job = job_table.get(connection, job_id)
+            if row is None or job is None or job.cancel_requested or job.state is not JobState.DISPATCHING:
+                return None
+            first = row.state == DeliveryState.WAITING and row.attempts == attempt
+            again = row.state == DeliveryState.SENDING and row.attempts == attempt + 1
+            if not first and not again:
+                return None
+            if destination not in self._config.destinations:
+                reason = f"destination {destination} is no longer in config.yaml; put it back and retry the job"
+                connection.execute(
+                    sa.update(deliveries)
+                    .where(*mine)
+                    .values(state=DeliveryState.FAILED, reason=reason, updated_at=now())
+                )
+                job_table.settle(connection, job_id)
+                return None
+            at = now()
+            connection.execute(
+                sa.update(deliveries)
+                .where(*mine)
+                .values(state=DeliveryState.SENDING, attempts=attempt + 1, enqueued=0, updated_at=at)
+            )
+            ours = (transfers.c.job_id == job_id, transfers.c.destination == destination)
+            # Offered by an attempt whose process died: nobody knows whether the peer has it.
+            connection.execute(
+                sa.update(transfers)
+                .where(*ours, transfers.c.state == TransferState.OFFERED)
+                .values(state=TransferState.WAITING, unanswered=True)
+            )
+            rows = connection.execute(
+                sa.select(transfers).where(*ours, transfers.c.state == TransferState.WAITING).order_by(transfers.c.path)
+            ).all()
+            connection.execute(
+                sa.update(transfers)
+                .where(*ours, transfers.c.state == TransferState.WAITING)
+                .values(state=TransferState.OFFERED, updated_at=at)
+            )
+        return [
+            Outgoing(item.sop_instance_uid, item.sop_class_uid, item.transfer_syntax_uid, self._spool / item.path)
+            for item in rows
+        ]
+
+    def _should_stop(self, answers: _Answers, job_id: str) -> bool:
+        if self._stopping.is_set() or answers.peer_is_full:
+            return True
+        if not answers.time_to_look():
+            return False
+        with self._database.connect() as connection:
+            return bool(connection.execute(sa.select(jobs.c.cancel_requested).where(jobs.c.id == job_id)).scalar_one())
+
+    def _finish(self, job_id: str, destination: str, trouble: str, count_trouble: bool, *, progressed: bool) -> None:
+        mine = (deliveries.c.job_id == job_id, deliveries.c.destination == destination)
+        ours = (transfers.c.job_id == job_id, transfers.c.destination == destination)
+        with self._database.begin() as connection:
+            row = connection.execute(sa.select(deliveries).where(*mine)).one()
+            if row.state != DeliveryState.SENDING:
+                return
+            # Not answered in this attempt. Without trouble they were not offered to the wire at all (asked to stop).
+            connection.execute(
+                sa.update(transfers)
+                .where(*ours, transfers.c.state == TransferState.OFFERED)
+                .values(
+                    state=TransferState.WAITING, unanswered=sa.or_(transfers.c.unanswered, sa.literal(bool(trouble)))
+                )
+            )
+            failures = 0 if progressed else row.failures + 1
+            state, reason, pause = self._conclude(connection, row, ours, trouble, count_trouble, failures)
+            connection.execute(
+                sa.update(deliveries)
+                .where(*mine)
+                .values(
+                    state=state,
+                    reason=reason,
+                    failures=failures,
+                    enqueued=0,
+                    next_try_at=now() + pause,
+                    updated_at=now(),
+                )
+            )
+            if state is not DeliveryState.WAITING:
+                job_table.add_event(connection, job_id, JobState.DISPATCHING, f"{destination}: {reason}")
+            elif pause:
+                event = f"{destination}: {reason}; next try in {pause.total_seconds():.0f} s"
+                job_table.add_event(connection, job_id, JobState.DISPATCHING, event)
+            job_table.settle(connection, job_id)
+        log.info("job %s: %s: %s, %s", job_id[:12], destination, state, reason)
+
+    def _conclude(
+        self,
+        connection: sa.Connection,
+        row: sa.Row[Any],
+        ours: tuple[sa.ColumnElement[bool], ...],
+        trouble: str,
+        count_trouble: bool,
+        failures: int,
+    ) -> tuple[DeliveryState, str, timedelta]:
+        """Next state of a delivery whose attempt ended, why, and the pause before its next attempt."""
+        settings = self._config.delivery
+        states: dict[str, int] = dict(
+            connection.execute(sa.select(transfers.c.state, sa.func.count()).where(*ours).group_by(transfers.c.state))
+            .tuples()
+            .all()
+        )
+        waiting, refused = states.get(TransferState.WAITING, 0), states.get(TransferState.REFUSED, 0)
+        total = sum(states.values())
+        if waiting:
+            too_old = now() - row.created_at > timedelta(days=settings.give_up_after_days)
+            too_often = count_trouble and failures >= settings.failure_status_tries
+            if too_old or too_often:
+                reason = f"gave up: {trouble or 'not accepted'}; {waiting} of {total} not accepted"
+                return DeliveryState.FAILED, reason, timedelta()
+            # Images that came while the association was open are due at once; after trouble the peer gets a pause.
+            hindered = bool(trouble) or failures > 0 or self._answered_later(connection, ours)
+            pause = self._pause(failures) if hindered else timedelta()
+            return DeliveryState.WAITING, trouble or f"{waiting} of {total} to go", pause
+        if refused:
+            example = connection.execute(
+                sa.select(transfers.c.sop_instance_uid, transfers.c.detail)
+                .where(*ours, transfers.c.state == TransferState.REFUSED)
+                .order_by(transfers.c.sop_instance_uid)
+                .limit(1)
+            ).one()
+            reason = f"{refused} of {total} refused, e.g. {example.sop_instance_uid}: {example.detail}"
+            return DeliveryState.FAILED, reason, timedelta()
+        return DeliveryState.SENT, f"all {total} accepted", timedelta()
+
+    def _answered_later(self, connection: sa.Connection, ours: tuple[sa.ColumnElement[bool], ...]) -> bool:
+        """Was an instance answered with something that may pass?"""
+        open_and_answered = sa.exists().where(
+            *ours, transfers.c.state == TransferState.WAITING, transfers.c.status.is_not(None)
+        )
+        return bool(connection.execute(sa.select(open_and_answered)).scalar_one())
+
+    def _pause(self, failures: int) -> timedelta:
+        settings = self._config.delivery
+        longest = min(settings.retry_first_s * 2.0 ** min(failures, 30), settings.retry_max_s)
+        # Jitter, so that a hundred jobs do not knock all at once on a PACS that just came back.
+        return timedelta(seconds=longest * random.uniform(0.5, 1.0))  # noqa: S311
+
+
+class _Answers:
+    """Collects the answers of one attempt and writes them in batches."""
+
+    def __init__(self, database: sa.Engine, job_id: str, destination: str, tries: int) -> None:
+        self._database = database
+        self._job_id = job_id
+        self._destination = destination
+        self._tries = tries
+        self._unwritten: list[Answer | Refused] = []
+        self._written_at = time.monotonic()
+        self._looked_at = time.monotonic()
+        self.progressed = False
+        self.peer_is_full = False
+
+    def take(self, answer: Answer | Refused) -> None:
+        self._unwritten.append(answer)
+        if isinstance(answer, Answer) and judge(answer.status, unanswered_before=True) is Verdict.LATER:
+            self.peer_is_full = True
+        if time.monotonic() - self._written_at >= _WRITE_EVERY_S:
+            self.write()
+
+    def time_to_look(self) -> bool:
+        if time.monotonic() - self._looked_at < _CANCEL_LOOK_S:
+            return False
+        self._looked_at = time.monotonic()
+        return True
+
+    def write(self) -> None:
+        self._written_at = time.monotonic()
+        if not self._unwritten:
+            return
+        with self._database.begin() as connection:
+            for answer in self._unwritten:
+                self._write_one(connection, answer)
+        self._unwritten.clear()
+
+    def _write_one(self, connection: sa.Connection, answer: Answer | Refused) -> None:
+        mine = (
+            transfers.c.job_id == self._job_id,
+            transfers.c.destination == self._destination,
+            transfers.c.sop_instance_uid == answer.sop_instance_uid,
+        )
+        values: dict[str, object] = {"updated_at": now(), "unanswered": False}
+        if isinstance(answer, Refused):
+            values |= {"state": TransferState.REFUSED, "detail": answer.reason}
+        else:
+            row = connection.execute(sa.select(transfers.c.tries, transfers.c.unanswered).where(*mine)).one()
+            verdict = judge(answer.status, unanswered_before=row.unanswered)
+            detail = f"status 0x{answer.status:04X}" + (f" ({answer.comment})" if answer.comment else "")
+            values |= {"status": answer.status, "detail": detail, "state": TransferState.WAITING}
+            if verdict is Verdict.ACCEPTED:
+                values["state"] = TransferState.ACCEPTED
+            elif verdict is Verdict.REFUSED:
+                values["state"] = TransferState.REFUSED
+            elif verdict is Verdict.COUNTED:
+                values["tries"] = row.tries + 1
+                if row.tries + 1 >= self._tries:
+                    values["state"] = TransferState.REFUSED
+        if values["state"] in (TransferState.ACCEPTED, TransferState.REFUSED):
+            self.progressed = True
+        connection.execute(sa.update(transfers).where(*mine).values(**values))

@@ -1,0 +1,405 @@
+"""From stored instances to jobs: index, forward originals at once, close series, route them.
+
+The association threads only put what they stored into a queue; one thread here writes the tables in batches. A crash in
+between loses nothing: the spool holds every acknowledged object, and `recover` indexes what has no row.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import sqlalchemy as sa
+from pydicom import dcmread
+
+from dicomnode import jobs as job_table
+from dicomnode.config import Config
+from dicomnode.db import JobKind, JobState, SeriesState, instances, jobs, series
+from dicomnode.delivery import plan
+from dicomnode.errors import SpoolError
+from dicomnode.router import Match, Router, header_values
+from dicomnode.scu import Outgoing
+from dicomnode.series import KEYWORDS, Evidence, Header, OpenSeries, evidence, quiet_needed_s
+from dicomnode.spool import Instance, Kept, Spool, read_instance
+
+log = logging.getLogger(__name__)
+
+_BATCH = 256
+"""Most instances indexed in one transaction."""
+_LOOK_EVERY_S = 0.25
+_DATABASE_PAUSE_S = 2.0
+
+_Stored = tuple[Kept, Instance, Header]
+
+
+class Intake:
+    """One per node.
+
+    Parameters
+    ----------
+    open_associations
+        Number of open associations that brought instances of a series, by its UID.
+    pipeline_hashes
+        Name in config.yaml → hash of that pipeline with its options, for every pipeline that a route names.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        database: sa.Engine,
+        spool: Spool,
+        open_associations: Callable[[str], int],
+        pipeline_hashes: Mapping[str, str],
+    ) -> None:
+        self._config = config
+        self._database = database
+        self._spool = spool
+        self._router = Router(config.routes)
+        self._open_associations = open_associations
+        self._pipeline_hashes = pipeline_hashes
+        self._queue: queue.Queue[_Stored] = queue.Queue()
+        self._open: dict[str, OpenSeries] = {}
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self.keywords = self._router.keywords | KEYWORDS
+        """What the receiver must keep of each header."""
+
+    def stored(self, kept: Kept, instance: Instance, header: Header) -> None:
+        """Called by the association threads after the object is safe and before it is acknowledged; never blocks."""
+        self._queue.put((kept, instance, header))
+
+    def recover(self) -> None:
+        """Make tables and spool agree after a crash; before reception starts.
+
+        A file without a row is indexed as if it came now. A row without a file is reported: somebody removed it.
+        """
+        with self._database.connect() as connection:
+            known = set(connection.execute(sa.select(instances.c.path)).scalars())
+            still_open = connection.execute(sa.select(series).where(series.c.state == SeriesState.OPEN)).all()
+        found = {str(path.relative_to(self._spool.root)): path for path in self._spool.paths()}
+        for lost in sorted(known - found.keys()):
+            log.error("the spool has no file %s although it was received; restore it from a backup or the sender", lost)
+            for row in still_open:
+                self._open[row.series_uid] = self._recall(connection, row.series_uid, row.study_uid, row.generation)
+        new = sorted(found.keys() - known)
+        for name in new:
+            try:
+                instance = read_instance(found[name])
+            except SpoolError as error:
+                log.error("not indexed: %s", error)
+                continue
+            self._queue.put((Kept.NEW, instance, self._header(instance.path)))
+        if new:
+            log.info("%d received files had no row; they are indexed now", len(new))
+        while not self._queue.empty():
+            self._index(self._drain())
+
+    def start(self) -> None:
+        """Begin to index and to close series."""
+        self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Index what is queued, then end."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        batch: list[_Stored] = []
+        while True:
+            try:
+                batch = batch or self._drain()
+                if batch:
+                    self._index(batch)
+                    batch = []
+                elif self._stopping.is_set():
+                    return
+                self._close_complete()
+            except (sa.exc.DBAPIError, OSError) as error:
+                # Full or locked database: reception goes on into the spool, and the rows follow later.
+                log.error("cannot index now, will try again: %s", error)
+                if self._stopping.wait(_DATABASE_PAUSE_S):
+                    return
+
+    def _drain(self) -> list[_Stored]:
+        batch = []
+        try:
+            batch.append(self._queue.get(timeout=_LOOK_EVERY_S))
+            while len(batch) < _BATCH:
+                batch.append(self._queue.get_nowait())
+        except queue.Empty:
+            pass
+        return batch
+
+    def _header(self, path: Path) -> Header:
+        return header_values(dcmread(path, stop_before_pixels=True), self.keywords)
+
+    # ── index ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _index(self, batch: Sequence[_Stored]) -> None:
+        grown: dict[str, OpenSeries] = {}
+        headers: list[tuple[str, str, Header]] = []
+        with self._database.begin() as connection:
+            for kept, instance, header in batch:
+                if kept is Kept.NEW:
+                    opened = self._insert(connection, instance, grown)
+                    if opened is not None:
+                        matches = self._router.match(header, instance.calling_ae, instance.called_ae)
+                        opened.may_be_denoised |= any(match.action == "pipeline" for match in matches)
+                        self._forward_original(connection, instance, matches, opened.generation)
+                        headers.append((instance.series_uid, instance.sop_instance_uid, header))
+                elif kept is Kept.CONFLICT:
+                    self._flag_conflict(connection, instance)
+        # Only now, after the commit: a batch that failed is tried again from the start.
+        self._open.update(grown)
+        for series_uid, sop_instance_uid, header in headers:
+            self._open[series_uid].headers[sop_instance_uid] = header
+        for _, instance, _ in batch:
+            if instance.series_uid in self._open:
+                self._open[instance.series_uid].last_activity_s = time.monotonic()
+
+    def _insert(self, connection: sa.Connection, instance: Instance, grown: dict[str, OpenSeries]) -> OpenSeries | None:
+        """Row of a new instance; opens its series, or opens it again. None if the row was there."""
+        row = connection.execute(sa.select(series).where(series.c.series_uid == instance.series_uid)).one_or_none()
+        if row is None:
+            generation = 1
+            connection.execute(
+                sa.insert(series).values(
+                    series_uid=instance.series_uid,
+                    study_uid=instance.study_uid,
+                    state=SeriesState.OPEN,
+                    generation=generation,
+                    first_at=instance.received_at,
+                    last_at=instance.received_at,
+                )
+            )
+        else:
+            generation = row.generation + (row.state == SeriesState.CLOSED)
+        inserted = connection.execute(
+            sa.insert(instances)
+            .prefix_with("OR IGNORE")
+            .values(
+                series_uid=instance.series_uid,
+                sop_instance_uid=instance.sop_instance_uid,
+                sop_class_uid=instance.sop_class_uid,
+                study_uid=instance.study_uid,
+                transfer_syntax_uid=instance.transfer_syntax_uid,
+                path=str(instance.path.relative_to(self._spool.root)),
+                size_bytes=instance.size_bytes,
+                sha256=instance.sha256,
+                calling_ae=instance.calling_ae,
+                called_ae=instance.called_ae,
+                generation=generation,
+                received_at=instance.received_at,
+            )
+        ).rowcount
+        if not inserted:
+            return None
+        connection.execute(
+            sa.update(series)
+            .where(series.c.series_uid == instance.series_uid)
+            .values(
+                state=SeriesState.OPEN,
+                generation=generation,
+                n_instances=series.c.n_instances + 1,
+                last_at=instance.received_at,
+            )
+        )
+        opened = self._open.get(instance.series_uid) or grown.get(instance.series_uid)
+        if opened is None and row is not None:
+            log.info("series %s grows again (generation %d)", instance.series_uid, generation)
+            opened = self._recall(connection, instance.series_uid, instance.study_uid, generation)
+        if opened is None:
+            opened = OpenSeries(instance.series_uid, instance.study_uid, generation)
+        grown[instance.series_uid] = opened
+        return opened
+
+    def _recall(self, connection: sa.Connection, series_uid: str, study_uid: str, generation: int) -> OpenSeries:
+        """An open series with the headers of what the spool has of it."""
+        opened = OpenSeries(series_uid, study_uid, generation, last_activity_s=time.monotonic())
+        rows = connection.execute(sa.select(instances).where(instances.c.series_uid == series_uid)).all()
+        for row in rows:
+            path = self._spool.root / row.path
+            if path.exists():
+                header = opened.headers[row.sop_instance_uid] = self._header(path)
+                matches = self._router.match(header, row.calling_ae, row.called_ae)
+                opened.may_be_denoised |= any(match.action == "pipeline" for match in matches)
+        return opened
+
+    def _flag_conflict(self, connection: sa.Connection, instance: Instance) -> None:
+        log.warning(
+            "%s came again with other bytes (series %s): kept apart in %s",
+            instance.sop_instance_uid,
+            instance.series_uid,
+            instance.path,
+        )
+        connection.execute(
+            sa.update(series)
+            .where(series.c.series_uid == instance.series_uid)
+            .values(n_conflicts=series.c.n_conflicts + 1)
+        )
+
+    def _forward_original(
+        self, connection: sa.Connection, instance: Instance, matches: Sequence[Match], generation: int
+    ) -> None:
+        """Plan the original's way at once, wherever a route wants it, whatever happens to any denoising."""
+        for match in matches:
+            targets = (*match.route.originals_to, *(match.send_to if match.action == "forward" else ()))
+            if not targets:
+                continue
+            identity = job_table.job_id("originals", instance.series_uid, match.route.name, str(generation))
+            job_table.create(
+                connection,
+                identity=identity,
+                kind=JobKind.ORIGINALS,
+                state=JobState.DISPATCHING,
+                reason=f"originals to {', '.join(targets)}, as they arrive",
+                series_uid=instance.series_uid,
+                study_uid=instance.study_uid,
+                generation=generation,
+                calling_ae=instance.calling_ae,
+                route=match.route.name,
+                route_reason=match.reason,
+                priority=match.route.priority,
+            )
+            connection.execute(
+                sa.update(jobs).where(jobs.c.id == identity).values(n_in=jobs.c.n_in + 1, n_out=jobs.c.n_out + 1)
+            )
+            item = Outgoing(
+                instance.sop_instance_uid, instance.sop_class_uid, instance.transfer_syntax_uid, instance.path
+            )
+            plan(connection, identity, targets, [item], self._spool.root)
+
+    # ── close ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _close_complete(self) -> None:
+        for opened in list(self._open.values()):
+            silent_s = time.monotonic() - opened.last_activity_s
+            if silent_s < self._config.assembly.quiet_s:
+                continue
+            judged = evidence(list(opened.headers.values()))
+            needed_s = quiet_needed_s(
+                judged,
+                may_be_denoised=opened.may_be_denoised,
+                association_open=self._open_associations(opened.series_uid) > 0,
+                quiet_s=self._config.assembly.quiet_s,
+                without_evidence_s=self._config.assembly.quiet_without_evidence_s,
+            )
+            if silent_s >= needed_s:
+                self._close(opened, judged)
+
+    def _close(self, opened: OpenSeries, judged: Evidence) -> None:
+        with self._database.begin() as connection:
+            connection.execute(
+                sa.update(series)
+                .where(series.c.series_uid == opened.series_uid)
+                .values(state=SeriesState.CLOSED, evidence=judged.reason)
+            )
+            self._create_jobs(connection, opened, judged)
+            originals = connection.execute(
+                sa.select(jobs.c.id).where(
+                    jobs.c.series_uid == opened.series_uid,
+                    jobs.c.kind == JobKind.ORIGINALS,
+                    jobs.c.state == JobState.DISPATCHING,
+                )
+            ).scalars()
+            for identity in list(originals):
+                job_table.settle(connection, identity)
+        del self._open[opened.series_uid]
+        log.info("series %s closed: %s", opened.series_uid, judged.reason)
+
+    def _create_jobs(self, connection: sa.Connection, opened: OpenSeries, judged: Evidence) -> None:
+        """Instances that met the same route with a pipeline become one job; what met nothing is written down too."""
+        rows = connection.execute(sa.select(instances).where(instances.c.series_uid == opened.series_uid)).all()
+        by_pipeline: dict[str, list[tuple[Match, sa.Row[tuple[object, ...]]]]] = defaultdict(list)
+        ignored: dict[str, list[tuple[Match, sa.Row[tuple[object, ...]]]]] = defaultdict(list)
+        unmatched = []
+        for row in rows:
+            header = opened.headers.get(row.sop_instance_uid)
+            if header is None:
+                continue
+            matches = self._router.match(header, row.calling_ae, row.called_ae)
+            if not matches:
+                unmatched.append((row, header))
+            for match in matches:
+                if match.action == "pipeline":
+                    by_pipeline[match.route.name].append((match, row))
+                elif match.action == "ignore":
+                    ignored[match.route.name].append((match, row))
+        for members in by_pipeline.values():
+            self._create_pipeline_job(connection, opened, members[0][0], [row for _, row in members], judged)
+        for name, members in ignored.items():
+            self._create_skipped(connection, opened, name, members[0][0].reason, [row for _, row in members])
+        if unmatched:
+            row, header = unmatched[0]
+            why = self._router.explain_no_match(header, row.calling_ae, row.called_ae)
+            reason = f"no route matched: {'; '.join(why)}"
+            self._create_skipped(connection, opened, "", reason, [row for row, _ in unmatched])
+
+    def _create_pipeline_job(
+        self,
+        connection: sa.Connection,
+        opened: OpenSeries,
+        match: Match,
+        rows: Sequence[sa.Row[tuple[object, ...]]],
+        judged: Evidence,
+    ) -> None:
+        route = match.route
+        assert route.pipeline is not None
+        options = self._config.pipelines[route.pipeline]
+        digest = job_table.fingerprint((row.sop_instance_uid, row.sha256) for row in rows)
+        pipeline_hash = self._pipeline_hashes[route.pipeline]
+        identity = job_table.job_id("pipeline", opened.series_uid, route.name, pipeline_hash, digest)
+        created = job_table.create(
+            connection,
+            identity=identity,
+            kind=JobKind.PIPELINE,
+            state=JobState.QUEUED,
+            reason=f"series closed: {judged.reason}",
+            sop_instance_uids=[row.sop_instance_uid for row in rows],
+            series_uid=opened.series_uid,
+            study_uid=opened.study_uid,
+            generation=opened.generation,
+            calling_ae=rows[0].calling_ae,
+            route=route.name,
+            route_reason=match.reason,
+            priority=route.priority,
+            pipeline=route.pipeline,
+            uses=options.uses,
+            strength=options.strength,
+            blend=options.blend,
+            pipeline_hash=pipeline_hash,
+            fingerprint=digest,
+        )
+        if created:
+            job_table.supersede(connection, opened.series_uid, route.name, identity)
+
+    def _create_skipped(
+        self,
+        connection: sa.Connection,
+        opened: OpenSeries,
+        route: str,
+        reason: str,
+        rows: Sequence[sa.Row[tuple[object, ...]]],
+    ) -> None:
+        job_table.create(
+            connection,
+            identity=job_table.job_id("skipped", opened.series_uid, route, str(opened.generation)),
+            kind=JobKind.PIPELINE,
+            state=JobState.SKIPPED,
+            reason=reason,
+            sop_instance_uids=[row.sop_instance_uid for row in rows],
+            series_uid=opened.series_uid,
+            study_uid=opened.study_uid,
+            generation=opened.generation,
+            calling_ae=rows[0].calling_ae,
+            route=route,
+            route_reason=reason,
+            priority=100,
+        )

@@ -1,0 +1,92 @@
+"""The node: its parts made once, started from the ground up and stopped from the roof down.
+
+::
+
+    scp → spool → intake → jobs ← dispatcher → engine → compute (worker) → delivery (scu)
+"""
+
+from __future__ import annotations
+
+import logging
+
+import sqlalchemy as sa
+
+from dicomnode.compute import Compute
+from dicomnode.config import Config
+from dicomnode.db import open_database
+from dicomnode.delivery import Delivery
+from dicomnode.dispatcher import Dispatcher
+from dicomnode.engine import Engine
+from dicomnode.intake import Intake
+from dicomnode.scp import StorageServer
+from dicomnode.spool import Spool
+from dicomnode.worker import Worker, default_threads
+from pipelines.base import Options
+
+log = logging.getLogger(__name__)
+
+_STOP_WAIT_S = 10
+
+
+class Node:
+    """Everything that runs in one process. Only one of them may use a spool.
+
+    Raises
+    ------
+    NodeError
+        If a pipeline that a route names cannot be loaded, or another node uses the spool.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._spool = Spool(config.node.spool)
+        self.database: sa.Engine = open_database(config.node.database)
+        self._worker = Worker(config.compute.threads or default_threads())
+        self._delivery = Delivery(config, self.database, self._spool.root)
+        self._engine = Engine(self.database, self._process, self._delivery.deliver)
+        self._compute = Compute(config, self.database, self._spool.root, self._worker, self._engine.executor_id)
+        self._intake = Intake(config, self.database, self._spool, self._open_associations, self._pipeline_hashes())
+        self._server = StorageServer(config, self._spool, self._intake.keywords, self._intake.stored)
+        self._dispatcher = Dispatcher(self.database, self._engine, self._worker)
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        return self._server.port
+
+    def start(self) -> None:
+        """Heal what a crash left, then work, then listen: the first new image finds everything in place."""
+        removed = self._spool.remove_partial()
+        if removed:
+            log.info("%d half-written files removed; they were never acknowledged", removed)
+        self._intake.recover()
+        self._engine.start(alone=True)
+        self._dispatcher.start()
+        self._intake.start()
+        self._server.start()
+
+    def stop(self) -> None:
+        """Stop listening, write down what is queued, give work back; nothing acknowledged is only in memory."""
+        self._server.stop(_STOP_WAIT_S)
+        self._intake.stop()
+        self._dispatcher.stop()
+        self._delivery.stop()
+        self._compute.stop()
+        self._worker.stop()
+        self._engine.stop(_STOP_WAIT_S)
+        self.database.dispose()
+        self._spool.close()
+
+    def _process(self, job_id: str, run: int) -> None:
+        self._compute.process(job_id, run)
+
+    def _open_associations(self, series_uid: str) -> int:
+        return self._server.open_associations(series_uid)
+
+    def _pipeline_hashes(self) -> dict[str, str]:
+        named = {route.pipeline for route in self._config.routes if route.pipeline is not None}
+        hashes = {}
+        for name in sorted(named):
+            options = self._config.pipelines[name]
+            hashes[name] = self._worker.describe(options.uses, Options(options.strength, options.blend))
+        return hashes

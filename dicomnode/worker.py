@@ -1,0 +1,273 @@
+"""The compute child: a process of its own that keeps the models loaded and runs one series at a time.
+
+Parent and child speak JSON lines over the child's stdin and stdout: paths in, progress out, files on disk. A network
+that runs out of memory or crashes in native code ends the child and costs one attempt; the node, its associations and
+its database live on. The child ends itself when the parent's end of the pipe closes, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from dicomnode.config import Derivation
+from dicomnode.denoise import Withheld, denoise_series
+from dicomnode.errors import NodeError, WorkerDied
+from pipelines.base import Options, Pipeline, UnknownPipeline, load, pipeline_hash
+from pipelines.volume import SeriesRefused
+
+log = logging.getLogger(__name__)
+
+_NICENESS = 10
+"""Reception and delivery go first."""
+_END_WAIT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Work for the child."""
+
+    job_id: str
+    paths: tuple[str, ...]
+    out: str
+    uses: str
+    strength: float
+    blend: float
+    fingerprint: str
+    created_at: str
+    """ISO 8601, UTC."""
+    settings: dict[str, Any]
+    """The fields of `Derivation`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the child's work ended.
+
+    ``kind`` is ``done`` (the folder is there), ``refused`` (gate), ``withheld`` (guard), ``no-infrastructure`` (disk
+    full or the like: later again) or ``failed``. `detail` says why; `figures` holds what was measured.
+    """
+
+    kind: str
+    detail: str = ""
+    figures: dict[str, Any] | None = None
+
+
+def default_threads() -> int:
+    """Threads for the networks: all cores. Reception keeps its speed because the child is nice."""
+    return len(os.sched_getaffinity(0))
+
+
+class Worker:
+    """The parent's handle on the child. Starts it when needed, and again after its death."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._process: subprocess.Popen[str] | None = None
+        self._turn = threading.Lock()
+        """Held by whoever speaks with the child."""
+        self._guard = threading.Lock()
+        """Held while the child is started or ended."""
+        self._job_id: str | None = None
+
+    def describe(self, uses: str, options: Options) -> str:
+        """Hash of an installed pipeline with these options; loads its weights, so it also proves that they load.
+
+        Raises
+        ------
+        NodeError
+            If the pipeline cannot be loaded, with its error.
+        WorkerDied
+        """
+        answer = self._ask({"describe": uses, "options": asdict(options)}, None, lambda stage, fraction: None)
+        if "error" in answer:
+            raise NodeError(f"pipeline {uses!r} cannot be loaded: {answer['error']}")
+        return str(answer["pipeline_hash"])
+
+    def run(self, request: Request, report: Callable[[str, float], None]) -> Outcome:
+        """Do the work in the child and wait for it.
+
+        Raises
+        ------
+        WorkerDied
+            If the child ended before it answered (killed, out of memory, a crash in native code).
+        """
+        answer = self._ask({"run": asdict(request)}, request.job_id, report)
+        return Outcome(**answer)
+
+    def cancel(self, job_id: str) -> bool:
+        """Kill the child if it works on `job_id`; True if it did."""
+        with self._guard:
+            if self._job_id != job_id or self._process is None:
+                return False
+            self._process.kill()
+            return True
+
+    def stop(self) -> None:
+        """End the child, whatever it does; the attempt is taken up at the next start."""
+        with self._guard:
+            process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait(_END_WAIT_S)
+            _close(process)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child, if one runs."""
+        process = self._process
+        return None if process is None or process.poll() is not None else process.pid
+
+    def _ask(self, message: dict[str, Any], job_id: str | None, report: Callable[[str, float], None]) -> dict[str, Any]:
+        with self._turn:
+            with self._guard:
+                process = self._started()
+                self._job_id = job_id
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                process.stdin.write(json.dumps(message) + "\n")
+                process.stdin.flush()
+                for line in process.stdout:
+                    answer: dict[str, Any] = json.loads(line)
+                    if "stage" not in answer:
+                        return answer
+                    report(answer["stage"], answer["fraction"])
+            except (BrokenPipeError, ValueError) as error:
+                log.warning("worker %d: %s", process.pid, error)
+            finally:
+                with self._guard:
+                    self._job_id = None
+            code = process.wait(_END_WAIT_S)
+            raise WorkerDied(f"the worker process ended with {_exit_text(code)}")
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        if self._process is not None:
+            _close(self._process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "dicomnode.worker", str(self._threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # Not ours to receive: Ctrl-C in the terminal is for the node, which stops its child itself.
+            start_new_session=True,
+        )
+        log.info("worker process %d started", self._process.pid)
+        return self._process
+
+
+def _exit_text(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _close(process: subprocess.Popen[str]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+class _Child:
+    """The other side: one request at a time, models kept by name."""
+
+    def __init__(self, answers: TextIO) -> None:
+        self._answers = answers
+        self._pipelines: dict[str, Pipeline] = {}
+
+    def serve(self, line: str) -> None:
+        message = json.loads(line)
+        if "describe" in message:
+            self._say(self._describe(message["describe"], Options(**message["options"])))
+        else:
+            self._say(asdict(self._run(Request(**message["run"]))))
+
+    def _describe(self, uses: str, options: Options) -> dict[str, Any]:
+        try:
+            return {"pipeline_hash": pipeline_hash(self._pipeline(uses).card, options)}
+        except Exception as error:  # whatever a foreign pipeline raises while loading is its answer
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def _run(self, request: Request) -> Outcome:
+        try:
+            manifest = denoise_series(
+                [Path(path) for path in request.paths],
+                Path(request.out),
+                pipeline=self._pipeline(request.uses),
+                options=Options(request.strength, request.blend),
+                fingerprint=request.fingerprint,
+                settings=Derivation(**request.settings),
+                created_at=datetime.fromisoformat(request.created_at),
+                report=self._report,
+            )
+        except SeriesRefused as refusal:
+            return Outcome("refused", str(refusal))
+        except Withheld as verdict:
+            return Outcome("withheld", str(verdict), verdict.figures)
+        except OSError as error:
+            return Outcome("no-infrastructure", f"{type(error).__name__}: {error}")
+        except UnknownPipeline as error:
+            return Outcome("failed", str(error))
+        except Exception as error:  # a fault in a pipeline must end as a visible outcome of this job, with its place
+            traceback.print_exc(file=sys.stderr)
+            return Outcome("failed", f"{type(error).__name__}: {error}")
+        return Outcome("done", figures={"pipeline_hash": manifest.pipeline_hash})
+
+    def _pipeline(self, uses: str) -> Pipeline:
+        if uses not in self._pipelines:
+            self._pipelines[uses] = load(uses)
+        return self._pipelines[uses]
+
+    def _report(self, stage: str, fraction: float) -> None:
+        self._say({"stage": stage, "fraction": fraction})
+
+    def _say(self, answer: dict[str, Any]) -> None:
+        self._answers.write(json.dumps(answer) + "\n")
+        self._answers.flush()
+
+
+def main() -> None:
+    """Entry of the child process (``python -m dicomnode.worker THREADS``)."""
+    threads = int(sys.argv[1])
+    if threads:
+        # Read by the numeric libraries when they are first imported, which happens with the first pipeline.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.nice(_NICENESS)
+    # A print() of some library must not end up between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s worker: %(message)s")
+    requests: list[str] = []
+    ready = threading.Condition()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            with ready:
+                requests.append(line)
+                ready.notify()
+        # The parent is gone or wants us gone: nobody would take the result.
+        os._exit(0)
+
+    threading.Thread(target=listen, name="parent", daemon=True).start()
+    child = _Child(answers)
+    while True:
+        with ready:
+            ready.wait_for(lambda: requests)
+            line = requests.pop(0)
+        child.serve(line)
+
+
+if __name__ == "__main__":
+    main()
