@@ -289,6 +289,9 @@ def read_associate_ac(pdu: bytes) -> Accepted:
                 syntaxes[context.context_id] = str(syntax)
             else:
                 refusals[context.context_id] = context.result
-        return Accepted(primitive.maximum_length_received or 0, syntaxes, refusals)
     except Exception as error:  # its decoder has no error of its own: what it raises depends on the garbage
-        raise MalformedPdu(f"A-ASSOCIATE-AC that cannot be read ({type(error).__name__})") from error
+        raise MalformedPdu(f"an A-ASSOCIATE-AC that cannot be read ({type(error).__name__})") from error
+    if not syntaxes and not refusals:
+        # It reads a short PDU as one without any results, which would look like "accepts nothing we have".
+        raise MalformedPdu("an A-ASSOCIATE-AC without a result for any presentation context")
+    return Accepted(primitive.maximum_length_received or 0, syntaxes, refusals)

@@ -268,11 +268,10 @@ class _Association:
         except UnsendableFile as error:
             return Refused(uid, f"not sent to {self._peer.name}: {error}")
         message_id = self._next_message_id()
-        response = self._request(
+        status, comment = self._request(
             context_id, pdu.C_STORE_RQ, message_id, pdu.c_store_rq(message_id, item.sop_class_uid, uid), data
         )
-        with _Naming(self._peer):
-            return Answer(uid, pdu.read_us(response, Element.STATUS), _comment(response))
+        return Answer(uid, status, comment)
 
     def echo(self) -> int:
         """Status of a C-ECHO."""
@@ -280,9 +279,8 @@ class _Association:
         if context_id is None:
             raise VerificationFailed(f"{self._peer} accepts associations but does not offer C-ECHO (Verification)")
         message_id = self._next_message_id()
-        response = self._request(context_id, pdu.C_ECHO_RQ, message_id, pdu.c_echo_rq(message_id), None)
-        with _Naming(self._peer):
-            return pdu.read_us(response, Element.STATUS)
+        status, _ = self._request(context_id, pdu.C_ECHO_RQ, message_id, pdu.c_echo_rq(message_id), None)
+        return status
 
     def _next_message_id(self) -> int:
         self._message_id = self._message_id % 0xFFFF + 1
@@ -290,8 +288,8 @@ class _Association:
 
     def _request(
         self, context_id: int, command_field: int, message_id: int, command: bytes, data: memoryview | None
-    ) -> dict[int, bytes]:
-        """Send a message and return the command set of the response to it."""
+    ) -> tuple[int, str]:
+        """Send a message; status and printable comment of the response to it."""
         size = 0 if data is None else len(data)
         limit = time.monotonic() + self._peer.dimse_timeout_s + size / _SLOWEST_PEER_BYTES_PER_S
         self._pending = True
@@ -308,8 +306,9 @@ class _Association:
                 raise MalformedPdu(f"a response to message {answered} while {message_id} is outstanding")
             if pdu.read_us(response, Element.DATA_SET_TYPE) != pdu.NO_DATA_SET:
                 raise MalformedPdu("a response that announces a data set")
+            status = pdu.read_us(response, Element.STATUS)
         self._pending = False
-        return response
+        return status, _comment(response)
 
     def _response(self, context_id: int, deadline: float) -> dict[int, bytes]:
         command = bytearray()

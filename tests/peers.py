@@ -181,6 +181,7 @@ class StorageOracle:
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._read: dict[int, int] = defaultdict(int)
+        self._connections: list[socket.socket] = []
         self._server: Any = None
         self._ae = AE(ae_title)
         self._ae.maximum_pdu_size = max_pdu
@@ -201,6 +202,7 @@ class StorageOracle:
         """Listen."""
         self._over.clear()
         handlers: list[Any] = [
+            (evt.EVT_CONN_OPEN, self._on_connection),
             (evt.EVT_REQUESTED, self._on_request),
             (evt.EVT_C_STORE, self._on_store),
             (evt.EVT_DATA_RECV, self._on_data),
@@ -219,11 +221,18 @@ class StorageOracle:
         self._server = None
         for association in associations:
             association.join(timeout=5)
+        # pynetdicom forgets to close a socket whose peer went first.
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
 
     def sop_instance_uids(self) -> list[str]:
         """SOP Instance UIDs of what it keeps, sorted."""
         with self._lock:
             return sorted(uid for uid, digests in self.received.items() if digests)
+
+    def _on_connection(self, event: Any) -> None:
+        self._connections.append(event.assoc.dul.socket.socket)
 
     def _on_request(self, event: Any) -> None:
         with self._lock:

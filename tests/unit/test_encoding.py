@@ -1,0 +1,159 @@
+"""Data sets for the wire: untouched where the syntax is the file's own, the same image where it is not."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ct_builder import phantom, write_series
+from numpy.typing import NDArray
+from pydicom import Dataset, dcmread
+from pydicom.dataset import FileMetaDataset
+from pydicom.filereader import _read_file_meta_info, read_dataset, read_preamble
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from dicomnode.encoding import UNCOMPRESSED, data_set
+from dicomnode.errors import UnsendableFile
+
+LOSSLESS = (
+    "ts-explicit-le",
+    "ts-implicit-le",
+    "ts-big-endian",
+    "ts-deflated",
+    "ts-rle",
+    "ts-jpegls-lossless",
+    "ts-j2k-lossless",
+    "ts-jpeg-lossless-p14",
+    "ts-jpeg-lossless-sv1",
+)
+
+
+def raw_data_set(content: bytes) -> bytes:
+    """What follows the file meta information, as pydicom delimits it."""
+    file = BytesIO(content)
+    read_preamble(file, force=False)
+    _read_file_meta_info(file)
+    return file.read()
+
+
+def read(data: bytes | memoryview, syntax: str) -> Dataset:
+    """`data` as a data set in `syntax`."""
+    ds = read_dataset(BytesIO(bytes(data)), is_implicit_VR=syntax == ImplicitVRLittleEndian, is_little_endian=True)
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = syntax
+    return ds
+
+
+def one_image(folder: Path, hu: NDArray[np.int16], syntax: str) -> Path:
+    """A file with one slice in `syntax`."""
+    if syntax != ImplicitVRLittleEndian:
+        return write_series(folder, hu, transfer_syntax=syntax)[0]
+    (path,) = write_series(folder, hu)
+    ds = dcmread(path)
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def sent(path: Path, wanted: str) -> memoryview:
+    meta = dcmread(path, stop_before_pixels=True).file_meta
+    return data_set(path, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID, wanted)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, JPEGLSLossless])
+def test_own_syntax_is_the_bytes_of_the_file(tmp_path: Path, syntax: str) -> None:
+    path = one_image(tmp_path, phantom(1), syntax)
+    assert bytes(sent(path, syntax)) == raw_data_set(path.read_bytes())
+
+
+@pytest.mark.parametrize("wanted", UNCOMPRESSED)
+@pytest.mark.parametrize("own", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, JPEGLSLossless])
+def test_rewriting_keeps_every_pixel_and_the_uid(tmp_path: Path, own: str, wanted: str) -> None:
+    hu = phantom(1)
+    path = one_image(tmp_path, hu, own)
+    source, ds = dcmread(path), read(sent(path, wanted), wanted)
+    assert ds.SOPInstanceUID == source.SOPInstanceUID
+    np.testing.assert_array_equal(ds.pixel_array * ds.RescaleSlope + ds.RescaleIntercept, hu[0])
+    for keyword in set(source.dir()) - {"PixelData"}:
+        assert ds[keyword].value == source[keyword].value, keyword
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("wanted", UNCOMPRESSED)
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_one_image_in_nine_syntaxes_stays_one_image(odd_dir: Path, name: str, wanted: str) -> None:
+    truth = dcmread(odd_dir / "ts-explicit-le.dcm").pixel_array
+    ds = read(sent(odd_dir / f"{name}.dcm", wanted), wanted)
+    np.testing.assert_array_equal(ds.pixel_array, truth)
+    assert ds.get("LossyImageCompression") in (None, "00")
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["ts-jpegls-near", "ts-j2k-lossy", "ts-jpeg-baseline-8bit"])
+def test_once_lossy_stays_marked_lossy(odd_dir: Path, name: str) -> None:
+    source = dcmread(odd_dir / f"{name}.dcm")
+    ds = read(sent(odd_dir / f"{name}.dcm", ImplicitVRLittleEndian), ImplicitVRLittleEndian)
+    assert ds.LossyImageCompression == source.LossyImageCompression == "01"
+    np.testing.assert_array_equal(ds.pixel_array, source.pixel_array)
+
+
+def test_big_endian_words_of_every_depth_are_turned(tmp_path: Path) -> None:
+    (path,) = write_series(tmp_path, phantom(1))
+    ds = dcmread(path)
+    truth = ds.pixel_array
+    ds.PixelData = truth.astype(">i2").tobytes()
+    item = Dataset()
+    item.add_new(0x00660016, "OF", np.array([1.5, -2.0], ">f4").tobytes())  # PointCoordinatesData
+    ds.ReferencedImageSequence = [item]
+    ds.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+    big = tmp_path / "big.dcm"
+    # A data set made little endian is refused by the writer, so it is handed over as one that never had an encoding.
+    fresh = Dataset()
+    fresh.update({element.tag: element for element in ds})
+    fresh.file_meta = ds.file_meta
+    fresh.save_as(big, implicit_vr=False, little_endian=False, enforce_file_format=True)
+    out = read(sent(big, ExplicitVRLittleEndian), ExplicitVRLittleEndian)
+    np.testing.assert_array_equal(out.pixel_array, truth)
+    assert np.frombuffer(out.ReferencedImageSequence[0][0x00660016].value, "<f4").tolist() == [1.5, -2.0]
+
+
+def test_deflated_goes_out_inflated(tmp_path: Path) -> None:
+    (path,) = write_series(tmp_path, phantom(1))
+    ds = dcmread(path)
+    truth = ds.pixel_array
+    ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    ds.save_as(path)
+    np.testing.assert_array_equal(read(sent(path, ImplicitVRLittleEndian), ImplicitVRLittleEndian).pixel_array, truth)
+    assert len(sent(path, DeflatedExplicitVRLittleEndian)) < truth.nbytes
+
+
+def test_files_that_cannot_go_say_why(tmp_path: Path) -> None:
+    path = one_image(tmp_path, phantom(1), RLELossless)
+    meta = dcmread(path).file_meta
+    uid, whole = meta.MediaStorageSOPInstanceUID, path.read_bytes()
+    with pytest.raises(UnsendableFile, match="cannot be read"):
+        data_set(tmp_path / "gone.dcm", uid, RLELossless, RLELossless)
+    with pytest.raises(UnsendableFile, match="not the one"):
+        data_set(path, "1.2.3", RLELossless, RLELossless)
+    with pytest.raises(UnsendableFile, match="is in transfer syntax"):
+        data_set(path, uid, ExplicitVRLittleEndian, ExplicitVRLittleEndian)
+    path.write_bytes(whole[:128] + b"PLUR" + whole[132:])
+    with pytest.raises(UnsendableFile, match="no DICM prefix"):
+        data_set(path, uid, RLELossless, RLELossless)
+    path.write_bytes(whole[: len(whole) - len(raw_data_set(whole))])
+    with pytest.raises(UnsendableFile, match="no data set"):
+        data_set(path, uid, RLELossless, RLELossless)
+    path.write_bytes(whole[:-200])
+    with pytest.raises(UnsendableFile, match="cannot be rewritten") as caught:
+        data_set(path, uid, RLELossless, ImplicitVRLittleEndian)
+    assert "RLE Lossless" in str(caught.value)
+    assert str(dcmread(BytesIO(whole)).PatientID) not in str(caught.value)
