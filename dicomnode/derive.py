@@ -63,6 +63,7 @@ class DerivedInstance:
     path: Path
     sha256: str
     size_bytes: int
+    series_uid: str
 
 
 def derive_series(
@@ -241,7 +242,8 @@ def _pixels(
     measured = before << unused >> unused
     if before.shape != hu.shape:
         raise DerivationError(f"{one.sop_instance_uid} has {before.shape} pixels, the volume {hu.shape}")
-    away = np.abs(measured * np.float64(one.slope) + one.intercept - source_hu) > one.slope / 2
+    expected = (measured * np.float64(one.slope) + one.intercept).astype(np.float32)
+    away = np.abs(expected - source_hu) > one.slope / 2
     strangers = int((away & ~padding).sum())
     if strangers:
         raise DerivationError(f"{one.sop_instance_uid}: {strangers} voxels of its file are not those of the volume")
@@ -328,6 +330,7 @@ def _prove(path: Path, encoded: bytes, header: Dataset, pixels: bytes) -> Derive
         path=path,
         sha256=hashlib.sha256(content).hexdigest(),
         size_bytes=len(content),
+        series_uid=str(written.SeriesInstanceUID),
     )
 
 

@@ -1,0 +1,65 @@
+"""Derive a series in one call, for tests of what a derived object must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import Dataset, dcmread
+
+from dicomnode.config import Derivation
+from dicomnode.derive import DerivedInstance, derive_series
+from pipelines.base import ModelCard, Options, pipeline_hash
+from pipelines.volume import read_volume
+
+HU = NDArray[np.float32]
+CARD = ModelCard(
+    name="st3d",
+    version="1.2",
+    paper="",
+    doi="",
+    input="slice",
+    patch_zyx=(16, 64, 64),
+    overlap_zyx=(2, 2, 2),
+    hu_window=(-1000.0, 1000.0),
+    precision="fp32",
+    weights_sha256="ab" * 32,
+)
+CREATED_AT = datetime(2026, 11, 20, 10, 4, 5, 678901, tzinfo=timezone(timedelta(hours=1)))
+FINGERPRINT = "5e" * 32
+
+
+def derive(
+    paths: Sequence[Path],
+    out_dir: Path,
+    change: Callable[[HU], HU] = lambda hu: hu,
+    *,
+    card: ModelCard = CARD,
+    options: Options | None = None,
+    settings: Derivation | None = None,
+    created_at: datetime = CREATED_AT,
+    fingerprint: str = FINGERPRINT,
+) -> list[DerivedInstance]:
+    """Read, change the HU, derive; in the order of the slices. `out_dir` is made if absent."""
+    out_dir.mkdir(exist_ok=True)
+    volume = read_volume(paths)
+    options = options or Options()
+    return derive_series(
+        volume,
+        change(volume.hu.copy()),
+        card=card,
+        options=options,
+        pipeline_hash=pipeline_hash(card, options),
+        fingerprint=fingerprint,
+        settings=settings or Derivation(),
+        created_at=created_at,
+        out_dir=out_dir,
+    )
+
+
+def derive_one(path: Path, out_dir: Path, change: Callable[[HU], HU] = lambda hu: hu, **how: object) -> Dataset:
+    """The derived data set of a series of one slice."""
+    return dcmread(derive([path], out_dir, change, **how)[0].path)  # type: ignore[arg-type]
