@@ -82,9 +82,7 @@ class Reception(_Section):
     """Titles that senders may call the node by; empty: its own only."""
     calling_ae_titles: tuple[AETitle, ...] = ()
     """Titles that senders may have; empty: any, `networks` alone decides."""
-    networks: tuple[Network, ...] = Field(
-        default=(ipaddress.IPv4Network("127.0.0.0/8"), ipaddress.IPv6Network("::1/128")), min_length=1
-    )
+    networks: tuple[Network, ...] = (ipaddress.IPv4Network("127.0.0.0/8"), ipaddress.IPv6Network("::1/128"))
     """Addresses that may connect at all."""
     max_associations: Count = 64
     max_associations_per_peer: Count = 32
@@ -97,13 +95,12 @@ class Reception(_Section):
     different_duplicate: Literal["keep", "refuse"] = "keep"
     """The same SOP Instance UID with other bytes: kept apart and acknowledged, or refused with 0x0111."""
 
-    @field_validator("max_associations_per_peer")
+    @field_validator("networks")
     @classmethod
-    def _not_more_than_all(cls, per_peer: int, info: ValidationInfo) -> int:
-        everyone = info.data.get("max_associations", per_peer)
-        if "max_associations" in info.data and per_peer > everyone:
-            raise ValueError(f"{per_peer} for one peer is more than max_associations, {everyone}, for all")
-        return per_peer
+    def _somebody_may_connect(cls, networks: tuple[Network, ...]) -> tuple[Network, ...]:
+        if not networks:
+            raise ValueError("nobody could connect; write at least one network")
+        return networks
 
 
 class Assembly(_Section):
@@ -113,12 +110,12 @@ class Assembly(_Section):
     """After evidence that nothing is missing."""
     quiet_without_evidence_s: Seconds = 120
 
-    @field_validator("quiet_without_evidence_s")
-    @classmethod
-    def _not_shorter(cls, without: float, info: ValidationInfo) -> float:
-        if without < info.data.get("quiet_s", 0):
-            raise ValueError(f"{without:g} s without evidence is less than quiet_s with it; make it longer")
-        return without
+    @model_validator(mode="after")
+    def _without_evidence_is_longer(self) -> Assembly:
+        if self.quiet_without_evidence_s < self.quiet_s:
+            reason = f"{self.quiet_without_evidence_s:g} s is less than quiet_s, {self.quiet_s:g} s; make it longer"
+            _refuse("Assembly", [(("quiet_without_evidence_s",), reason)])
+        return self
 
 
 class Compute(_Section):
@@ -139,12 +136,12 @@ class Delivery(_Section):
     failure_status_tries: Count = 5
     """Tries of an object that the destination answers with a failure which may pass."""
 
-    @field_validator("retry_max_s")
-    @classmethod
-    def _not_below_first(cls, longest: float, info: ValidationInfo) -> float:
-        if longest < info.data.get("retry_first_s", 0):
-            raise ValueError(f"{longest:g} s is less than retry_first_s; make it longer")
-        return longest
+    @model_validator(mode="after")
+    def _longest_is_not_below_first(self) -> Delivery:
+        if self.retry_max_s < self.retry_first_s:
+            reason = f"{self.retry_max_s:g} s is less than retry_first_s, {self.retry_first_s:g} s; make it longer"
+            _refuse("Delivery", [(("retry_max_s",), reason)])
+        return self
 
 
 class Derivation(_Section):

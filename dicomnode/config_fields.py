@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Strict
 
 
 def _ae_title(value: str) -> str:
@@ -47,7 +47,7 @@ def _host(value: str) -> str:
         return value
 
 
-def _network(value: object) -> object:
+def _network(value: object) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     """Network in CIDR notation; a single address is a network of one."""
     if isinstance(value, ipaddress.IPv4Network | ipaddress.IPv6Network):
         return value
@@ -84,6 +84,6 @@ AETitle = Annotated[Text, AfterValidator(_ae_title)]
 Port = Annotated[int, Strict(), Field(ge=1, le=65_535)]
 Host = Annotated[Text, AfterValidator(_host)]
 Name = Annotated[Text, AfterValidator(_name)]
-Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, BeforeValidator(_network)]
+Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(_network)]
 DicomText = Annotated[Text, AfterValidator(_dicom_text)]
 FilePath = Annotated[Path, BeforeValidator(_path)]

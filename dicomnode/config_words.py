@@ -40,8 +40,8 @@ def in_words(detail: ErrorDetails, known_keys: Iterable[str]) -> str:
         return f"{_short(value)} is not {whole}; write only the number{_unit(key)}, without quotes or unit"
     if kind.startswith("bool_"):
         return f"{_short(value)} is neither true nor false; write one of these"
-    if kind.startswith("string_too"):
-        return f"{detail['msg'].removeprefix('String ')}; shorten it"
+    if kind == "too_long":
+        return f"longer than {context['max_length']} characters; shorten it"
     if kind.startswith("string_"):
         return f"{_short(value)} is not text; put it in quotes"
     if kind == "literal_error":

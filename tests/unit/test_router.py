@@ -1,0 +1,516 @@
+"""Which route an object takes, in which words, and what the header extraction makes of hostile objects."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
+from pydicom.uid import UID
+
+from dicomnode.config import Config, Route, load
+from dicomnode.router import MAX_VALUES, Match, Router, header_values, is_identifying
+
+CT = "1.2.840.10008.5.1.4.1.1.2"
+CONFIG = Path(__file__).resolve().parents[2] / "config.yaml"
+
+
+def forward(name: str, **settings: object) -> Route:
+    return Route.model_validate({"name": name, "action": "forward", "send_to": ["pacs"], **settings})
+
+
+def denoise(name: str, **settings: object) -> Route:
+    return Route.model_validate({"name": name, "pipeline": "st3d", "send_to": ["pacs"], **settings})
+
+
+def reason(when: dict[str, object], header: dict[str, object], calling: str = "CT1", called: str = "NODE") -> str:
+    """Reason of the match with a single rule, or of its absence, after the route's name."""
+    router = Router([forward("r", when=when)])
+    matches = router.match(header, calling, called)
+    if matches:
+        assert len(matches) == 1
+        return "yes: " + matches[0].reason.removeprefix("route r: ")
+    (line,) = router.explain_no_match(header, calling, called)
+    return "no: " + line.removeprefix("route r: ")
+
+
+@pytest.mark.parametrize(
+    ("condition", "value", "expected"),
+    [
+        # equal
+        ("CT", "CT", "yes: Modality is CT"),
+        ("CT", " CT\0", "yes: Modality is CT"),
+        ("CT", "MR", "no: Modality is MR, not CT"),
+        ("CT", "ct", "no: Modality is not CT"),  # no well-formed code string, so it is not quoted
+        ("CT", None, "no: Modality is missing"),
+        ("CT", "", "no: Modality is missing"),
+        ("CT", ["MR", "CT"], "yes: Modality is CT"),
+        ("CT", ["MR", "PT"], r"no: Modality is MR\PT, not CT"),
+        ("CT", "MR\ninjected", "no: Modality is not CT"),
+        (["CT", "PT"], "PT", "yes: Modality is PT"),
+        (["CT", "PT"], "MR", "no: Modality is MR, not CT or PT"),
+        # expressions
+        ({"regex": "^(C|M)"}, "CT", "yes: Modality matches ^(C|M)"),
+        ({"regex": "^T$"}, ["CT", "T"], "yes: Modality matches ^T$"),
+        ({"regex": "t"}, "CT", "no: Modality does not match t"),
+        ({"regex": "(?i)t"}, "CT", "yes: Modality matches (?i)t"),
+        ({"regex": "t"}, 3, "no: Modality does not match t"),
+        # presence
+        ({"exists": True}, "CT", "yes: Modality has a value"),
+        ({"exists": True}, None, "no: Modality is missing"),
+        ({"exists": True}, "", "no: Modality is missing"),
+        ({"exists": False}, None, "yes: Modality is missing"),
+        ({"exists": False}, "CT", "no: Modality has a value"),
+        # opposite
+        ({"not": "CT"}, "MR", "yes: Modality is MR, not CT"),
+        ({"not": "CT"}, "CT", "no: Modality is CT"),
+        ({"not": "CT"}, None, "yes: Modality is missing"),
+        ({"not": {"not": "CT"}}, "CT", "yes: Modality is CT"),
+        ({"not": {"exists": True}}, None, "yes: Modality is missing"),
+        ({"not": ["CT", "PT"]}, "PT", "no: Modality is PT"),
+    ],
+)
+def test_conditions_on_text(condition: object, value: object, expected: str):
+    assert reason({"Modality": condition}, {} if value is None else {"Modality": value}) == expected
+
+
+@pytest.mark.parametrize(
+    ("condition", "value", "expected"),
+    [
+        ({"max": 1.5}, 1.0, "yes: SliceThickness 1.0 ≤ 1.5"),
+        ({"max": 1.5}, 1.5, "yes: SliceThickness 1.5 ≤ 1.5"),
+        ({"max": 1.5}, 1.500001, "no: not SliceThickness 1.500001 ≤ 1.5"),
+        ({"min": 0.5}, 0.5, "yes: 0.5 ≤ SliceThickness 0.5"),
+        ({"min": 0.5}, 0.4, "no: not 0.5 ≤ SliceThickness 0.4"),
+        ({"min": 0.5, "max": 1.5}, 1, "yes: 0.5 ≤ SliceThickness 1.0 ≤ 1.5"),
+        ({"max": 1.5}, [9.0, 1.0], "yes: SliceThickness 1.0 ≤ 1.5"),
+        ({"max": 1.5}, "1.0 mm", "no: SliceThickness is not a number"),
+        ({"max": 1.5}, math.nan, "no: SliceThickness is missing"),
+        ({"max": 1.5}, -math.inf, "no: SliceThickness is missing"),
+        ({"max": 1.5}, None, "no: SliceThickness is missing"),
+        ({"max": 1.5}, False, "no: SliceThickness is missing"),
+        ({"not": {"max": 1.5}}, 5.0, "yes: not SliceThickness 5.0 ≤ 1.5"),
+        ({"not": {"max": 1.5}}, "thin", "yes: SliceThickness is not a number"),
+        (1.25, 1.25, "yes: SliceThickness is 1.25"),
+        (1, 1.0, "yes: SliceThickness is 1"),
+        ([1, 2], 3.0, "no: SliceThickness is 3.0, not 1 or 2"),
+        (1, "1", "no: SliceThickness is not 1"),
+    ],
+)
+def test_conditions_on_numbers(condition: object, value: object, expected: str):
+    assert reason({"SliceThickness": condition}, {} if value is None else {"SliceThickness": value}) == expected
+
+
+def test_all_conditions_must_hold_and_each_is_told():
+    when = {"Modality": "CT", "SliceThickness": {"max": 1.5}}
+    assert reason(when, {"Modality": "CT", "SliceThickness": 1.0}) == "yes: Modality is CT; SliceThickness 1.0 ≤ 1.5"
+    assert reason(when, {"Modality": "CT", "SliceThickness": 5.0}) == "no: not SliceThickness 5.0 ≤ 1.5"
+    assert reason(when, {}) == "no: Modality is missing; SliceThickness is missing"
+    assert reason({}, {}) == "yes: takes everything"
+
+
+def test_titles_of_the_association_come_from_the_association():
+    assert reason({"CallingAETitle": "CT1"}, {}) == "yes: CallingAETitle is CT1"
+    assert reason({"CallingAETitle": "CT1"}, {"CallingAETitle": "CT1"}, calling="X") == "no: CallingAETitle is not CT1"
+    assert reason({"CalledAETitle": {"regex": "^RESEARCH"}}, {}, called="RESEARCH_2").startswith("yes: ")
+
+
+def test_first_match_wins_unless_it_says_continue():
+    routes = [
+        forward("mr", when={"Modality": "MR"}, **{"continue": True}),
+        denoise("research", when={"Modality": "CT"}, **{"continue": True}, priority=3),
+        forward("thin", when={"SliceThickness": {"max": 1}}),
+        forward("rest"),
+    ]
+    router = Router(routes)
+
+    def names(**header: object) -> list[str]:
+        return [match.route.name for match in router.match(header, "A", "B")]
+
+    assert names(Modality="CT", SliceThickness=1.0) == ["research", "thin"]
+    assert names(Modality="CT", SliceThickness=2.0) == ["research", "rest"]
+    assert names(Modality="MR", SliceThickness=1.0) == ["mr", "thin"]
+    assert names() == ["rest"]
+    assert Router(reversed(routes[2:])).match({"SliceThickness": 1.0}, "A", "B")[0].route.name == "rest"
+
+
+def test_no_match_is_explained_by_every_route():
+    router = Router([forward("a", when={"Modality": "MR"}), denoise("b", when={"KVP": {"max": 100}})])
+    header = {"Modality": "CT", "KVP": 120.0}
+    assert router.match(header, "A", "B") == []
+    assert router.explain_no_match(header, "A", "B") == [
+        "route a: Modality is CT, not MR",
+        "route b: not KVP 120.0 ≤ 100",
+    ]
+    assert Router([]).match(header, "A", "B") == []
+    assert Router([]).explain_no_match(header, "A", "B") == ["no routes are configured"]
+
+
+def test_keywords_are_those_of_the_object_that_rules_need():
+    router = Router([forward("a", when={"Modality": "MR", "CallingAETitle": "X"}), forward("b", when={"KVP": 80})])
+    assert router.keywords == {"Modality", "KVP", "SOPClassUID"}
+
+
+@pytest.mark.parametrize(
+    ("sop_class", "action", "remark"),
+    [
+        (CT, "pipeline", ""),
+        (UID(CT), "pipeline", ""),
+        (CT + ".1", "forward", "; Enhanced CT Image Storage cannot be read yet: forwarded unchanged"),
+        (CT + ".2", "forward", "; Legacy Converted Enhanced CT Image Storage cannot be read yet: forwarded unchanged"),
+        (
+            "1.2.840.10008.5.1.4.1.1.7",
+            "forward",
+            "; not CT Image Storage but Secondary Capture Image Storage: forwarded unchanged",
+        ),
+        ("1.2.3\nroot", "forward", "; not CT Image Storage but an unknown SOP class: forwarded unchanged"),
+        (None, "forward", "; not CT Image Storage but an unknown SOP class: forwarded unchanged"),
+        ([CT], "forward", "; not CT Image Storage but an unknown SOP class: forwarded unchanged"),
+    ],
+)
+def test_only_ct_images_reach_a_pipeline(sop_class: object, action: str, remark: str):
+    header = {"Modality": "CT"} | ({} if sop_class is None else {"SOPClassUID": sop_class})
+    (match,) = Router([denoise("r", when={"Modality": "CT"})]).match(header, "A", "B")
+    assert (match.action, match.reason) == (action, f"route r: Modality is CT{remark}")
+
+
+def test_a_forwarded_object_is_not_sent_twice_to_where_the_original_went():
+    route = denoise("r", send_to=["pacs", "research"], originals_to=["pacs"])
+    router = Router([route])
+    assert router.match({"SOPClassUID": CT}, "A", "B")[0].send_to == ("pacs", "research")
+    assert router.match({"SOPClassUID": CT + ".1"}, "A", "B")[0].send_to == ("research",)
+
+
+def test_other_actions_take_any_object():
+    (match,) = Router([Route(name="i", action="ignore")]).match({"SOPClassUID": CT + ".1"}, "A", "B")
+    assert match == Match(match.route, "ignore", "route i: takes everything")
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    [
+        "PatientName",
+        "PatientID",
+        "PatientBirthDate",
+        "OtherPatientIDs",
+        "PatientAge",
+        "PatientSex",
+        "AccessionNumber",
+        "StudyID",
+        "ReferringPhysicianName",
+        "StudyDate",
+        "AcquisitionDateTime",
+        "ContentTime",
+    ],
+)
+def test_reasons_never_tell_identifying_values(keyword: str):
+    assert is_identifying(keyword)
+    for condition in ("SECRET", {"regex": "SECRET"}, {"not": "SECRET"}, {"not": {"regex": "SECRET"}}):
+        for value in ("SECRET", "OTHER"):
+            told = reason({keyword: condition}, {keyword: value})
+            assert told in {f"yes: {keyword} meets its condition", f"no: {keyword} does not meet its condition"}
+    assert (
+        reason({"PatientWeight": {"max": 61}}, {"PatientWeight": 61.5})
+        == "no: PatientWeight does not meet its condition"
+    )
+
+
+@pytest.mark.parametrize(
+    "keyword", ["Modality", "SeriesDescription", "SliceThickness", "CallingAETitle", "SOPClassUID"]
+)
+def test_reasons_tell_values_that_identify_nobody(keyword: str):
+    assert not is_identifying(keyword)
+
+
+def test_text_off_the_network_is_never_quoted():
+    when = {"SeriesDescription": "LDCT", "StationName": {"regex": "^CT"}, "CallingAETitle": "A"}
+    header = {"SeriesDescription": "Mueller, Anna\n2024 INFO faked", "StationName": "\x1b[31mred"}
+    assert reason(when, header, calling="\nX") == (
+        "no: SeriesDescription is not LDCT; StationName does not match ^CT; CallingAETitle is not A"
+    )
+
+
+EVERY_CONDITION: list[object] = [
+    {"exists": True},
+    {"not": {"exists": True}},
+]
+ALL_KINDS = Router(
+    [
+        forward(f"{keyword}-{number}", when={keyword: condition}, **{"continue": True})
+        for keyword, kinds in {
+            "Modality": ["CT", ["CT", "MR"], {"regex": "(?i)a.?b|^C"}, {"not": {"regex": "x$"}}],
+            "PatientID": ["A", {"regex": "^A"}],
+            "SeriesDescription": [{"regex": "low.*dose"}],
+            "SliceThickness": [1.5, [0, 1], {"max": 1.5}, {"min": -1, "max": 1e300}, {"not": {"min": 0}}],
+            "Rows": [512, {"max": 512}],
+        }.items()
+        for number, condition in enumerate([*kinds, *EVERY_CONDITION])
+    ]
+    + [denoise("last", when={"CallingAETitle": {"not": "X"}})]
+)
+
+SCALARS = (
+    st.text()
+    | st.integers()
+    | st.integers(min_value=10**400, max_value=10**401)
+    | st.floats()
+    | st.booleans()
+    | st.none()
+    | st.binary()
+    | st.sampled_from(["CT", CT, "1.5", "\ud800", "\0"])
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from([*ALL_KINDS.keywords]) | st.text(),
+        SCALARS | st.lists(SCALARS | st.lists(SCALARS), max_size=4) | st.dictionaries(st.text(), SCALARS, max_size=2),
+    ),
+    st.text(),
+    st.text(),
+)
+def test_match_never_raises_and_says_one_printable_line(header: dict[str, object], calling: str, called: str):
+    matches = ALL_KINDS.match(header, calling, called)
+    unmatched = ALL_KINDS.explain_no_match(header, calling, called)
+    for line in [match.reason for match in matches] + unmatched:
+        assert line.isprintable()
+    taken = {match.route.name for match in matches}
+    assert {line.split(":")[0].removeprefix("route ") for line in unmatched if line.endswith(": matches")} == taken
+
+
+# --- header_values ---
+
+
+def raw(keyword: str, vr: str, value: bytes) -> pydicom.Dataset:
+    """A data set with one element as it is right after reading a file."""
+    ds = pydicom.Dataset()
+    tag = Tag(keyword)
+    ds[tag] = RawDataElement(tag, vr, len(value), value, 0, False, True)
+    return ds
+
+
+@pytest.mark.parametrize(
+    ("keyword", "vr", "value", "expected"),
+    [
+        ("SliceThickness", "DS", b"1.250000", 1.25),
+        ("SliceThickness", "DS", b" -1.5e-1 ", -0.15),
+        ("SliceThickness", "DS", b"1,25", "1,25"),
+        ("SliceThickness", "DS", b"nan", "nan"),
+        ("SliceThickness", "DS", b"1e999", "1e999"),
+        ("SliceThickness", "DS", b"5 mm", "5 mm"),
+        ("SliceThickness", "DS", b"", None),
+        ("SliceThickness", "DS", b" \0", None),
+        ("SliceThickness", "LO", b"1.25", "1.25"),
+        ("SliceThickness", "UN", b"1.25", 1.25),
+        ("PixelSpacing", "DS", b"0.7\\0.8", [0.7, 0.8]),
+        ("PixelSpacing", "DS", b"0.7\\x", [0.7, "x"]),
+        ("PixelSpacing", "DS", b"0.7\\", 0.7),
+        ("InstanceNumber", "IS", b"+12 ", 12),
+        ("InstanceNumber", "IS", b"12.5", 12.5),
+        ("InstanceNumber", "IS", b"9" * 5000, "9" * 1024),
+        ("InstanceNumber", "IS", "１".encode(), "ï¼\x91"),
+        ("Rows", "US", b"\x00\x02", 512),
+        ("Rows", "US", b"\x00\x02\x01\x00", [512, 1]),
+        ("Rows", "US", b"\x00", 1),  # half a number: only its presence counts
+        ("KVP", "FD", b"\x00\x00\x00\x00\x00\x00\x5e\x40", 120.0),
+        ("KVP", "FD", b"\xff" * 8, "nan"),
+        ("ImageType", "CS", b"ORIGINAL\\PRIMARY\\LOCALIZER ", ["ORIGINAL", "PRIMARY", "LOCALIZER"]),
+        ("ImageType", "CS", b"A\\" * 5000, ["A"] * MAX_VALUES),
+        ("Modality", "CS", b"\xff\xfe", "ÿþ"),
+        ("SeriesDescription", "LO", b"x" * 100_000, "x" * 1024),
+        ("ImageComments", "LT", rb"a\b", r"a\b"),
+        ("ReferencedImageSequence", "OB", b"abc", 3),
+        ("SOPClassUID", "UI", CT.encode() + b"\0", CT),
+    ],
+)
+def test_elements_as_they_come(keyword: str, vr: str, value: bytes, expected: object):
+    found = header_values(raw(keyword, vr, value), {keyword, "Modality"})
+    assert found == ({} if expected is None else {keyword: expected})
+    assert type(found.get(keyword)) is type(expected)
+
+
+def test_text_is_decoded_by_its_character_set():
+    ds = pydicom.Dataset()
+    ds.SpecificCharacterSet = "ISO_IR 192"
+    ds.SeriesDescription = "Thorax niedrige Dosis µ"
+    ds.PatientName = "Müller^Änne"
+    ds.ImageType = ["ORIGINAL", "PRIMARY"]
+    ds.Rows = 512
+    ds.SliceThickness = "1.0"
+    ds.InstanceNumber = 3
+    ds.ReferencedImageSequence = [pydicom.Dataset(), pydicom.Dataset()]
+    ds.AccessionNumber = None
+    ds.FrameIncrementPointer = 0x00181063
+    keywords = [element.keyword for element in ds] + ["Modality", "NoKeyword", "CallingAETitle"]
+    expected = {
+        "SpecificCharacterSet": "ISO_IR 192",
+        "SeriesDescription": "Thorax niedrige Dosis µ",
+        "PatientName": "Müller^Änne",
+        "ImageType": ["ORIGINAL", "PRIMARY"],
+        "Rows": 512,
+        "SliceThickness": 1.0,
+        "InstanceNumber": 3,
+        "ReferencedImageSequence": 2,
+        "FrameIncrementPointer": "(0018,1063)",
+    }
+    assert header_values(ds, keywords) == expected
+    file = BytesIO()
+    pydicom.dcmwrite(file, ds, implicit_vr=True, little_endian=True)
+    file.seek(0)
+    again = pydicom.dcmread(file, force=True)
+    assert header_values(again, keywords) == expected
+    assert {type(value) for value in header_values(again, keywords).values()} == {str, int, float, list}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(
+        ["SliceThickness", "InstanceNumber", "Modality", "SeriesDescription", "Rows", "PatientName", "KVP"]
+    ),
+    st.sampled_from(["DS", "IS", "CS", "LO", "US", "PN", "FD", "UN", "SQ", "AT", "OB", "UI", "DA", "SV", "UT"]),
+    st.binary(max_size=40),
+    st.sampled_from([["iso8859"], ["utf8"], ["iso8859", "iso2022_jp"], ["gb18030"]]),
+)
+def test_header_values_never_raises(keyword: str, vr: str, value: bytes, encodings: list[str]):
+    ds = raw(keyword, vr, value)
+    ds.set_original_encoding(False, True, encodings)
+    header = header_values(ds, {keyword})
+    for one in header.values():
+        for part in one if isinstance(one, list) else [one]:
+            assert type(part) in {str, int, float}
+            assert part != ""
+            str(part).encode()
+    ALL_KINDS.match(header, "A", "B")
+
+
+# --- the shipped configuration ---
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Config:
+    return load(CONFIG)
+
+
+def test_shipped_configuration_states_the_defaults(shipped: Config):
+    defaults = Config()
+    for section in ("reception", "assembly", "compute", "delivery", "derivation"):
+        assert getattr(shipped, section) == getattr(defaults, section)
+        written = re.search(rf"^{section}:\n((?:  .*\n|\n|#.*\n)*)", CONFIG.read_text(), re.MULTILINE)
+        assert written
+        keys = re.findall(r"^  ([a-z_0-9]+):", written.group(1), re.MULTILINE)
+        assert set(keys) == set(type(getattr(defaults, section)).model_fields)
+    assert shipped.node.model_dump(exclude={"spool", "database"}) == defaults.node.model_dump(
+        exclude={"spool", "database"}
+    )
+
+
+def test_shipped_configuration_stays_on_this_machine(shipped: Config):
+    assert shipped.node.address == "127.0.0.1"
+    assert all(network.is_loopback for network in shipped.reception.networks)
+    assert {destination.host for destination in shipped.destinations.values()} == {"127.0.0.1"}
+
+
+def test_shipped_configuration_uses_both_kinds_of_pipeline(shipped: Config):
+    used = {route.pipeline for route in shipped.routes} - {None}
+    assert used == {"st3d", "fast-2.5d"}
+
+
+CHEST = {
+    "SOPClassUID": CT,
+    "Modality": "CT",
+    "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+    "BodyPartExamined": "CHEST",
+    "SeriesDescription": "CHEST LOW DOSE 1.0 B50f",
+    "SliceThickness": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "route", "action"),
+    [
+        ({}, "chest-low-dose-thin", "pipeline"),
+        ({"SeriesDescription": "Lung screening"}, "chest-low-dose-thin", "pipeline"),
+        ({"BodyPartExamined": "LUNG", "SeriesDescription": "ldct"}, "chest-low-dose-thin", "pipeline"),
+        ({"SliceThickness": 2.5}, "chest-low-dose", "pipeline"),
+        ({"SliceThickness": "thin"}, "chest-low-dose", "pipeline"),
+        ({"SeriesDescription": "CHEST STANDARD"}, "other-ct", "forward"),
+        ({"BodyPartExamined": "HEAD"}, "other-ct", "forward"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizers", "forward"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "REFORMATTED", "AVERAGE"]}, "other-ct", "forward"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "3D"]}, "other-ct", "forward"),
+        ({"SeriesDescription": "CHEST LOW DOSE denoised"}, "own-output", "ignore"),
+        ({"SOPClassUID": CT + ".1"}, "chest-low-dose-thin", "forward"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "chest-low-dose-thin", "forward"),
+        (
+            {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.67", "Modality": "SR", "ImageType": None},
+            "not-ct-images",
+            "forward",
+        ),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4", "Modality": "MR"}, "not-ct-images", "forward"),
+    ],
+)
+def test_shipped_routes_keep_their_comments_promises(
+    shipped: Config, change: dict[str, object], route: str, action: str
+):
+    header = {key: value for key, value in (CHEST | change).items() if value is not None}
+    (match,) = Router(shipped.routes).match(header, "CT1", "DICOMNODE")
+    assert (match.route.name, match.action) == (route, action)
+
+
+def test_own_output_is_recognised_by_the_suffix_that_derivation_adds(shipped: Config):
+    header = {**CHEST, "SeriesDescription": "Thorax" + shipped.derivation.series_description_suffix}
+    assert Router(shipped.routes).match(header, "PACS", "DICOMNODE")[0].action == "ignore"
+
+
+REAL = [
+    "ge-hispeed-head-tilt-varspacing",
+    "ge-lightspeed16-rider-chestpe-1p25mm",
+    "ge-revolution-cptacpda-LUNG-5mm",
+    "philips-brilliance16p-lidc0314-chest-1mm",
+    "siemens-sensation10-lungdxA0002-B40f-8mm",
+]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", REAL)
+def test_real_full_dose_series_are_forwarded_and_become_candidates_once_named_low_dose(
+    shipped: Config, ct_series: Callable[[str], list[Path]], name: str
+):
+    router = Router(shipped.routes)
+    files = ct_series(name)
+    for path in (files[0], files[-1]):
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        header = header_values(ds, router.keywords)
+        assert header["SliceThickness"] == float(ds["SliceThickness"].value)
+        assert header["ImageType"] == list(ds.ImageType)
+        (match,) = router.match(header, "CT1", "DICOMNODE")
+        assert (match.route.name, match.action) == ("other-ct", "forward")
+        header |= {"BodyPartExamined": "CHEST", "SeriesDescription": "LDCT"}
+        (match,) = router.match(header, "CT1", "DICOMNODE")
+        assert match.route.pipeline == ("st3d" if ds.SliceThickness <= 1.5 else "fast-2.5d")
+
+
+@pytest.mark.data
+def test_odd_files_are_all_routed_and_only_ct_images_to_a_pipeline(shipped: Config, odd_dir: Path):
+    everything = Router([*shipped.routes[:2], denoise("all")])
+    actions = {}
+    for path in sorted(odd_dir.glob("*.dcm")):
+        ds = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+        header = header_values(ds, everything.keywords | {"SpecificCharacterSet", "PatientName", "SeriesDescription"})
+        (match,) = everything.match(header, "A", "B")
+        actions[path.stem] = match.action
+        assert (match.action == "pipeline") == (
+            ds.get("SOPClassUID") == CT and "LOCALIZER" not in (ds.get("ImageType") or [])
+        )
+    assert actions["ct-localizer-16x16"] == actions["philips-surview-256x512"] == "forward"
+    assert actions["enhanced-ct-2frame-perfusion"] == actions["sr-report"] == "forward"
+    assert actions["ct-16x16-axial"] == "pipeline"
