@@ -107,7 +107,7 @@ def explicit_copy(source: Dataset, *, keep_private: bool) -> Dataset:
 def _copy(source: Dataset, parent: tuple[bool | None, bool | None], keep_private: bool, signed: bool) -> Dataset:
     encoding = parent if source.original_encoding == (None, None) else source.original_encoding
     implicit, little = encoding
-    target = Dataset()
+    elements: dict[BaseTag, DataElement | RawDataElement] = {}
     for tag in list(source.keys()):
         if tag.group < 0x0008 or tag.element == 0 or (tag.is_private and not keep_private):
             continue
@@ -116,14 +116,15 @@ def _copy(source: Dataset, parent: tuple[bool | None, bool | None], keep_private
         opened = not isinstance(element, RawDataElement) or implicit or not little or not keep_private
         if vr == "SQ" and (opened or tag in _APPENDED):
             items = [_copy(item, encoding, keep_private, signed) for item in source[tag].value or []]
-            target[tag] = DataElement(tag, "SQ", ItemSequence(items))
+            elements[tag] = DataElement(tag, "SQ", ItemSequence(items))
         elif isinstance(element, RawDataElement):
             value = element.value or b""
             if not little:
                 value = _swapped(value, vr)
-            target[tag] = element._replace(VR=vr, value=value, is_implicit_VR=False, is_little_endian=True)
+            elements[tag] = element._replace(VR=vr, value=value, is_implicit_VR=False, is_little_endian=True)
         else:
-            target[tag] = element
+            elements[tag] = element
+    target = Dataset(elements)
     # tells pydicom that the bytes need no decoding on the way out
     charset = target.get("SpecificCharacterSet")
     target.set_original_encoding(False, True, convert_encodings(charset) if charset else default_encoding)
@@ -293,16 +294,19 @@ def _series_description(header: Dataset, suffix: str) -> bytes:
     if not before:
         return suffix.strip().encode("ascii")
     room = LO_MAX_CHARACTERS - len(suffix)
-    if len(before) > room:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                encodings = convert_encodings(header.get("SpecificCharacterSet") or default_encoding)
-                text = decode_bytes(before, encodings, TEXT_VR_DELIMS)[:room].rstrip()
-                before = encode_string(text, encodings)
-        except (UserWarning, LookupError, ValueError):
-            return suffix.strip().encode("ascii")  # not in the character set that the source declares: nothing to cut
-    return before + suffix.encode("ascii")
+    if len(before) <= room:
+        return before + suffix.encode("ascii")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            encodings = convert_encodings(header.get("SpecificCharacterSet") or default_encoding)
+            text = decode_bytes(before, encodings, TEXT_VR_DELIMS)
+            cut = encode_string(text[:room].rstrip(), encodings) + suffix.encode("ascii")
+            if len(cut) % 2:  # the padding space must fit as well
+                cut = encode_string(text[: room - 1].rstrip(), encodings) + suffix.encode("ascii")
+            return cut
+    except (UserWarning, LookupError, ValueError):
+        return suffix.strip().encode("ascii")  # not in the character set that the source declares: nothing to cut
 
 
 def _utc_offset(header: Dataset) -> timezone | None:
