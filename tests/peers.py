@@ -209,7 +209,10 @@ class StorageOracle:
             (evt.EVT_RELEASED, self._on_released),
             (evt.EVT_ABORTED, self._on_aborted),
         ]
-        self._server = self._ae.start_server((HOST, self.port), block=False, evt_handlers=handlers)
+        self._server = self._ae.make_server((HOST, self.port), evt_handlers=handlers)
+        # As AE.start_server does it, but there a server takes half a second to notice that it shall end.
+        self._ae._servers.append(self._server)
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
         """Close the port and every connection; what was received stays."""
