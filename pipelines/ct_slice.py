@@ -28,7 +28,7 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
 )
 
-from pipelines.elements import BadElement, items, numbers, text, texts
+from pipelines.elements import BadElement, items, numbers, shown, text, texts
 
 MAX_MATRIX = 2048
 """Largest Rows and Columns; clinical CT reconstructs up to 1024, photon-counting CT up to 2048."""
@@ -70,7 +70,7 @@ DERIVED_WORDS = frozenset(
 """ImageType words of images that were computed from a volume, or are no HU map."""
 
 
-class SeriesRefused(Exception):  # noqa: N818 - an outcome, not an error
+class SeriesRefused(Exception):
     """A series cannot be denoised; it is a documented outcome, not a fault.
 
     Parameters
@@ -233,16 +233,17 @@ def _ct_slice(ds: Dataset, uid: str, path: Path) -> CTSlice:
 def _name(ds: Dataset, path: Path) -> str:
     """What to call the object in a reason: its UID where it has one."""
     try:
-        return text(ds, "SOPInstanceUID") or path.name
+        uid = UID(text(ds, "SOPInstanceUID"))
     except BadElement:
         return path.name
+    return uid if uid.is_valid else path.name
 
 
 def _read_header(path: Path) -> Dataset:
     try:
         meta = read_file_meta_info(path)
-        if "TransferSyntaxUID" not in meta:
-            raise InvalidDicomError("the file meta information has no TransferSyntaxUID")
+        if "TransferSyntaxUID" not in meta or not meta.TransferSyntaxUID.is_transfer_syntax:
+            raise InvalidDicomError("the file meta information names no transfer syntax")
         if meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian:
             _refuse_bomb(path, 144 + int(meta.FileMetaInformationGroupLength))
         return dcmread(path, stop_before_pixels=True)
@@ -268,11 +269,12 @@ def _refuse_bomb(path: Path, offset: int) -> None:
 
 def _refuse_other_objects(ds: Dataset, uid: str) -> None:
     sop_class, modality = text(ds, "SOPClassUID"), text(ds, "Modality")
-    name = UID(sop_class).name
+    # the name of a known class; never what else may stand there
+    name = UID(sop_class).name if UID(sop_class).is_valid else "an object of no valid SOP class"
     if sop_class.startswith(SECONDARY_CAPTURE_PREFIX):
         raise SeriesRefused("secondary-capture", f"{uid} is a {name} object, a picture and no CT measurement")
     if sop_class not in (CTImageStorage, *ENHANCED_CT) or modality != "CT":
-        raise SeriesRefused("not-ct", f"{uid} is {name or 'of no SOP class'}, modality {modality or 'missing'}")
+        raise SeriesRefused("not-ct", f"{uid} is {name}, modality {shown(modality) or 'missing'}")
     frames = numbers(ds, "NumberOfFrames", 1) or (1.0,)
     if sop_class in ENHANCED_CT or frames[0] != 1:
         raise SeriesRefused("multi-frame", f"{uid} is a multi-frame object ({name}); only single-frame CT is read")
@@ -295,22 +297,24 @@ def _refuse_image_type(ds: Dataset, uid: str) -> None:
     without ImageType is judged by its geometry.
     """
     words = [word.strip().upper() for word in texts(ds, "ImageType")]
-    shown = "\\".join(words)
+    type_shown = shown("\\".join(words))
     if LOCALIZER_WORDS.intersection(words):
         raise SeriesRefused(
-            "localizer", f"{uid} is a localizer (ImageType {shown}); send localizers in a series of their own"
+            "localizer", f"{uid} is a localizer (ImageType {type_shown}); send localizers in a series of their own"
         )
     if SCREEN_WORDS.intersection(words):
-        raise SeriesRefused("secondary-capture", f"{uid} is a screen or report page (ImageType {shown})")
+        raise SeriesRefused("secondary-capture", f"{uid} is a screen or report page (ImageType {type_shown})")
     if any(word.split(" ")[-1] in ("MON", "MONITORING") for word in words):
-        raise SeriesRefused("monitoring", f"{uid} watches one place for contrast (ImageType {shown}); not a volume")
+        raise SeriesRefused(
+            "monitoring", f"{uid} watches one place for contrast (ImageType {type_shown}); not a volume"
+        )
     computed = DERIVED_WORDS.intersection(words) or {word for word in words if word.split(" ")[0] == "CSA"}
     if computed or words[:2] == ["DERIVED", "SECONDARY"] or words == ["DERIVED", "PRIMARY"]:
         raise SeriesRefused(
-            "derived", f"{uid} was computed from other images (ImageType {shown}); send the original slices"
+            "derived", f"{uid} was computed from other images (ImageType {type_shown}); send the original slices"
         )
     if len(words) > 2 and words[2] != "AXIAL":
-        raise SeriesRefused("derived", f"{uid} does not say that it is an axial CT slice (ImageType {shown})")
+        raise SeriesRefused("derived", f"{uid} does not say that it is an axial CT slice (ImageType {type_shown})")
 
 
 def _pixel_description(ds: Dataset, uid: str, path: Path) -> tuple[int, int]:
@@ -324,7 +328,7 @@ def _pixel_description(ds: Dataset, uid: str, path: Path) -> tuple[int, int]:
     photometric = text(ds, "PhotometricInterpretation")
     if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise SeriesRefused(
-            "colour", f"{uid} is no grey-scale image ({photometric or 'no photometric interpretation'})"
+            "colour", f"{uid} is no grey-scale image ({shown(photometric) or 'no photometric interpretation'})"
         )
     if not (1 <= rows <= MAX_MATRIX and 1 <= columns <= MAX_MATRIX):
         raise SeriesRefused("too-large", f"{uid} says {rows} x {columns} pixels; 1 to {MAX_MATRIX} are read")
@@ -353,7 +357,7 @@ def _rescale(ds: Dataset, uid: str) -> tuple[float, float]:
         )
     kind = text(ds, "RescaleType")
     if kind not in ("", "HU"):
-        raise SeriesRefused("not-hu", f"{uid}: RescaleType {kind!r}, the values are not Hounsfield units")
+        raise SeriesRefused("not-hu", f"{uid}: RescaleType {shown(kind)}, the values are not Hounsfield units")
     return slope[0], intercept[0]
 
 

@@ -9,7 +9,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 
-class BadElement(ValueError):  # noqa: N818 - names the element, becomes a reason
+class BadElement(ValueError):
     """An element holds what its definition does not allow; the message names the element, never its value."""
 
 
@@ -51,6 +51,11 @@ def numbers(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
     if len(found) != count or not all(map(math.isfinite, found)):
         raise BadElement(f"{keyword} does not hold {count} finite number(s)")
     return found
+
+
+def shown(value: str) -> str:
+    """`value` for a reason or a log line: one line of ASCII, at most 64 characters."""
+    return value.encode("unicode_escape").decode("ascii").replace("\\\\", "\\")[:64]
 
 
 def _value(ds: Dataset, keyword: str) -> Any:

@@ -35,8 +35,8 @@ MAX_BIAS_HU = {"air": 10.0, "lung": 5.0, "fat": 2.0, "soft": 2.0, "bone": 5.0}
 """Largest |mean change| over the series. Models are accepted at 1 HU in soft tissue on known truth; here the truth is
 unknown. Air is lenient because scanners clip it at -1024 HU, which lifts the mean of noisy air."""
 BIAS_PER_NOISE = 0.05
-"""Added to a limit per HU of noise, up to twice the limit: sharp kernels ring around edges in step with their noise, and
-what the ringing adds to a mean is not tissue."""
+"""Added to a limit per HU of noise, up to twice the limit: sharp kernels ring around edges in step with their noise,
+and what the ringing adds to a mean is not tissue."""
 MAX_SLICE_BIAS_HU = 4.0
 """Largest |mean change| of soft tissue in one slice: an offset in few slices vanishes in the mean of many."""
 MAX_NOISE_RATIO = 1.02

@@ -18,7 +18,7 @@ PADDING_LEAK_HU = 0.01
 """Largest change of tissue when only the value of the padding changes: none but for rounding."""
 
 
-class ContractBroken(AssertionError):  # noqa: N818 - the field says that a contract is broken
+class ContractBroken(AssertionError):
     """A pipeline breaks its contract; the message lists every clause and what was measured."""
 
 

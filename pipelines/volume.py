@@ -6,10 +6,12 @@ certain pipeline was not validated for (tilt, gaps, spacing) is decided in `pipe
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -107,9 +109,7 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     OSError
         If a file cannot be read.
     """
-    with warnings.catch_warnings():
-        # pydicom warns with the offending value, which may be a name: what matters is checked here and refused by name
-        warnings.simplefilter("ignore")
+    with _pydicom_silent():
         if not paths:
             raise SeriesRefused("empty", "there are no files")
         slices = [read_slice(path) for path in paths]
@@ -149,6 +149,20 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     )
 
 
+@contextmanager
+def _pydicom_silent() -> Iterator[None]:
+    """Keep pydicom's remarks out of the log: they quote values, which may be names. What matters is checked here."""
+    logger = logging.getLogger("pydicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _refuse_mixture(slices: Sequence[CTSlice]) -> None:
     """Refuse slices that do not belong to one series of one patient, or not on one grid."""
     twice = [uid for uid, count in Counter(s.sop_instance_uid for s in slices).items() if count > 1]
@@ -175,7 +189,7 @@ def _refuse_mixture(slices: Sequence[CTSlice]) -> None:
             raise SeriesRefused("mixed-orientation", f"{pair} lie in planes {first.orientation} and {one.orientation}")
         if one.reconstruction != first.reconstruction:
             raise SeriesRefused(
-                "mixed-acquisition", f"{pair} differ in kernel or kVp: {first.reconstruction}, {one.reconstruction}"
+                "mixed-acquisition", f"{pair} differ in kernel or kVp: {first.reconstruction!a}, {one.reconstruction!a}"
             )
     frames = {s.frame_of_reference_uid for s in slices}
     if len(frames) > 1 and not (len(frames) == len(slices) >= MIN_SEPARATE_FRAMES):
