@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from datetime import UTC
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -136,7 +137,7 @@ class Compute:
             strength=job.strength,
             blend=job.blend,
             fingerprint=job.fingerprint,
-            created_at=job.created_at.isoformat(),
+            created_at=job.created_at.replace(tzinfo=UTC).isoformat(),
             settings=self._config.derivation.model_dump(),
         )
 

@@ -60,9 +60,9 @@ class Manifest:
     n_in: int
     instances: tuple[DerivedInstance, ...]
     seconds: dict[str, float]
-    noise_before_hu: float
-    """Global noise index of the input (`pipelines.noise`)."""
-    noise_after_hu: float
+    noise_before_hu: float | None
+    """Noise of the input as the guard measured it; None where there was too little to measure it in."""
+    noise_after_hu: float | None
     guard: dict[str, Any]
 
     def write(self, folder: Path) -> None:

@@ -72,7 +72,6 @@ class Engine:
                 "executor_id": self.executor_id,
                 "application_version": APPLICATION_VERSION,
                 "log_level": "WARNING",
-                "notification_listener_polling_interval_sec": 60.0,
             }
         )
 

@@ -26,6 +26,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection
 from io import BytesIO
+from socketserver import BaseServer
 from typing import Any, cast
 
 from pydicom import Dataset
@@ -331,6 +332,11 @@ class _Server(ThreadedAssociationServer):
         self._max_per_peer = max_per_peer
         super().__init__(*args, **kwargs)
         self.contexts = _SharedContexts(self.contexts)
+
+    def shutdown(self) -> None:
+        """Stop accepting and close the socket (the library's own also looks for a list that only `start_server` fills)."""
+        BaseServer.shutdown(self)
+        self.server_close()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Drop strangers before anything is spent on them."""
