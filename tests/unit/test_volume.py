@@ -6,6 +6,7 @@ import random
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from functools import partial
 from math import cos, radians, sin
 from pathlib import Path
 from typing import Any
@@ -297,10 +298,14 @@ def test_no_files_at_all() -> None:
     assert code_of([]) == "empty"
 
 
+def _rename(name: str, ds: Dataset) -> None:
+    ds.SOPInstanceUID = name
+
+
 def test_another_matrix(tmp_path: Path) -> None:
     files = write_series(tmp_path, phantom(2)) + write_series(tmp_path / "b", phantom(2, 32), origin_mm=(0, 0, 9))
     for k, path in enumerate(files):
-        edit(path, lambda ds, k=k: setattr(ds, "SOPInstanceUID", uid("matrix", k)))
+        edit(path, partial(_rename, uid("matrix", k)))
     assert code_of(files) == "mixed-matrix"
 
 
