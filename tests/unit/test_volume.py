@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ct_builder import edit, phantom, uid, write_series
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import (
@@ -25,7 +26,6 @@ from pydicom.uid import (
 )
 
 from pipelines.volume import SeriesRefused, Volume, read_volume
-from tests.ct_builder import edit, phantom, uid, write_series
 
 
 def code_of(files: list[Path]) -> str:
