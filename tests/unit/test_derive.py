@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections.abc import Callable
 from datetime import datetime
@@ -340,3 +341,19 @@ def test_a_full_disk_is_no_fault_of_the_object(tmp_path: Path, monkeypatch: pyte
     volume = read_volume(write_series(tmp_path, phantom(1, 16)))
     with pytest.raises(OSError, match="No space left"):
         call(volume, volume.hu, tmp_path)
+
+
+def test_each_file_is_synced_under_another_name_and_the_folder_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def watch(handle: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        fsync(handle)
+
+    monkeypatch.setattr("os.fsync", watch)
+    made = derive(write_series(tmp_path, phantom(2, 16)), tmp_path / "out")
+    assert synced == [f"{i.sop_instance_uid}.part" for i in made] + ["out"]
+    assert list((tmp_path / "out").glob("*.part")) == []
