@@ -264,7 +264,7 @@ def _denoise(arguments: argparse.Namespace) -> int:
             options=base.Options(chosen.strength, chosen.blend),
             fingerprint=job_table.fingerprint(digests),
             settings=config.derivation,
-            created_at=datetime.now(UTC),
+            created_at=datetime.now(UTC).astimezone(),
             report=_show_progress,
         )
     except Withheld as verdict:

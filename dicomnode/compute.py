@@ -137,7 +137,7 @@ class Compute:
             strength=job.strength,
             blend=job.blend,
             fingerprint=job.fingerprint,
-            created_at=job.created_at.replace(tzinfo=UTC).isoformat(),
+            created_at=job.created_at.replace(tzinfo=UTC).astimezone().isoformat(),
             settings=self._config.derivation.model_dump(),
         )
 

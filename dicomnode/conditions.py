@@ -21,16 +21,12 @@ from pydicom.datadict import dictionary_VR, keyword_dict, tag_for_keyword
 Scalar = str | int | float
 """One value of an attribute as rules see it: text, or a number in the unit of the attribute."""
 
-MAX_TEXT_CHARS = 256
+MAX_TEXT_CHARS = 128
 """Longest text that a regular expression is tried on; LO (PS3.5 table 6.2-1), the usual description, has at most 64."""
 
 MAX_PATTERN_CHARS = 256
-MAX_UNBOUNDED = 3
-"""``*``, ``+`` and ``{n,}`` in one pattern: with three, a search takes at most about `MAX_TEXT_CHARS`⁴/24 steps."""
-FEW_TIMES = 8
-"""``{m,n}`` with a wider range counts as unbounded."""
-MAX_CHOICES = 12
-"""Places in one pattern where the search may have to come back and try another way."""
+MAX_STEPS = 20_000_000
+"""Most steps that a search with a pattern may need in the worst case; some tenths of a second."""
 
 MAX_NOT_DEPTH = 3
 
@@ -211,47 +207,41 @@ def compiled(pattern: str) -> re.Pattern[str]:
 
 
 def why_slow(pattern: str) -> str | None:
-    """Why a search for `pattern` may take exponential or high polynomial time; None for one that is surely fast.
+    """Why a search for `pattern` may take very long on some text; None for one that surely does not.
 
-    Backtracking explodes where a repetition holds another choice, or where many choices follow one another; both are
-    refused, a few harmless patterns with them.
+    Backtracking tries every combination of choices. Within a repetition they multiply with each round, which is refused
+    outright; otherwise u repetitions without a limit share out n characters in at most n^(u+1)/(u+1)! ways, counting
+    where the match begins, and other choices multiply that. A few harmless patterns are refused with the others.
     """
     tree = importlib.import_module("re._parser").parse(pattern)
-    unbounded = choices = 0
-    for kind, repeated in _choice_points(tree, repeated=False):
-        if repeated:
-            return "a repetition within a repetition, as in (a+)+ or (a|b)*"
-        unbounded += kind == "unbounded"
-        choices += 1
-    if unbounded > MAX_UNBOUNDED:
-        return f"more than {MAX_UNBOUNDED} of * and +"
-    if choices > MAX_CHOICES:
-        return f"more than {MAX_CHOICES} of *, +, ? and (a|b)"
-    return None
+    alternatives = tree[0][1][1] if len(tree) == 1 and str(tree[0][0]) == "BRANCH" else [tree]
+    steps = 0.0
+    for alternative in alternatives:
+        unbounded, ways = 0, 1
+        for choices, repeated in _choice_points(alternative, repeated=False):
+            if repeated:
+                return "a choice within a repetition, as in (a+)+ or (ab|c)*"
+            unbounded += choices >= MAX_TEXT_CHARS
+            ways *= 1 if choices >= MAX_TEXT_CHARS else choices
+        steps += ways * MAX_TEXT_CHARS ** (unbounded + 1) / math.factorial(unbounded + 1)
+    return "too many of *, +, ?, {m,n} and (a|b) after one another" if steps > MAX_STEPS else None
 
 
-def _choice_points(tree: Any, repeated: bool) -> Iterator[tuple[str, bool]]:
-    """Each point where a search has a choice, and whether it lies within something that repeats.
-
-    A list of alternatives that is the whole pattern is no such point: each of them is tried once.
-    """
+def _choice_points(tree: Any, repeated: bool) -> Iterator[tuple[int, bool]]:
+    """Each point where a search has choices: how many, and whether the point lies within something that repeats."""
     for operation, argument in tree:
         name = str(operation)
         if name in {"MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"}:
             lowest, highest, body = argument
             if lowest != highest:
-                yield ("unbounded" if highest - lowest > FEW_TIMES else "bounded"), repeated
+                yield int(highest) - int(lowest) + 1, repeated
             yield from _choice_points(body, repeated or highest > 1)
         elif name == "BRANCH":
-            if repeated:
-                yield "bounded", repeated
+            yield len(argument[1]), repeated
             for alternative in argument[1]:
                 yield from _choice_points(alternative, repeated)
         elif name == "SUBPATTERN":
-            inside = argument[-1]
-            if len(inside) and str(inside[0][0]) == "BRANCH" and not repeated:
-                yield "bounded", repeated
-            yield from _choice_points(inside, repeated)
+            yield from _choice_points(argument[-1], repeated)
         elif name == "ATOMIC_GROUP":
             yield from _choice_points(argument, repeated)
         elif name in {"ASSERT", "ASSERT_NOT"}:

@@ -107,7 +107,8 @@ def denoise_series(
     fingerprint
         Digest of the set of source slices; with the pipeline's hash it decides the derived UIDs.
     created_at
-        Time written into the derived objects (UTC); not read from the clock, so that a second run gives the same bytes.
+        Time written into the derived objects, with its zone; not read from the clock, so that a second run gives the
+        same bytes.
 
     Raises
     ------

@@ -46,7 +46,7 @@ class Request:
     blend: float
     fingerprint: str
     created_at: str
-    """ISO 8601, UTC."""
+    """ISO 8601 with the offset of the server's time zone: readers take times without a zone as local."""
     settings: dict[str, Any]
     """The fields of `Derivation`."""
 
