@@ -334,7 +334,7 @@ class _Server(ThreadedAssociationServer):
         self.contexts = _SharedContexts(self.contexts)
 
     def shutdown(self) -> None:
-        """Stop accepting and close the socket (the library's own also looks for a list that only `start_server` fills)."""
+        """Stop accepting and close the socket; the library's own expects a server that `start_server` made."""
         BaseServer.shutdown(self)
         self.server_close()
 

@@ -1,8 +1,7 @@
 """First schema"""
 
-from alembic import op
 import sqlalchemy as sa
-
+from alembic import op
 
 revision = "0001"
 down_revision = None
@@ -182,7 +181,6 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("transfers", schema=None) as batch_op:
         batch_op.create_index("ix_transfers_open", ["job_id", "destination", "state"], unique=False)
-
 
 
 def downgrade() -> None:
