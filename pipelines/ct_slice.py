@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.pixels.utils import pixel_array
@@ -26,8 +27,10 @@ from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
     LegacyConvertedEnhancedCTImageStorage,
+    RLELossless,
 )
 
+from pipelines.codestream import declared_size
 from pipelines.elements import BadElement, items, numbers, shown, text, texts
 
 MAX_MATRIX = 2048
@@ -156,6 +159,10 @@ class CTSlice:
                 expected = self.matrix[0] * self.matrix[1] * ds.BitsAllocated // 8
                 if len(ds.PixelData) != expected + expected % 2:
                     raise ValueError(f"{len(ds.PixelData)} bytes of pixel data, the header says {expected}")
+            elif ds.file_meta.TransferSyntaxUID != RLELossless:  # RLE has no size of its own
+                declared = declared_size(get_frame(ds.PixelData, 0, number_of_frames=1))
+                if declared != self.matrix:
+                    raise ValueError(f"the compressed frame says {declared}, the header {self.matrix}")
             # unused high bits are looked at below, not silently masked away; decoders of compressed data set them right
             stored = pixel_array(ds, correct_unused_bits=False) if native else pixel_array(ds)
             if stored.shape != self.matrix or stored.dtype.kind not in "iu":

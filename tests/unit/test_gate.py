@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def test_neighbours_must_be_neighbours(kind: str, bad: Volume, code: str, told: 
 @pytest.mark.parametrize(("bad", "code", "told"), STACKED)
 def test_single_slices_need_no_neighbours(bad: Volume, code: str, told: str) -> None:
     check(bad, card("slice"))
+
+
+def test_every_reason_is_documented() -> None:
+    """docs/gate.md has a row for each code that the source can raise, and for no other."""
+    root = Path(__file__).parents[2]
+    source = "".join((root / "pipelines" / f"{name}.py").read_text() for name in ("ct_slice", "volume", "gate"))
+    raised = set(re.findall(r'SeriesRefused\(\s*"([a-z-]+)"', source))
+    rows = re.findall(r"^\| (`[a-z-]+`(?:, `[a-z-]+`)*) \|", (root / "docs" / "gate.md").read_text(), re.MULTILINE)
+    assert {code for row in rows for code in re.findall(r"`([a-z-]+)`", row)} == raised
 
 
 def test_tilt_passes_where_it_was_validated() -> None:
