@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from datetime import UTC
+from datetime import UTC, timedelta
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -49,7 +49,10 @@ class Compute:
         try:
             outcome = self._worker.run(self._request(job, out), self._reporter(job.id))
         except WorkerDied as death:
-            if not self._stopping and not self._cancelled(job.id):
+            if self._stopping:
+                with self._database.begin() as connection:
+                    job_table.requeue(connection, job.id, "the node was stopped", timedelta())
+            elif not self._cancelled(job.id):
                 job_table.lost_attempt(self._database, job.id, str(death), self._config.compute.max_worker_deaths)
             return
         self._conclude(job, out, outcome)

@@ -138,6 +138,20 @@ def plan(
         )
 
 
+def put_back(connection: sa.Connection, job_id: str, destination: str, attempts: int) -> None:
+    """Make an attempt due again that ended without a trace, unless its delivery moved on."""
+    connection.execute(
+        sa.update(deliveries)
+        .where(
+            deliveries.c.job_id == job_id,
+            deliveries.c.destination == destination,
+            deliveries.c.attempts == attempts,
+            deliveries.c.state.in_([DeliveryState.WAITING, DeliveryState.SENDING]),
+        )
+        .values(state=DeliveryState.WAITING, enqueued=deliveries.c.enqueued + 1, updated_at=now())
+    )
+
+
 class Delivery:
     """Sends; made once per node. `deliver` is what the engine calls."""
 
@@ -193,7 +207,7 @@ class Delivery:
             connection.execute(
                 sa.update(deliveries)
                 .where(*mine)
-                .values(state=DeliveryState.SENDING, attempts=attempt + 1, enqueued=0, updated_at=at)
+                .values(state=DeliveryState.SENDING, attempts=attempt + 1, updated_at=at)
             )
             ours = (transfers.c.job_id == job_id, transfers.c.destination == destination)
             # Offered by an attempt whose process died: nobody knows whether the peer has it.

@@ -10,11 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
 from dicomnode import jobs as job_table
 from dicomnode.db import DeliveryState, JobState, deliveries, jobs, now
+from dicomnode.delivery import put_back
 from dicomnode.engine import Engine
 from dicomnode.jobs import FINAL
 from dicomnode.worker import Worker
@@ -24,6 +28,15 @@ log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
 _CHECK_EVERY_S = 15.0
 """How often keys handed over earlier are checked for having ended without moving their row."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    key: str
+    begun: bool
+    submit: Callable[[], None]
+    put_back: Callable[[sa.Connection], None]
+    """Makes the row due again under a new key, unless it moved meanwhile."""
 
 
 class Dispatcher:
@@ -57,64 +70,75 @@ class Dispatcher:
     def look(self) -> None:
         """Do once what there is to do."""
         self._cancel_asked()
-        due: dict[str, tuple[sa.Table, sa.ColumnElement[bool]]] = {}
+        attempts = self._attempts()
+        for attempt in attempts:
+            if attempt.key not in self._handed_over:
+                self._handed_over[attempt.key] = time.monotonic()
+                if not attempt.begun:
+                    attempt.submit()
+        for key in self._handed_over.keys() - {attempt.key for attempt in attempts}:
+            del self._handed_over[key]
+        self._replace_ended(attempts)
+
+    def _attempts(self) -> list[_Attempt]:
+        """Attempts that are due, and those that were begun and are not through."""
         at = now()
         with self._database.connect() as connection:
-            queued = connection.execute(
-                sa.select(jobs.c.id, jobs.c.runs, jobs.c.enqueued, jobs.c.priority).where(
-                    jobs.c.state == JobState.QUEUED,
+            computing = connection.execute(
+                sa.select(jobs.c.id, jobs.c.state, jobs.c.runs, jobs.c.enqueued, jobs.c.priority).where(
+                    jobs.c.state.in_([JobState.QUEUED, JobState.RUNNING]),
                     sa.not_(jobs.c.cancel_requested),
-                    sa.or_(jobs.c.next_try_at.is_(None), jobs.c.next_try_at <= at),
+                    sa.or_(jobs.c.state == JobState.RUNNING, jobs.c.next_try_at.is_(None), jobs.c.next_try_at <= at),
                 )
             ).all()
-            waiting = connection.execute(
-                sa.select(
-                    deliveries.c.job_id,
-                    deliveries.c.destination,
-                    deliveries.c.attempts,
-                    deliveries.c.enqueued,
-                    jobs.c.priority,
-                )
+            sending = connection.execute(
+                sa.select(deliveries, jobs.c.priority)
                 .join(jobs, jobs.c.id == deliveries.c.job_id)
                 .where(
-                    deliveries.c.state == DeliveryState.WAITING,
+                    deliveries.c.state.in_([DeliveryState.WAITING, DeliveryState.SENDING]),
                     jobs.c.state == JobState.DISPATCHING,
                     sa.not_(jobs.c.cancel_requested),
-                    sa.or_(deliveries.c.next_try_at.is_(None), deliveries.c.next_try_at <= at),
+                    sa.or_(
+                        deliveries.c.state == DeliveryState.SENDING,
+                        deliveries.c.next_try_at.is_(None),
+                        deliveries.c.next_try_at <= at,
+                    ),
                 )
             ).all()
-        for row in queued:
-            key = f"{row.id}:run{row.runs}:{row.enqueued}"
-            due[key] = (jobs, jobs.c.id == row.id)
-            if key not in self._handed_over:
-                self._engine.submit_process(key, row.id, row.runs, priority=row.priority)
-                self._handed_over[key] = time.monotonic()
-        for delivery in waiting:
-            key = f"{delivery.job_id}:{delivery.destination}:{delivery.attempts}:{delivery.enqueued}"
-            due[key] = (
-                deliveries,
-                sa.and_(deliveries.c.job_id == delivery.job_id, deliveries.c.destination == delivery.destination),
-            )
-            if key not in self._handed_over:
-                self._engine.submit_deliver(
-                    key, delivery.job_id, delivery.destination, delivery.attempts, priority=delivery.priority
-                )
-                self._handed_over[key] = time.monotonic()
-        self._replace_ended(due)
+        return [self._compute_attempt(row) for row in computing] + [self._send_attempt(row) for row in sending]
 
-    def _replace_ended(self, due: dict[str, tuple[sa.Table, sa.ColumnElement[bool]]]) -> None:
-        """A key whose attempt ended without moving its row (the database failed under it) gets a successor."""
-        for key in [key for key in self._handed_over if key not in due]:
-            del self._handed_over[key]
-        for key, since in list(self._handed_over.items()):
-            if time.monotonic() - since < _CHECK_EVERY_S:
+    def _compute_attempt(self, row: Any) -> _Attempt:
+        begun = row.state == JobState.RUNNING
+        run = row.runs - begun
+        key = f"{row.id}:run{run}:{row.enqueued}"
+        return _Attempt(
+            key,
+            begun,
+            lambda: self._engine.submit_process(key, row.id, run, priority=row.priority),
+            lambda connection: job_table.put_back(connection, row.id, row.runs),
+        )
+
+    def _send_attempt(self, row: Any) -> _Attempt:
+        begun = row.state == DeliveryState.SENDING
+        number = row.attempts - begun
+        key = f"{row.job_id}:{row.destination}:{number}:{row.enqueued}"
+        return _Attempt(
+            key,
+            begun,
+            lambda: self._engine.submit_deliver(key, row.job_id, row.destination, number, priority=row.priority),
+            lambda connection: put_back(connection, row.job_id, row.destination, row.attempts),
+        )
+
+    def _replace_ended(self, attempts: list[_Attempt]) -> None:
+        """An attempt that ended without moving its row (the database failed under it) gets a successor."""
+        for attempt in attempts:
+            if time.monotonic() - self._handed_over[attempt.key] < _CHECK_EVERY_S:
                 continue
-            self._handed_over[key] = time.monotonic()
-            if self._engine.ended(key):
-                table, mine = due[key]
-                log.warning("%s ended without a result; it is enqueued again", key)
+            self._handed_over[attempt.key] = time.monotonic()
+            if self._engine.ended(attempt.key):
+                log.warning("%s ended without a result; it is tried again", attempt.key)
                 with self._database.begin() as connection:
-                    connection.execute(sa.update(table).where(mine).values(enqueued=table.c.enqueued + 1))
+                    attempt.put_back(connection)
 
     def _cancel_asked(self) -> None:
         with self._database.connect() as connection:

@@ -206,7 +206,6 @@ def begin(database: sa.Engine, identity: str, run: int, worker: str, max_crashes
                 expected={JobState.QUEUED},
                 worker=worker,
                 runs=run + 1,
-                enqueued=0,
                 started_at=now(),
                 progress=0.0,
             )
@@ -246,6 +245,24 @@ def requeue(connection: sa.Connection, identity: str, why: str, pause: timedelta
         enqueued=0,
         progress=0.0,
     )
+
+
+def put_back(connection: sa.Connection, identity: str, runs: int) -> None:
+    """Make an attempt due again that ended without a trace, unless its job moved on."""
+    same = (jobs.c.id == identity, jobs.c.runs == runs)
+    if not advance(
+        connection,
+        identity,
+        JobState.QUEUED,
+        "the attempt ended without a result",
+        expected={JobState.RUNNING},
+        where=same,
+        enqueued=0,
+        next_try_at=None,
+    ):
+        connection.execute(
+            sa.update(jobs).where(*same, jobs.c.state == JobState.QUEUED).values(enqueued=jobs.c.enqueued + 1)
+        )
 
 
 def _count_crash(connection: sa.Connection, job: Job, why: str, max_crashes: int) -> bool:
