@@ -147,9 +147,8 @@ def _action(route: Route, sop_class: object) -> tuple[Action, str]:
     """What `route` does with an object of this SOP class, and the remark if that is not what it says."""
     if route.action != "pipeline" or sop_class == CTImageStorage:
         return route.action, ""
-    name = UID(sop_class, validation_mode=IGNORE).name if isinstance(sop_class, str) else sop_class
-    if name == sop_class:
-        name = "an unknown SOP class"
+    uid = UID(sop_class if isinstance(sop_class, str) else "", validation_mode=IGNORE)
+    name = uid.name if uid.name != uid else "an unknown SOP class"  # the name of an unknown UID is its own text
     if sop_class in (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage):
         return "forward", f"; {name} cannot be read yet: forwarded unchanged"
     return "forward", f"; not CT Image Storage but {name}: forwarded unchanged"
@@ -279,11 +278,11 @@ def _text(data: bytes, ds: Dataset, vr: str) -> str:
     encodings = [charset] if isinstance(charset, str) else list(charset)
     if vr not in _CHARSET_VRS:
         return data.decode("latin-1")
-    if len(encodings) == 1:
-        return data.decode(encodings[0], errors="replace")
     try:
+        if len(encodings) == 1:
+            return data.decode(encodings[0], errors="replace")
         return decode_bytes(data, encodings, TEXT_VR_DELIMS)
-    except (UnicodeError, LookupError):
+    except (UnicodeError, LookupError):  # a character set that is none, e.g. "zlib"
         return data.decode("latin-1")
 
 

@@ -380,7 +380,7 @@ CONDITIONS = [
     ("ReferencedImageSequence: a", r"ReferencedImageSequence \(VR SQ\) cannot be compared"),
     ("SeriesDescription: {regex: 3}", r"a regex wants a text in quotes"),
     ("SeriesDescription: {regex: '(a'}", r"SeriesDescription\.regex: '\(a' is no regular expression \(missing \)"),
-    ("SeriesDescription: {regex: '(a+)+b'}", r"could take hours on some texts: a repetition within a repetition"),
+    ("SeriesDescription: {regex: '(a+)+b'}", r"could take hours on some texts: a choice within a repetition"),
     ("SeriesDescription: {regex: " + 257 * "a" + "}", r"longer than 256 characters"),
 ]
 
@@ -445,7 +445,7 @@ def test_missing_file_and_folder_are_named(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(a+)+", "(a*)*", "(a|bc)*", "(a|aa)+$", "(a?){30}a{30}", "((ab?c)+d)*", "(?:x{2,9}){2,9}", ".*.*.*.*", "a?" * 13],
+    ["(a+)+", "(a*)*", "(a|bc)*", "(a|aa)+$", "(a?){30}a{30}", "((ab?c)+d)*", "(?:x{2,9}){2,9}", ".*.*.*.*", "a?" * 20],
 )
 def test_patterns_that_may_explode_are_refused(pattern: str):
     assert conditions.why_slow(pattern) is not None
@@ -469,11 +469,11 @@ def test_patterns_that_people_write_are_allowed(pattern: str):
 @pytest.mark.parametrize(
     "pattern", ["a*a*a*b", "a?" * 12 + "a" * 12 + "b", "(a|a)(a|a)(a|a)(a|a)(a|a)(a|a)b", ".*a.*a.*b"]
 )
-def test_the_slowest_patterns_that_are_allowed_take_seconds_not_hours(pattern: str):
+def test_the_slowest_patterns_that_are_allowed_take_no_more_than_moments(pattern: str):
     assert conditions.why_slow(pattern) is None
     before = time.monotonic()
     assert not conditions.compiled(pattern).search("a" * conditions.MAX_TEXT_CHARS)
-    assert time.monotonic() - before < 20
+    assert time.monotonic() - before < 5
 
 
 @settings(max_examples=200, deadline=None)

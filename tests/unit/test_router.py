@@ -172,6 +172,7 @@ def test_keywords_are_those_of_the_object_that_rules_need():
             "; not CT Image Storage but Secondary Capture Image Storage: forwarded unchanged",
         ),
         ("1.2.3\nroot", "forward", "; not CT Image Storage but an unknown SOP class: forwarded unchanged"),
+        ("\x1b\r", "forward", "; not CT Image Storage but an unknown SOP class: forwarded unchanged"),
         (None, "forward", "; not CT Image Storage but an unknown SOP class: forwarded unchanged"),
         ([CT], "forward", "; not CT Image Storage but an unknown SOP class: forwarded unchanged"),
     ],
@@ -371,6 +372,9 @@ def test_text_is_decoded_by_its_character_set():
     assert {type(value) for value in header_values(again, keywords).values()} == {str, int, float, list}
 
 
+@pytest.mark.filterwarnings(
+    "ignore:(Found unknown escape sequence|Failed to decode|Unknown encoding)"
+)  # quote no value
 @settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(
@@ -378,7 +382,7 @@ def test_text_is_decoded_by_its_character_set():
     ),
     st.sampled_from(["DS", "IS", "CS", "LO", "US", "PN", "FD", "UN", "SQ", "AT", "OB", "UI", "DA", "SV", "UT"]),
     st.binary(max_size=40),
-    st.sampled_from([["iso8859"], ["utf8"], ["iso8859", "iso2022_jp"], ["gb18030"]]),
+    st.sampled_from([["iso8859"], ["utf8"], ["iso8859", "iso2022_jp"], ["gb18030"], ["zlib"], ["utf_16"], ["x", "y"]]),
 )
 def test_header_values_never_raises(keyword: str, vr: str, value: bytes, encodings: list[str]):
     ds = raw(keyword, vr, value)
