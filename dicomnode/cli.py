@@ -25,6 +25,7 @@ from dicomnode.errors import ConfigError, NodeError, PeerError
 from dicomnode.node import Node
 from dicomnode.scu import Answer, Outgoing, Refused, echo, store
 from dicomnode.spool import dataset_digest
+from dicomnode.worker import keep_headers_out_of_the_log
 from pipelines import base
 from pipelines.volume import SeriesRefused
 
@@ -108,7 +109,7 @@ def _log_to_stderr(config: Config) -> None:
     logging.basicConfig(
         level=config.node.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    logging.getLogger("pynetdicom").setLevel(logging.ERROR)
+    keep_headers_out_of_the_log()
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 

@@ -21,6 +21,7 @@ from pydicom import dcmread
 from dicomnode.config import Derivation
 from dicomnode.derive import DerivedInstance, derive_series
 from dicomnode.errors import NodeError
+from dicomnode.spool import sync_folder
 from pipelines import gate, guard
 from pipelines.base import Options, Pipeline, pipeline_hash
 from pipelines.volume import read_volume
@@ -177,21 +178,13 @@ def _series_uid(path: Path) -> str:
 
 def _publish(part: Path, out: Path) -> None:
     """Make the result visible in one step; if another process was first, its result stands."""
-    _sync_folder(part)
+    sync_folder(part)
     try:
         part.rename(out)
     except OSError:
         if not (out / MANIFEST).exists():
             raise
-    _sync_folder(out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(out.parent)
 
 
 class _Stages:

@@ -27,7 +27,7 @@ from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 from dicomnode.config import Derivation
 from dicomnode.derived_header import LOSSY_METHODS, MANUFACTURER, Making, describe, drop_false, explicit_copy
 from dicomnode.errors import DerivationError
-from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, sync_folder
 from dicomnode.uids import derived_uid
 from pipelines.base import ModelCard, Options, Progress
 from pipelines.ct_slice import CTSlice, SeriesRefused, read_slice
@@ -136,7 +136,7 @@ def derive_series(
         _write_durably(path, encoded)
         instances.append(_prove(path, encoded, header, pixels))
         progress((k + 1) / count)
-    _sync_folder(out_dir)
+    sync_folder(out_dir)
     for what, values in (("instances", {i.sop_instance_uid for i in instances}), ("files", set(volume.slice_paths))):
         if len(values) != count:
             raise DerivationError(f"{count} slices have only {len(values)} different {what}")
@@ -276,14 +276,6 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.rename(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _prove(path: Path, encoded: bytes, header: Dataset, pixels: bytes) -> DerivedInstance:

@@ -173,19 +173,19 @@ class Spool:
             with self._placing:
                 if not path.exists():
                     part.rename(path)
-                    _sync_folder(folder)
+                    sync_folder(folder)
                     return Kept.NEW, _instance(incoming, path, size_bytes, digest)
             part.unlink()
         if dataset_digest(path) == digest:
             # Whoever wrote it may not have synced the folder yet, and we are about to promise that it is safe.
-            _sync_folder(folder)
+            sync_folder(folder)
             return Kept.SAME, _instance(incoming, path, path.stat().st_size, digest)
         if not keep_conflict:
             return Kept.REFUSED, _instance(incoming, path, path.stat().st_size, digest)
         apart = _folder(self.conflicts, incoming.series_uid)
         kept = apart / f"{incoming.sop_instance_uid}.{digest[:16]}.dcm"
         _write_part(apart, header, data).rename(kept)
-        _sync_folder(apart)
+        sync_folder(apart)
         return Kept.CONFLICT, _instance(incoming, kept, size_bytes, digest)
 
     def paths(self) -> Iterator[Path]:
@@ -272,7 +272,7 @@ def _folder(under: Path, series_uid: str) -> Path:
     folder = under / series_uid
     if not folder.is_dir():
         folder.mkdir(exist_ok=True)
-        _sync_folder(under)
+        sync_folder(under)
     return folder
 
 
@@ -299,7 +299,8 @@ def _write_all(descriptor: int, *buffers: bytes | memoryview) -> None:
             rest = rest[os.write(descriptor, rest) :]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

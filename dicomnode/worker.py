@@ -69,6 +69,13 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def keep_headers_out_of_the_log() -> None:
+    """Silence the libraries that quote header values, patient names among them, in warnings and messages."""
+    logging.captureWarnings(True)
+    for name in ("pydicom", "pynetdicom", "py.warnings"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 class Worker:
     """The parent's handle on the child. Starts it when needed, and again after its death."""
 
@@ -249,6 +256,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s worker: %(message)s")
+    keep_headers_out_of_the_log()
     requests: list[str] = []
     ready = threading.Condition()
 
