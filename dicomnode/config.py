@@ -122,7 +122,7 @@ class Compute(_Section):
     """What denoising may use."""
 
     threads: Annotated[int, Strict(), Field(ge=0, le=1024)] = 0
-    """0: all cores but the share that reception needs."""
+    """0: all cores; the process is nice, so reception goes first."""
     max_worker_deaths: Count = 3
     """A job whose compute process dies this often has failed."""
 
@@ -174,7 +174,6 @@ class Destination(_Section):
     connect_timeout_s: Seconds = 10
     acse_timeout_s: Seconds = 30
     dimse_timeout_s: Seconds = 60
-    max_associations: Count = 1
 
 
 class PipelineOptions(_Section):
