@@ -1,0 +1,167 @@
+"""The commands as a person types them; their words and exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+import yaml
+from ct_builder import phantom, write_series
+from peers import HOST, Script, StorageOracle, free_port
+from pydicom import dcmread
+
+from dicomnode import jobs as job_table
+from dicomnode.cli import BAD_USAGE, FAILED, OK, main
+from dicomnode.db import JobKind, JobState, SeriesState, now, open_database, series
+
+SERIES = "1.2.3.4"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration with one destination, nobody behind it."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "node": {"spool": "spool", "database": "sqlite:///node.db"},
+                "destinations": {"pacs": {"ae_title": "PACS", "host": HOST, "port": free_port()}},
+                "pipelines": {"half": {"uses": "identity", "blend": 0.5}},
+                "routes": [{"name": "all", "action": "forward", "send_to": ["pacs"]}],
+            }
+        )
+    )
+    return path
+
+
+def with_peer(config: Path, oracle: StorageOracle) -> Path:
+    content = yaml.safe_load(config.read_text())
+    content["destinations"]["pacs"] = {"ae_title": oracle.ae_title, "host": HOST, "port": oracle.port}
+    config.write_text(yaml.safe_dump(content))
+    return config
+
+
+def add_job(config: Path, identity: str, state: JobState, reason: str) -> None:
+    database = open_database(f"sqlite:///{config.parent / 'node.db'}")
+    with database.begin() as connection:
+        connection.execute(
+            sa.insert(series)
+            .prefix_with("OR IGNORE")
+            .values(series_uid=SERIES, study_uid="1.2", state=SeriesState.CLOSED, first_at=now(), last_at=now())
+        )
+        job_table.create(
+            connection,
+            identity=identity,
+            state=state,
+            reason=reason,
+            kind=JobKind.PIPELINE,
+            series_uid=SERIES,
+            study_uid="1.2",
+            generation=1,
+            calling_ae="CT1",
+            route="chest",
+            route_reason="route chest: Modality is CT",
+            priority=10,
+        )
+    database.dispose()
+
+
+def test_check_config_says_good(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-config", "--config", str(config)]) == OK
+    assert "1 destinations, 1 routes" in capsys.readouterr().out
+
+
+def test_check_config_names_the_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text("node:\n  prot: 104\n")
+    assert main(["check-config", "--config", str(config)]) == BAD_USAGE
+    assert "config.yaml:2" in capsys.readouterr().err
+
+
+def test_echo_answered_and_not(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["echo", "pacs", "--config", str(config)]) == FAILED
+    assert "no answer" in capsys.readouterr().err
+    with StorageOracle() as oracle:
+        assert main(["echo", "pacs", "--config", str(with_peer(config, oracle))]) == OK
+    assert "answered in" in capsys.readouterr().out
+
+
+def test_echo_of_an_unknown_destination_names_those_that_exist(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["echo", "pax", "--config", str(config)]) == FAILED
+    assert "there are: pacs" in capsys.readouterr().err
+
+
+def test_send_a_folder_with_other_files_in_it(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write_series(tmp_path / "ct", phantom(3))
+    (tmp_path / "ct" / "README.txt").write_text("not DICOM")
+    with StorageOracle() as oracle:
+        assert main(["send", "pacs", str(tmp_path / "ct"), "--config", str(with_peer(config, oracle))]) == OK
+        assert sorted(oracle.received) == sorted(dcmread(path).SOPInstanceUID for path in files)
+    said = capsys.readouterr()
+    assert "3 of 3 accepted" in said.out
+    assert "README.txt: left out" in said.err
+
+
+def test_send_tells_of_a_refused_image(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write_series(tmp_path / "ct", phantom(2))
+    refused = dcmread(files[0]).SOPInstanceUID
+    with StorageOracle(Script(status_of={refused: 0xA900})) as oracle:
+        assert main(["send", "pacs", str(tmp_path / "ct"), "--config", str(with_peer(config, oracle))]) == FAILED
+    said = capsys.readouterr()
+    assert "1 of 2 accepted" in said.out
+    assert f"{refused}: 0xA900" in said.err
+
+
+def test_jobs_list_and_show(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_job(config, "a" * 40, JobState.SKIPPED, "gap: a slice is missing")
+    add_job(config, "b" * 40, JobState.QUEUED, "series closed")
+    assert main(["jobs", "list", "--config", str(config)]) == OK
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert main(["jobs", "list", "--state", "SKIPPED", "--config", str(config)]) == OK
+    assert "gap: a slice is missing" in capsys.readouterr().out.splitlines()[1]
+    assert main(["jobs", "show", "aaa", "--config", str(config)]) == OK
+    shown = capsys.readouterr().out
+    assert "a" * 40 in shown
+    assert "SKIPPED" in shown
+    assert main(["jobs", "show", "c", "--config", str(config)]) == FAILED
+
+
+def test_jobs_retry_and_cancel_refuse_what_makes_no_sense(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_job(config, "a" * 40, JobState.FAILED, "broken")
+    add_job(config, "b" * 40, JobState.QUEUED, "series closed")
+    assert main(["jobs", "retry", "b", "--config", str(config)]) == FAILED
+    assert main(["jobs", "retry", "a", "--config", str(config)]) == OK
+    assert main(["jobs", "cancel", "b", "--config", str(config)]) == OK
+    database = open_database(f"sqlite:///{config.parent / 'node.db'}")
+    with database.connect() as connection:
+        rows = connection.execute(sa.text("SELECT id, state, cancel_requested FROM jobs ORDER BY id")).all()
+    database.dispose()
+    assert [tuple(row) for row in rows] == [("a" * 40, "QUEUED", 0), ("b" * 40, "QUEUED", 1)]
+
+
+def test_denoise_folder_to_folder(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = [dcmread(path) for path in write_series(tmp_path / "ct", phantom(4))]
+    out = tmp_path / "out"
+    assert main(["denoise", str(tmp_path / "ct"), str(out), "--pipeline", "half", "--config", str(config)]) == OK
+    derived = [dcmread(path) for path in sorted(out.glob("*.dcm"))]
+    assert len(derived) == 4
+    by_place = {tuple(ds.ImagePositionPatient): ds for ds in sources}
+    for ds in derived:
+        source = by_place[tuple(ds.ImagePositionPatient)]
+        np.testing.assert_array_equal(ds.pixel_array, source.pixel_array)
+        assert ds.SeriesInstanceUID != source.SeriesInstanceUID
+    assert "4 slices by identity" in capsys.readouterr().out
+    assert main(["denoise", str(tmp_path / "ct"), str(out), "--pipeline", "half", "--config", str(config)]) == FAILED
+    assert "exists" in capsys.readouterr().err
+
+
+def test_denoise_says_why_not(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_series(tmp_path / "ct", phantom(4), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    arguments = ["denoise", str(tmp_path / "ct"), str(tmp_path / "out"), "--pipeline", "identity"]
+    assert main([*arguments, "--config", str(config)]) == FAILED
+    assert "localizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
