@@ -1,6 +1,10 @@
-"""What no network may do: see padding as tissue, touch it or metal, or move the mean HU of a region."""
+"""Safety rails of every network here: it never sees padding as tissue, never touches padding or metal, and never moves
+the mean HU of a region.
+"""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -35,9 +39,11 @@ def _untouchable(hu: Array, padding: NDArray[np.bool_]) -> NDArray[np.bool_]:
     fixed = padding | (hu < LOWEST_HU)
     metal = hu > METAL_HU
     if metal.any():
-        size = 2 * METAL_MARGIN_PX + 1
         grown = functional.max_pool2d(
-            torch.from_numpy(metal.astype(np.float32))[None, None], size, stride=1, padding=METAL_MARGIN_PX
+            torch.from_numpy(metal.astype(np.float32))[None, None],
+            2 * METAL_MARGIN_PX + 1,
+            stride=1,
+            padding=METAL_MARGIN_PX,
         )
         fixed |= grown[0, 0].numpy() > 0
     return np.asarray(fixed)
@@ -45,27 +51,28 @@ def _untouchable(hu: Array, padding: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _gaussian(image: torch.Tensor, sigma: float) -> torch.Tensor:
     """Separable Gaussian of (1, 1, y, x), zeros around it."""
-    half = int(np.ceil(3 * sigma))
+    half = math.ceil(3 * sigma)
     kernel = torch.exp(-0.5 * (torch.arange(-half, half + 1) / sigma) ** 2)
     kernel /= kernel.sum()
     image = functional.conv2d(image, kernel.view(1, 1, -1, 1), padding=(half, 0))
     return functional.conv2d(image, kernel.view(1, 1, 1, -1), padding=(0, half))
 
 
-def low_frequencies(residual: Array, where: NDArray[np.bool_]) -> Array:
-    """Local mean of `residual` over the pixels `where`: both blurred, then divided; one slice."""
+def low_frequencies(change: Array, where: NDArray[np.bool_]) -> Array:
+    """Local mean of `change` over the pixels `where`: both blurred, then divided; one slice."""
     weight = torch.from_numpy(where.astype(np.float32))[None, None]
-    values = torch.from_numpy(np.ascontiguousarray(residual))[None, None] * weight
-    size = values.shape[-2:]
-    pad = (0, -size[1] % _POOL, 0, -size[0] % _POOL)
-    small = [functional.avg_pool2d(functional.pad(x, pad), _POOL) for x in (values, weight)]
-    sums, weights = (_gaussian(x, LOW_FREQUENCY_PX / _POOL) for x in small)
-    mean = sums / weights.clamp_min(1e-3)
-    full = functional.interpolate(mean, scale_factor=_POOL, mode="bilinear", align_corners=False)
-    return np.asarray(full[0, 0, : size[0], : size[1]].numpy())
+    values = torch.from_numpy(np.ascontiguousarray(change))[None, None] * weight
+    rows, columns = change.shape
+    pad = (0, -columns % _POOL, 0, -rows % _POOL)
+    sums, weights = (
+        _gaussian(functional.avg_pool2d(functional.pad(x, pad), _POOL), LOW_FREQUENCY_PX / _POOL)
+        for x in (values, weight)
+    )
+    mean = functional.interpolate(sums / weights.clamp_min(1e-3), scale_factor=_POOL, mode="bilinear")
+    return np.asarray(mean[0, 0, :rows, :columns].numpy())
 
 
-def guarded(volume: Volume, denoised: Array, blend: float) -> Array:
+def restrained(volume: Volume, denoised: Array, blend: float) -> Array:
     """What leaves the pipeline: ``hu + blend·(denoised − hu)`` without the low frequencies of the difference.
 
     Noise of a scanner has next to no power at low frequencies, so what the network changes there is an error in HU.

@@ -1,0 +1,96 @@
+"""Weights and model card of a trained network: what `pipelines.runtime` reads and docs/models shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import nn
+
+from training.data import CLEAN_DOSE, HU_RANGE, NOISY_DOSE
+
+NEVER_TRIED = (
+    "Head, neck, limbs, children; iterative or network reconstructions; dual-energy, cone-beam; sharp (lung, bone) "
+    "kernels; photon starvation and metal streaks; real pairs of low and full dose; reading by a radiologist."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A real series used in training, with what its licence demands."""
+
+    name: str
+    licence: str
+    attribution: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRecord:
+    """How a network came to be."""
+
+    command: str
+    seed: int
+    hours: float
+    steps: int
+    hardware: str
+    phantoms: int
+    series: tuple[Source, ...]
+
+
+def source_of(folder: Path) -> Source:
+    """Licence and attribution of a series, from the ``SOURCE.txt`` in its folder.
+
+    Raises
+    ------
+    ValueError
+        If the file is missing or does not name both: data without attribution are not used.
+    """
+    path = folder / "SOURCE.txt"
+    if not path.exists():
+        raise ValueError(
+            f"{folder.name} has no SOURCE.txt with licence and attribution: write one or leave the series out"
+        )
+    lines = (line.partition(": ") for line in path.read_text(encoding="utf-8").splitlines())
+    fields = {key: value.strip() for key, _, value in lines}
+    missing = [key for key in ("licence", "attribution") if not fields.get(key)]
+    if missing:
+        raise ValueError(f"SOURCE.txt of {folder.name} does not name {' and '.join(missing)}")
+    return Source(folder.name, fields["licence"], fields["attribution"])
+
+
+def _trained_on(record: TrainingRecord) -> str:
+    real = ", ".join(source.name for source in record.series) or "none"
+    return (
+        f"{record.phantoms} chest-and-abdomen phantoms (dose {CLEAN_DOSE[0]:g} to {CLEAN_DOSE[1]:g} of full dose); "
+        f"real series with noise added (dose {NOISY_DOSE[0]:g} to {NOISY_DOSE[1]:g}): {real}. "
+        "Simulated quantum noise throughout."
+    )
+
+
+def write_network(out: Path, card: Mapping[str, Any], network: nn.Module, record: TrainingRecord) -> None:
+    """Write ``NAME.safetensors`` (half precision) and ``NAME.json`` into `out`.
+
+    The card starts without measurements; ``python -m training evaluate`` adds them once both files are installed in
+    pipelines/weights.
+    """
+    state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in network.state_dict().items()}
+    weights = save(state)
+    digest = hashlib.sha256(weights).hexdigest()
+    (out / f"{card['name']}.safetensors").write_bytes(weights)
+    full = {
+        **card,
+        "version": digest[:8],
+        "hu_window": list(HU_RANGE),
+        "precision": "fp32",
+        "weights_sha256": digest,
+        "trained_on": _trained_on(record),
+        "never_tried_on": NEVER_TRIED,
+        "training": asdict(record),
+        "measured": {},
+    }
+    (out / f"{card['name']}.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,188 @@
+"""Measure a pipeline on a phantom that no training saw, and write the table into its card and its page."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines import runtime
+from pipelines.base import Options, load
+from pipelines.noise import noise_level
+from pipelines.volume import Geometry, Volume
+from training.phantom import chest_abdomen, tissue_masks
+from training.simulate import low_dose
+
+Array = NDArray[np.float32]
+
+DOSE = 0.25
+PIXEL_MM = 0.75
+SPACING_MM = 2.5
+FULL_RANGE_HU = (-1024.0, 3071.0)
+WINDOW_HU = (-160.0, 240.0)
+"""Soft-tissue window: values are clipped to it for the second PSNR."""
+PAGES = Path(__file__).parents[1] / "docs" / "models"
+
+
+def phantom_volume(hu: Array, pixel_mm: float = PIXEL_MM, spacing_mm: float = SPACING_MM) -> Volume:
+    """`hu` as a regular axial volume without padding."""
+    return Volume(
+        hu=hu,
+        geometry=Geometry(
+            origin_mm=(0.0, 0.0, 0.0),
+            spacing_mm=(spacing_mm, pixel_mm, pixel_mm),
+            direction=((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)),
+            frame_of_reference_uid="",
+        ),
+        slice_uids=(),
+        slice_paths=(),
+        padding=np.zeros(hu.shape, np.bool_),
+    )
+
+
+def psnr(image: Array, truth: Array, hu_range: tuple[float, float]) -> float:
+    """``20·log10(range / RMSE)`` in dB of images clipped to `hu_range`."""
+    error = np.clip(image, *hu_range) - np.clip(truth, *hu_range)
+    return 20 * math.log10((hu_range[1] - hu_range[0]) / math.sqrt(float(np.mean(error * error, dtype=np.float64))))
+
+
+def measure(before: Array, after: Array, truth: Array) -> dict[str, Any]:
+    """PSNR, and mean shift and noise by tissue, of an image before and after denoising.
+
+    Parameters
+    ----------
+    before, after, truth
+        (z, y, x) HU; the tissue masks are taken from the truth.
+    """
+    tissues = {}
+    for name, mask in tissue_masks(truth).items():
+        errors = before[mask] - truth[mask], after[mask] - truth[mask]
+        tissues[name] = {
+            "voxels": int(mask.sum()),
+            "mean_shift_hu": round(float(errors[1].mean(dtype=np.float64)), 3),
+            "error_sd_before_hu": round(float(errors[0].std(dtype=np.float64)), 2),
+            "error_sd_after_hu": round(float(errors[1].std(dtype=np.float64)), 2),
+        }
+    nothing = np.zeros(truth.shape, np.bool_)
+    return {
+        "psnr_db": {
+            f"{low:g} to {high:g} HU": [
+                round(psnr(before, truth, (low, high)), 2),
+                round(psnr(after, truth, (low, high)), 2),
+            ]
+            for low, high in (FULL_RANGE_HU, WINDOW_HU)
+        },
+        "noise_level_hu": [round(noise_level(image, nothing, PIXEL_MM), 1) for image in (before, after)],
+        "tissues": tissues,
+    }
+
+
+def table(measured: dict[str, Any]) -> str:
+    """The measurement as Markdown."""
+    before, after = measured["noise_level_hu"]
+    lines = [
+        "| | before | after |",
+        "|---|---|---|",
+        *(f"| PSNR, {span} (dB) | {a:.2f} | {b:.2f} |" for span, (a, b) in measured["psnr_db"].items()),
+        f"| noise level (HU) | {before:.1f} | {after:.1f} |",
+        "",
+        "| tissue | mean shift (HU) | error SD before (HU) | error SD after (HU) |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {t['mean_shift_hu']:+.2f} | {t['error_sd_before_hu']:.1f} | {t['error_sd_after_hu']:.1f} |"
+            for name, t in measured["tissues"].items()
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def page(card: dict[str, Any]) -> str:
+    """The page of a model in docs/models, from its card."""
+    training, measured = card["training"], card["measured"]
+    envelope = card["valid_for"]
+    sources = [
+        f"- {source['name']} ({source['licence']}): {source['attribution']}" for source in training["series"]
+    ] or ["- none"]
+    return "\n".join(
+        [
+            f"# {card['name']}",
+            "",
+            f"{card['paper']}" + (f" doi:{card['doi']}" if card["doi"] else ""),
+            "",
+            f"Version {card['version']}, weights SHA-256 `{card['weights_sha256']}`, runs in {card['precision']}. "
+            f"Input: {card['input']}. Noise map: {'yes, scaled by `strength`' if card['noise_map'] else 'no'}.",
+            "",
+            "Valid for slice spacing {:g} to {:g} mm and pixels of {:g} to {:g} mm.".format(
+                *envelope["slice_spacing_mm"], *envelope["pixel_spacing_mm"]
+            ),
+            "",
+            "## Measured",
+            "",
+            f"On a phantom at {measured['dose']:g} of full dose, {measured['slices']} slices of 512×512, seed "
+            f"{measured['seed']}, which no training saw:",
+            "",
+            table(measured),
+            "",
+            "PSNR is taken over all voxels, clipped to the stated range. Masks come from the noise-free truth, eroded.",
+            "",
+            f"    {measured['command']}",
+            "",
+            "## Trained",
+            "",
+            card["trained_on"],
+            "",
+            f"{training['steps']} steps in {training['hours']:g} h on {training['hardware']}, seed {training['seed']}:",
+            "",
+            f"    {training['command']}",
+            "",
+            "Real series:",
+            "",
+            *sources,
+            "",
+            "## Never tried on",
+            "",
+            card["never_tried_on"],
+            "",
+        ]
+    )
+
+
+def evaluate(name: str, seed: int, slices: int, command: str) -> str:
+    """Measure the installed pipeline `name`, write its card and page, return the table.
+
+    Parameters
+    ----------
+    name
+        As in `pipelines.base.names`.
+    seed
+        Of the phantom and its noise.
+    slices
+        Of the phantom.
+    command
+        The command line, for the card.
+    """
+    truth = chest_abdomen(slices, 512, PIXEL_MM, SPACING_MM, seed)
+    before = low_dose(truth, PIXEL_MM, DOSE, seed)
+    pipeline = load(name)
+    start = time.monotonic()
+    after = pipeline.denoise(phantom_volume(before), Options(), lambda part: None)
+    seconds = time.monotonic() - start
+    measured = {
+        "command": command,
+        "dose": DOSE,
+        "seed": seed,
+        "slices": slices,
+        **measure(before, after, truth),
+    }
+    path = runtime.WEIGHTS / f"{name}.json"
+    card = json.loads(path.read_text(encoding="utf-8"))
+    card["measured"] = measured
+    path.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGES.mkdir(parents=True, exist_ok=True)
+    (PAGES / f"{name}.md").write_text(page(card), encoding="utf-8")
+    return f"{table(measured)}\n\n{seconds / slices:.2f} s per slice"
