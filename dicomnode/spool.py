@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import struct
 import threading
 import uuid
@@ -28,7 +29,6 @@ from enum import Enum
 from pathlib import Path
 
 from pydicom import dcmread
-from pydicom.errors import InvalidDicomError
 
 from dicomnode.errors import BadIdentifier, NodeError, SpoolError, SpoolFull
 
@@ -127,13 +127,21 @@ class Spool:
             os.close(self._lock_file)
             raise NodeError(f"spool {root} is in use by another running node; stop that one first") from None
         self._placing = threading.Lock()
+        self._lasting: set[Path] = set()
+        """Series folders whose own name is synced. That one exists says nothing: its maker may not be so far yet."""
 
     def close(self) -> None:
         """Give the folder free for another node."""
         os.close(self._lock_file)
 
     def remove_partial(self) -> int:
-        """Delete what a crash left half-written. None of it was acknowledged. Call before reception starts."""
+        """Delete what a crash left half-written; the number of received files among it, none of them acknowledged.
+
+        Call before reception starts.
+        """
+        for folder in self.derived.glob(f"*{PART_SUFFIX}"):
+            # A child of the dead node may still be at its end in there; the next start deletes the rest.
+            shutil.rmtree(folder, ignore_errors=True)
         parts = [*self.instances.glob(f"*/*{PART_SUFFIX}"), *self.conflicts.glob(f"*/*{PART_SUFFIX}")]
         for part in parts:
             part.unlink()
@@ -163,7 +171,7 @@ class Spool:
             raise SpoolError(f"cannot keep {incoming.sop_instance_uid}: {error}") from error
 
     def _store(self, incoming: Incoming, data: memoryview, digest: str, keep_conflict: bool) -> tuple[Kept, Instance]:
-        folder = _folder(self.instances, incoming.series_uid)
+        folder = self._folder(self.instances, incoming.series_uid)
         path = folder / f"{incoming.sop_instance_uid}.dcm"
         header = _PREAMBLE + _file_meta(incoming)
         size_bytes = len(header) + len(data)
@@ -182,11 +190,19 @@ class Spool:
             return Kept.SAME, _instance(incoming, path, path.stat().st_size, digest)
         if not keep_conflict:
             return Kept.REFUSED, _instance(incoming, path, path.stat().st_size, digest)
-        apart = _folder(self.conflicts, incoming.series_uid)
+        apart = self._folder(self.conflicts, incoming.series_uid)
         kept = apart / f"{incoming.sop_instance_uid}.{digest[:16]}.dcm"
         _write_part(apart, header, data).rename(kept)
         sync_folder(apart)
         return Kept.CONFLICT, _instance(incoming, kept, size_bytes, digest)
+
+    def _folder(self, under: Path, series_uid: str) -> Path:
+        folder = under / series_uid
+        if folder not in self._lasting or not folder.is_dir():
+            folder.mkdir(exist_ok=True)
+            sync_folder(under)
+            self._lasting.add(folder)
+        return folder
 
     def paths(self) -> Iterator[Path]:
         """Files of all acknowledged instances, conflicts left out."""
@@ -217,8 +233,9 @@ def read_instance(path: Path) -> Instance:
             calling_ae=str(meta.get("SourceApplicationEntityTitle", "")).strip(),
             called_ae=str(meta.get("ReceivingApplicationEntityTitle", "")).strip(),
         )
-    except (InvalidDicomError, AttributeError, OSError, ValueError) as error:
-        raise SpoolError(f"{path} is not an object that this spool wrote: {error}") from error
+    except Exception as error:  # whatever the parser stumbles over in a damaged file: start-up goes on without it
+        # Not its words: they may quote the header.
+        raise SpoolError(f"{path} is not an object that this spool wrote ({type(error).__name__})") from error
 
 
 def dataset_digest(path: Path) -> str:
@@ -266,14 +283,6 @@ def _file_meta(incoming: Incoming) -> bytes:
     body += element(0x0016, b"AE", incoming.calling_ae)
     body += element(0x0018, b"AE", incoming.called_ae)
     return struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(body)) + body
-
-
-def _folder(under: Path, series_uid: str) -> Path:
-    folder = under / series_uid
-    if not folder.is_dir():
-        folder.mkdir(exist_ok=True)
-        sync_folder(under)
-    return folder
 
 
 def _write_part(folder: Path, header: bytes, data: memoryview) -> Path:
