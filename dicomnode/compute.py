@@ -14,7 +14,7 @@ from dicomnode import jobs as job_table
 from dicomnode.config import Config
 from dicomnode.db import JobState, instances, job_instances, jobs, now
 from dicomnode.delivery import plan
-from dicomnode.denoise import Manifest
+from dicomnode.denoise import Manifest, remove_partial
 from dicomnode.errors import WorkerDied
 from dicomnode.jobs import Job
 from dicomnode.scu import Outgoing
@@ -49,6 +49,7 @@ class Compute:
         try:
             outcome = self._worker.run(self._request(job, out), self._reporter(job.id))
         except WorkerDied as death:
+            remove_partial(out)
             if self._stopping:
                 with self._database.begin() as connection:
                     job_table.requeue(connection, job.id, "the node was stopped", timedelta())

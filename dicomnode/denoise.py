@@ -21,7 +21,7 @@ from pydicom import dcmread
 from dicomnode.config import Derivation
 from dicomnode.derive import DerivedInstance, derive_series
 from dicomnode.errors import NodeError
-from dicomnode.spool import sync_folder
+from dicomnode.spool import PART_SUFFIX, sync_folder
 from pipelines import gate, guard
 from pipelines.base import Options, Pipeline, pipeline_hash
 from pipelines.volume import read_volume
@@ -122,7 +122,7 @@ def denoise_series(
     """
     if (out / MANIFEST).exists():
         return Manifest.read(out)
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
+    part = out.with_name(f"{out.name}.{os.getpid()}{PART_SUFFIX}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -170,6 +170,12 @@ def denoise_series(
         return Manifest.read(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_partial(out: Path) -> None:
+    """Delete what attempts at `out` left half-written whose process was killed; none may be under way."""
+    for part in out.parent.glob(f"{out.name}.*{PART_SUFFIX}"):
+        shutil.rmtree(part, ignore_errors=True)  # the next start tries again
 
 
 def _series_uid(path: Path) -> str:

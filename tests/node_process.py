@@ -7,13 +7,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import yaml
-
 from peers import free_port, wait_for
 
 PLUGINS = Path(__file__).parent / "plugins"
@@ -27,6 +27,15 @@ def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
+
+
+def alive(pid: int) -> bool:
+    """Does this process run? A zombie does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
 
 
 class NodeProcess:
@@ -169,6 +178,60 @@ class NodeProcess:
             f"{kind} jobs to be {states}",
         )
         return self.jobs(kind)
+
+    def series(self, series_uid: str) -> dict[str, Any]:
+        """Row of a series; empty if the node has not indexed any of it."""
+        rows = self.query("SELECT * FROM series WHERE series_uid = ?", series_uid)
+        return rows[0] if rows else {}
+
+    def wait_series(
+        self, series_uid: str, *states: str, kind: str = "PIPELINE", timeout_s: float = 40.0
+    ) -> list[dict[str, Any]]:
+        """Wait until the states of the jobs of one series, by generation, are `states`; return the jobs."""
+        sql = "SELECT * FROM jobs WHERE series_uid = ? AND kind = ? ORDER BY generation, route"
+        seen: list[dict[str, Any]] = []
+
+        def arrived() -> bool:
+            seen[:] = self.query(sql, series_uid, kind)
+            return [job["state"] for job in seen] == list(states)
+
+        try:
+            wait_for(arrived, timeout_s, f"{kind} jobs of {series_uid} to be {states}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; they are {[(job['state'], job['reason']) for job in seen]}") from None
+        return seen
+
+    def children(self) -> list[int]:
+        """Process ids of the node's living children."""
+        tasks = Path(f"/proc/{self.pid}/task").glob("*/children")
+        return [int(pid) for task in tasks for pid in task.read_text().split() if alive(int(pid))]
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """The pipeline ``test-held`` waits until the end of the block."""
+        (self.controls / "running").unlink(missing_ok=True)
+        (self.controls / "hold").touch()
+        try:
+            yield
+        finally:
+            (self.controls / "hold").unlink()
+
+    def held_child(self) -> int:
+        """Process id of the child in which ``test-held`` waits, once it does."""
+        said = self.controls / "running"
+        return int(wait_for(lambda: said.exists() and said.read_text(), 30, "the held pipeline to run"))
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """``dicomnode ARGUMENTS --config …`` beside the running node."""
+        return subprocess.run(
+            [sys.executable, "-m", "dicomnode.cli", *arguments, "--config", str(self.config)],
+            env=self._environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
 
     def events(self, job_id: str) -> list[str]:
         """History of a job as ``STATE what`` lines."""

@@ -42,6 +42,12 @@ class Held(_Named):
         return volume.hu
 
 
+class Stack(Identity):
+    """The identity for a network that looks at neighbouring slices: the gate wants them to be neighbours."""
+
+    card = replace(Identity.card, name="test-stack", input="volume")
+
+
 class Crash(_Named):
     """Kills its own process, as a fault in native code would."""
 
