@@ -41,8 +41,6 @@ class Engine:
         Our engine on the SQLite file; DBOS shares it, so its settings (WAL, synchronous FULL) hold for both.
     process, deliver
         The two things it calls. They must be idempotent over our tables and must not raise for what they foresee.
-    sends_at_once
-        Deliveries in flight per destination.
     poll_s, beat_s, dead_after_s
         Seconds between looks at the queues, between heartbeats, and of silence that means death.
     """

@@ -34,6 +34,8 @@ Header = Mapping[str, object]
 
 _GAP_FACTOR = 1.5
 """A distance above so many times the median distance is a missing slice."""
+_FARTHEST_MM = 1e6
+"""Positions farther away are none (and products of such numbers would overflow)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def _numbers(value: object, count: int) -> np.ndarray | None:
         numbers = np.array([float(item) for item in value])
     except (TypeError, ValueError):
         return None
-    return numbers if bool(np.isfinite(numbers).all()) else None
+    return numbers if bool((np.abs(numbers) < _FARTHEST_MM).all()) else None
 
 
 @dataclass(slots=True)
