@@ -285,11 +285,8 @@ class Delivery:
     ) -> tuple[DeliveryState, str, timedelta]:
         """Next state of a delivery whose attempt ended, why, and the pause before its next attempt."""
         settings = self._config.delivery
-        states: dict[str, int] = dict(
-            connection.execute(sa.select(transfers.c.state, sa.func.count()).where(*ours).group_by(transfers.c.state))
-            .tuples()
-            .all()
-        )
+        counted = sa.select(transfers.c.state, sa.func.count().label("n")).where(*ours).group_by(transfers.c.state)
+        states: dict[str, int] = {found.state: found.n for found in connection.execute(counted)}
         waiting, refused = states.get(TransferState.WAITING, 0), states.get(TransferState.REFUSED, 0)
         total = sum(states.values())
         if waiting:

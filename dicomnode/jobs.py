@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
 
 from dicomnode.db import (
     DeliveryState,
@@ -81,6 +82,7 @@ class Job:
     runs: int
     crashes: int
     enqueued: int
+    worker: str | None
     cancel_requested: bool
     created_at: datetime
 
@@ -127,7 +129,7 @@ def create(
     if state in FINAL:
         row["finished_at"] = at
     inserted = connection.execute(
-        sa.insert(jobs).prefix_with("OR IGNORE").values(n_in=len(sop_instance_uids), **row)
+        insert(jobs).values(n_in=len(sop_instance_uids), **row).on_conflict_do_nothing(index_elements=[jobs.c.id])
     ).rowcount
     if not inserted:
         return False
@@ -190,32 +192,36 @@ def advance(
 def begin(database: sa.Engine, identity: str, run: int, worker: str, max_crashes: int) -> Job | None:
     """Start attempt number `run` (from 0) of a queued job; None if there is nothing (more) to do.
 
-    If this very attempt is running already, its process has died and the engine calls again: that costs one of
-    `max_crashes`, so that a series which kills its process is not tried for ever.
+    If this very attempt is running already, the engine calls again. If another `worker` ran it, that one has died: it
+    costs one of `max_crashes`, so that a series which kills its process is not tried for ever. If it was this one, the
+    database failed under it, which is not the fault of the series.
     """
     with database.begin() as connection:
         job = get(connection, identity)
         if job is None or job.cancel_requested:
             return None
         if job.state is JobState.QUEUED and job.runs == run:
-            advance(
+            if not advance(
                 connection,
                 identity,
                 JobState.RUNNING,
                 f"attempt {run + 1} begun",
                 expected={JobState.QUEUED},
+                where=[jobs.c.runs == run],
                 worker=worker,
                 runs=run + 1,
                 started_at=now(),
                 progress=0.0,
-            )
-            connection.execute(sa.update(jobs).where(jobs.c.id == identity).values(worker=worker))
+            ):
+                return None
         elif job.state is JobState.RUNNING and job.runs == run + 1:
-            if not _count_crash(connection, job, "the node ended during the attempt", max_crashes):
+            died = job.worker != worker
+            if died and not _count_crash(connection, job, "the node ended during the attempt", max_crashes):
                 return None
             add_event(connection, identity, JobState.RUNNING, f"attempt {run + 1} begun again", worker)
         else:
             return None
+        connection.execute(sa.update(jobs).where(jobs.c.id == identity).values(worker=worker))
         return get(connection, identity)
 
 
@@ -379,4 +385,5 @@ def retry(connection: sa.Connection, identity: str) -> bool:
         enqueued=0,
         next_try_at=None,
         finished_at=None,
+        cancel_requested=False,
     )
