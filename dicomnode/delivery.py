@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert
 
 from dicomnode import jobs as job_table
 from dicomnode.config import Config
@@ -101,13 +102,13 @@ def plan(
     at = now()
     for destination in destinations:
         connection.execute(
-            sa.insert(deliveries)
-            .prefix_with("OR IGNORE")
+            insert(deliveries)
             .values(job_id=job_id, destination=destination, state=DeliveryState.WAITING, created_at=at, updated_at=at)
+            .on_conflict_do_nothing(index_elements=list(deliveries.primary_key))
         )
         if items:
             connection.execute(
-                sa.insert(transfers).prefix_with("OR IGNORE"),
+                insert(transfers).on_conflict_do_nothing(index_elements=list(transfers.primary_key)),
                 [
                     {
                         "job_id": job_id,
@@ -194,21 +195,22 @@ class Delivery:
             again = row.state == DeliveryState.SENDING and row.attempts == attempt + 1
             if not first and not again:
                 return None
+            at = now()
+            begun = connection.execute(
+                sa.update(deliveries)
+                # Read before we had the lock: a cancel may have been faster.
+                .where(*mine, deliveries.c.state == row.state, deliveries.c.attempts == row.attempts)
+                .values(state=DeliveryState.SENDING, attempts=attempt + 1, updated_at=at)
+            ).rowcount
+            if not begun:
+                return None
             if destination not in self._config.destinations:
                 reason = f"destination {destination} is no longer in config.yaml; put it back and retry the job"
                 connection.execute(
-                    sa.update(deliveries)
-                    .where(*mine)
-                    .values(state=DeliveryState.FAILED, reason=reason, updated_at=now())
+                    sa.update(deliveries).where(*mine).values(state=DeliveryState.FAILED, reason=reason, updated_at=at)
                 )
                 job_table.settle(connection, job_id)
                 return None
-            at = now()
-            connection.execute(
-                sa.update(deliveries)
-                .where(*mine)
-                .values(state=DeliveryState.SENDING, attempts=attempt + 1, updated_at=at)
-            )
             ours = (transfers.c.job_id == job_id, transfers.c.destination == destination)
             # Offered by an attempt whose process died: nobody knows whether the peer has it.
             connection.execute(
@@ -241,9 +243,6 @@ class Delivery:
         mine = (deliveries.c.job_id == job_id, deliveries.c.destination == destination)
         ours = (transfers.c.job_id == job_id, transfers.c.destination == destination)
         with self._database.begin() as connection:
-            row = connection.execute(sa.select(deliveries).where(*mine)).one()
-            if row.state != DeliveryState.SENDING:
-                return
             # Not answered in this attempt. Without trouble they were not offered to the wire at all (asked to stop).
             connection.execute(
                 sa.update(transfers)
@@ -252,6 +251,10 @@ class Delivery:
                     state=TransferState.WAITING, unanswered=sa.or_(transfers.c.unanswered, sa.literal(bool(trouble)))
                 )
             )
+            # Only now, with the lock: a cancel may have been faster.
+            row = connection.execute(sa.select(deliveries).where(*mine)).one()
+            if row.state != DeliveryState.SENDING:
+                return
             failures = 0 if progressed else row.failures + 1
             state, reason, pause = self._conclude(connection, row, ours, trouble, count_trouble, failures)
             connection.execute(
@@ -319,7 +322,7 @@ class Delivery:
 
     def _pause(self, failures: int) -> timedelta:
         settings = self._config.delivery
-        longest = min(settings.retry_first_s * 2.0 ** min(failures, 30), settings.retry_max_s)
+        longest = min(settings.retry_first_s * 2.0 ** min(max(failures - 1, 0), 30), settings.retry_max_s)
         # Jitter, so that a hundred jobs do not knock all at once on a PACS that just came back.
         return timedelta(seconds=longest * random.uniform(0.5, 1.0))  # noqa: S311
 

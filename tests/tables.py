@@ -18,9 +18,17 @@ CT = "1.2.840.10008.5.1.4.1.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
 
 
+_migrated: list[bytes] = []
+
+
 def database_in(folder: Path) -> sa.Engine:
-    """The database of a new node."""
-    return open_database(f"sqlite:///{folder / 'node.db'}")
+    """The database of a new node; the migrations run once and the file is copied."""
+    path = folder / "node.db"
+    if not _migrated:
+        open_database(f"sqlite:///{path}").dispose()
+        _migrated.append(path.read_bytes())
+    path.write_bytes(_migrated[0])
+    return open_database(f"sqlite:///{path}")
 
 
 def config_of(*, destinations: Mapping[str, int] | None = None, **sections: Any) -> Config:

@@ -1,0 +1,484 @@
+"""Delivery: what each answer means, and that exactly what is missing is sent again, to each destination by itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from ct_builder import phantom, uid, write_series
+from peers import Script, StorageOracle, free_port, wait_for
+from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
+from tables import CT, EXPLICIT, add_job, config_of, database_in, events, row, rows
+
+from dicomnode import delivery as module
+from dicomnode import jobs as job_table
+from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
+from dicomnode.delivery import Delivery, Verdict, judge, peer, plan, put_back
+from dicomnode.errors import NodeError
+from dicomnode.scu import Outgoing
+
+COUNT = 4
+UIDS = [uid("series", "instance", k) for k in range(COUNT)]
+PROMPT = {"retry_first_s": 0.1, "retry_max_s": 0.1, "failure_status_tries": 3}
+
+
+# ── judge ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _meaning(status: int, unanswered_before: bool) -> Verdict:
+    """dicom.md in code of its own, for every status there is (PS3.4 table B.2-1, PS3.7 annex C)."""
+    if status in (0x0000, 0xB000, 0xB006, 0xB007) or (status == 0x0111 and unanswered_before):
+        return Verdict.ACCEPTED
+    if status in (0x0111, 0x0117, 0x0122, 0x0124) or 0xA900 <= status <= 0xA9FF:
+        return Verdict.REFUSED
+    return Verdict.LATER if 0xA700 <= status <= 0xA7FF else Verdict.COUNTED
+
+
+@pytest.mark.parametrize("unanswered_before", [False, True])
+def test_rule_5_every_status_there_is(unanswered_before: bool) -> None:
+    wrong = [
+        hex(status)
+        for status in range(0x10000)
+        if judge(status, unanswered_before=unanswered_before) is not _meaning(status, unanswered_before)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict"),
+    [
+        (0x0000, Verdict.ACCEPTED),
+        (0xB000, Verdict.ACCEPTED),  # coercion of data elements
+        (0xB006, Verdict.ACCEPTED),  # elements discarded
+        (0xB007, Verdict.ACCEPTED),  # data set does not match SOP class
+        (0x0001, Verdict.COUNTED),  # a warning of another service
+        (0xB001, Verdict.COUNTED),
+        (0xFF00, Verdict.COUNTED),  # pending: no answer to a C-STORE
+        (0x0110, Verdict.COUNTED),
+        (0x0111, Verdict.REFUSED),
+        (0x0117, Verdict.REFUSED),
+        (0x0122, Verdict.REFUSED),
+        (0x0124, Verdict.REFUSED),
+        (0xA700, Verdict.LATER),
+        (0xA702, Verdict.LATER),
+        (0xA900, Verdict.REFUSED),
+        (0xC000, Verdict.COUNTED),
+        (0xCFFF, Verdict.COUNTED),
+    ],
+)
+def test_what_an_answer_means(status: int, verdict: Verdict) -> None:
+    assert judge(status, unanswered_before=False) is verdict
+
+
+def test_a_duplicate_is_ours_only_if_an_answer_was_lost() -> None:
+    assert judge(0x0111, unanswered_before=True) is Verdict.ACCEPTED
+    assert judge(0x0111, unanswered_before=False) is Verdict.REFUSED
+
+
+# ── one attempt ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> sa.Engine:
+    return database_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def series_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_series(tmp_path_factory.mktemp("ct"), phantom(COUNT, 16))
+
+
+@pytest.fixture
+def oracle() -> Iterator[StorageOracle]:
+    with StorageOracle() as made:
+        yield made
+
+
+class Sender:
+    """A job with one delivery for each destination, and somebody who calls `deliver` as the engine would."""
+
+    def __init__(self, database: sa.Engine, files: list[Path], destinations: dict[str, int], **settings: Any) -> None:
+        self.database = database
+        self.spool = files[0].parent
+        self.config = config_of(destinations=destinations, delivery={**PROMPT, **settings})
+        self.delivery = Delivery(self.config, database, self.spool)
+        self.items = [Outgoing(UIDS[k], CT, EXPLICIT, path) for k, path in enumerate(files)]
+        with database.begin() as connection:
+            add_job(connection, state=JobState.DISPATCHING)
+            plan(connection, "job", list(destinations), self.items, self.spool)
+
+    def attempt(self, destination: str = "pacs") -> dict[str, Any]:
+        """The next attempt; the row after it."""
+        self.delivery.deliver("job", destination, self.row(destination)["attempts"])
+        return self.row(destination)
+
+    def row(self, destination: str = "pacs") -> dict[str, Any]:
+        return row(self.database, "deliveries", destination=destination)
+
+    def states(self, destination: str = "pacs") -> list[str]:
+        where = {"job_id": "job", "destination": destination}
+        return [row(self.database, "transfers", sop_instance_uid=one, **where)["state"] for one in UIDS]
+
+    @property
+    def job(self) -> dict[str, Any]:
+        return row(self.database, "jobs")
+
+
+@pytest.fixture
+def sender(database: sa.Engine, series_files: list[Path], oracle: StorageOracle) -> Sender:
+    return Sender(database, series_files, {"pacs": oracle.port})
+
+
+def test_all_accepted_is_done(sender: Sender, oracle: StorageOracle) -> None:
+    sent = sender.attempt()
+    assert (sent["state"], sent["reason"], sent["attempts"]) == (DeliveryState.SENT, "all 4 accepted", 1)
+    assert sender.job["state"] == JobState.DONE
+    assert oracle.sop_instance_uids() == sorted(UIDS)
+    assert all(len(digests) == 1 for digests in oracle.received.values())
+    assert oracle.released == 1
+
+
+@pytest.mark.parametrize("status", [0xB000, 0xB006, 0xB007])
+def test_a_warning_is_accepted_and_kept(sender: Sender, oracle: StorageOracle, status: int) -> None:
+    oracle.script = Script(status=status, comment="rounded")
+    assert sender.attempt()["state"] == DeliveryState.SENT
+    kept = rows(sender.database, "transfers")
+    assert {(one["status"], one["detail"]) for one in kept} == {(status, f"status 0x{status:04X} (rounded)")}
+
+
+def test_only_what_is_missing_is_sent_again(sender: Sender, oracle: StorageOracle) -> None:
+    oracle.script = Script(status_of={UIDS[1]: 0xC000})
+    again = sender.attempt()
+    assert again["state"] == DeliveryState.WAITING
+    assert sender.states() == ["ACCEPTED", "WAITING", "ACCEPTED", "ACCEPTED"]
+    assert sender.job["state"] == JobState.DISPATCHING
+    oracle.script = Script()
+    assert sender.attempt()["state"] == DeliveryState.SENT
+    assert oracle.images == COUNT + 1
+    assert {one: len(digests) for one, digests in oracle.received.items()} == dict.fromkeys(UIDS, 1)
+    assert sender.job["state"] == JobState.DONE
+
+
+@pytest.mark.parametrize("status", [0xA900, 0x0111, 0x0117, 0x0122, 0x0124])
+def test_a_refusal_is_final_at_the_first_try(sender: Sender, oracle: StorageOracle, status: int) -> None:
+    oracle.script = Script(status_of={UIDS[2]: status}, comment="no")
+    failed = sender.attempt()
+    assert failed["state"] == DeliveryState.FAILED
+    assert failed["reason"] == f"1 of 4 refused, e.g. {UIDS[2]}: status 0x{status:04X} (no)"
+    assert sender.states() == ["ACCEPTED", "ACCEPTED", "REFUSED", "ACCEPTED"]
+    assert sender.job["state"] == JobState.FAILED
+    assert failed["reason"] in sender.job["reason"]
+
+
+@pytest.mark.parametrize("status", [0xC000, 0x0110])
+def test_a_failure_that_may_pass_is_tried_a_few_times(sender: Sender, oracle: StorageOracle, status: int) -> None:
+    oracle.script = Script(status_of={UIDS[0]: status})
+    assert [sender.attempt()["state"] for _ in range(3)] == ["WAITING", "WAITING", "FAILED"]
+    assert oracle.images == COUNT + 2
+    assert sender.job["state"] == JobState.FAILED
+
+
+def test_a_full_peer_is_left_alone_and_tried_without_a_count(sender: Sender, oracle: StorageOracle) -> None:
+    oracle.script = Script(status=0xA700)
+    for number in range(1, 8):
+        assert sender.attempt()["state"] == DeliveryState.WAITING
+        assert oracle.images == number, "after 0xA700 the peer gets a pause, not the next image"
+    oracle.script = Script()
+    assert sender.attempt()["state"] == DeliveryState.SENT
+
+
+def test_rule_5_a_duplicate_after_a_lost_answer_is_accepted(sender: Sender, oracle: StorageOracle) -> None:
+    """The peer stored the third image and died; then it says of it that it has it."""
+    oracle.script = Script(drop_stored_at={3})
+    assert sender.attempt()["state"] == DeliveryState.WAITING
+    assert sender.states() == ["ACCEPTED", "ACCEPTED", "WAITING", "WAITING"]
+    oracle.script = Script(status_of={UIDS[2]: 0x0111})
+    assert sender.attempt()["state"] == DeliveryState.SENT
+    assert oracle.sop_instance_uids() == sorted(UIDS)
+
+
+def test_a_duplicate_without_a_lost_answer_is_a_refusal(sender: Sender, oracle: StorageOracle) -> None:
+    oracle.script = Script(status_of_nth={1: 0xC000})
+    sender.attempt()
+    oracle.script = Script(status_of={UIDS[0]: 0x0111})
+    assert sender.attempt()["state"] == DeliveryState.FAILED
+
+
+def test_an_attempt_whose_process_died_counts_as_unanswered(sender: Sender, oracle: StorageOracle) -> None:
+    """The rows as a kill -9 leaves them: SENDING, OFFERED; the engine calls the same attempt again."""
+    with sender.database.begin() as connection:
+        connection.execute(sa.update(deliveries).values(state=DeliveryState.SENDING, attempts=1))
+        connection.execute(sa.update(transfers).values(state=TransferState.OFFERED))
+    oracle.script = Script(status=0x0111)
+    sender.delivery.deliver("job", "pacs", 0)
+    assert (sender.row()["state"], sender.row()["attempts"]) == (DeliveryState.SENT, 1)
+
+
+@pytest.mark.parametrize("attempt", [1, 5])
+def test_rule_6_an_attempt_that_is_not_the_next_does_nothing(
+    sender: Sender, oracle: StorageOracle, attempt: int
+) -> None:
+    sender.delivery.deliver("job", "pacs", attempt)
+    sender.delivery.deliver("job", "nobody", 0)
+    sender.delivery.deliver("nothing", "pacs", 0)
+    assert oracle.associations == 0
+    assert sender.row()["state"] == DeliveryState.WAITING
+    sender.attempt()
+    sender.delivery.deliver("job", "pacs", 0)
+    assert (oracle.associations, oracle.images) == (1, COUNT)
+
+
+def test_rule_6_a_cancel_between_look_and_begin_wins(sender: Sender, oracle: StorageOracle, monkeypatch: Any) -> None:
+    get = job_table.get
+
+    def get_then_cancel(connection: sa.Connection, identity: str) -> Any:
+        job = get(connection, identity)
+        monkeypatch.setattr(job_table, "get", get)
+        with sender.database.begin() as other:
+            assert job_table.cancel(other, identity)
+        return job
+
+    monkeypatch.setattr(job_table, "get", get_then_cancel)
+    sender.delivery.deliver("job", "pacs", 0)
+    assert sender.row()["state"] == DeliveryState.CANCELLED
+    assert oracle.images == 0
+
+
+def test_a_cancelled_job_is_not_sent_on(sender: Sender, oracle: StorageOracle, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_CANCEL_LOOK_S", 0.0)
+    oracle.script = Script(delay_s=0.2)
+    thread = threading.Thread(target=sender.delivery.deliver, args=("job", "pacs", 0))
+    thread.start()
+    wait_for(lambda: oracle.images >= 1)
+    with sender.database.begin() as connection:
+        connection.execute(sa.update(jobs).values(cancel_requested=True))
+        job_table.cancel(connection, "job")
+    thread.join(10)
+    assert oracle.images < COUNT
+    assert oracle.released == 1
+    assert (sender.row()["state"], sender.job["state"]) == (DeliveryState.CANCELLED, JobState.CANCELLED)
+
+
+def test_a_stopping_node_ends_after_the_image_and_goes_on_at_the_next_start(
+    sender: Sender, oracle: StorageOracle
+) -> None:
+    oracle.script = Script(delay_s=0.2)
+    thread = threading.Thread(target=sender.delivery.deliver, args=("job", "pacs", 0))
+    thread.start()
+    wait_for(lambda: oracle.images >= 1)
+    sender.delivery.stop()
+    thread.join(10)
+    assert 1 <= oracle.images < COUNT
+    assert sender.row()["state"] == DeliveryState.WAITING
+    assert {one["unanswered"] for one in rows(sender.database, "transfers")} == {False}
+    sender.delivery = Delivery(sender.config, sender.database, sender.spool)
+    oracle.script = Script()
+    assert sender.attempt()["state"] == DeliveryState.SENT
+    assert oracle.images == COUNT
+
+
+# ── destinations ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_dead_destination_delays_no_other(
+    database: sa.Engine, series_files: list[Path], oracle: StorageOracle
+) -> None:
+    sender = Sender(database, series_files, {"dead": free_port(), "pacs": oracle.port})
+    dead = sender.attempt("dead")
+    assert dead["state"] == DeliveryState.WAITING
+    assert "dead (ORACLE at 127.0.0.1" in dead["reason"]
+    assert sender.attempt("pacs")["state"] == DeliveryState.SENT
+    assert sender.row("dead")["state"] == DeliveryState.WAITING
+    assert sender.states("dead") == ["WAITING"] * COUNT
+    assert sender.job["state"] == JobState.DISPATCHING, "never done before all of it is accepted"
+
+
+def test_a_destination_that_left_the_configuration(sender: Sender, oracle: StorageOracle) -> None:
+    sender.delivery = Delivery(config_of(delivery=PROMPT), sender.database, sender.spool)
+    sender.delivery.deliver("job", "pacs", 0)
+    assert sender.row()["state"] == DeliveryState.FAILED
+    assert "no longer in config.yaml" in sender.row()["reason"]
+    assert sender.job["state"] == JobState.FAILED
+    sender.delivery = Delivery(sender.config, sender.database, sender.spool)
+    with sender.database.begin() as connection:
+        assert job_table.retry(connection, "job")
+    assert sender.attempt()["state"] == DeliveryState.SENT
+    assert sender.job["state"] == JobState.DONE
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "other"])
+def test_an_item_that_cannot_be_sent_fails_alone(
+    database: sa.Engine, tmp_path: Path, oracle: StorageOracle, damage: str
+) -> None:
+    files = write_series(tmp_path / "ct", phantom(COUNT, 16))
+    sender = Sender(database, files, {"pacs": oracle.port})
+    if damage == "missing":
+        files[1].unlink()
+    else:
+        files[1].write_bytes(files[0].read_bytes() if damage == "other" else b"")
+    failed = sender.attempt()
+    assert failed["state"] == DeliveryState.FAILED
+    assert sender.states() == ["ACCEPTED", "REFUSED", "ACCEPTED", "ACCEPTED"]
+    assert UIDS[1] in sender.job["reason"]
+    assert sender.job["state"] == JobState.FAILED
+
+
+def test_a_syntax_that_the_peer_does_not_take_is_named_at_once(database: sa.Engine, tmp_path: Path) -> None:
+    with StorageOracle(sop_classes=["1.2.840.10008.5.1.4.1.1.7"]) as oracle:
+        files = write_series(tmp_path / "ct", phantom(COUNT, 16))
+        sender = Sender(database, files, {"pacs": oracle.port})
+        failed = sender.attempt()
+    assert failed["state"] == DeliveryState.FAILED
+    assert "CT Image Storage" in failed["reason"]
+    assert sender.states() == ["REFUSED"] * COUNT
+
+
+def test_compressed_originals_are_decoded_for_a_peer_of_the_old_school(database: sa.Engine, tmp_path: Path) -> None:
+    files = write_series(tmp_path / "ct", phantom(COUNT, 64), transfer_syntax=JPEG2000Lossless)
+    with StorageOracle(syntaxes=[ImplicitVRLittleEndian]) as oracle:
+        sender = Sender(database, files, {"pacs": oracle.port})
+        with database.begin() as connection:
+            connection.execute(sa.update(transfers).values(transfer_syntax_uid=JPEG2000Lossless))
+        assert sender.attempt()["state"] == DeliveryState.SENT
+        assert set(oracle.syntax_of.values()) == {ImplicitVRLittleEndian}
+
+
+def test_how_to_call_a_destination() -> None:
+    config = config_of(destinations={"pacs": 104})
+    assert (peer(config, "pacs").port, peer(config, "pacs").calling_ae_title) == (104, config.node.ae_title)
+    with pytest.raises(NodeError, match=r"no destination 'pax' in config.yaml; there are: pacs"):
+        peer(config, "pax")
+
+
+# ── when again ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pauses(sender: Sender, attempts: int) -> list[float]:
+    """Seconds between the end of each of so many attempts and the next."""
+    found = []
+    for _ in range(attempts):
+        failed = sender.attempt()
+        found.append((failed["next_try_at"] - failed["updated_at"]).total_seconds())
+    return found
+
+
+def test_pauses_grow_and_are_capped(
+    database: sa.Engine, series_files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.random, "uniform", lambda low, high: high)
+    sender = Sender(database, series_files, {"pacs": free_port()}, retry_first_s=10.0, retry_max_s=60.0)
+    assert pauses(sender, 6) == pytest.approx([10, 20, 40, 60, 60, 60], abs=0.5)
+    assert sender.row()["failures"] == 6
+    assert "next try in 60 s" in events(database)[-1][1]
+    # The row holds it: a new process takes it from there.
+    sender.delivery = Delivery(sender.config, database, sender.spool)
+    assert pauses(sender, 1) == pytest.approx([60], abs=0.5)
+
+
+def test_pauses_are_spread(database: sa.Engine, series_files: list[Path]) -> None:
+    sender = Sender(database, series_files, {"pacs": free_port()}, retry_first_s=10.0, retry_max_s=10.0)
+    found = pauses(sender, 8)
+    assert all(4.9 < pause < 10.1 for pause in found)
+    assert len({round(pause, 3) for pause in found}) > 1
+
+
+def test_an_enormous_number_of_failures_overflows_nothing(sender: Sender) -> None:
+    with sender.database.begin() as connection:
+        connection.execute(sa.update(deliveries).values(failures=100_000))
+    assert sender.delivery._pause(100_001) <= timedelta(seconds=PROMPT["retry_max_s"])
+
+
+def test_progress_starts_the_pauses_anew(sender: Sender, oracle: StorageOracle) -> None:
+    with sender.database.begin() as connection:
+        connection.execute(sa.update(deliveries).values(failures=9))
+    oracle.script = Script(drop_at={2})
+    assert sender.attempt()["failures"] == 0
+
+
+@pytest.mark.parametrize("trouble", ["down", "transient", "abort"])
+def test_trouble_that_passes_is_tried_until_the_configured_age(
+    database: sa.Engine, series_files: list[Path], oracle: StorageOracle, trouble: str
+) -> None:
+    sender = Sender(database, series_files, {"pacs": free_port() if trouble == "down" else oracle.port})
+    oracle.script = Script(reject="transient") if trouble == "transient" else Script(abort_at=range(1, 99))
+    for _ in range(PROMPT["failure_status_tries"] + 3):
+        assert sender.attempt()["state"] == DeliveryState.WAITING
+    days = sender.config.delivery.give_up_after_days
+    with database.begin() as connection:
+        connection.execute(sa.update(deliveries).values(created_at=now() - timedelta(days=days, seconds=-60)))
+    assert sender.attempt()["state"] == DeliveryState.WAITING
+    with database.begin() as connection:
+        connection.execute(sa.update(deliveries).values(created_at=now() - timedelta(days=days, seconds=1)))
+    failed = sender.attempt()
+    assert failed["state"] == DeliveryState.FAILED
+    assert failed["reason"].startswith("gave up: ")
+    assert "4 of 4 not accepted" in failed["reason"]
+    assert sender.job["state"] == JobState.FAILED
+
+
+def test_a_permanent_rejection_is_tried_a_few_times(sender: Sender, oracle: StorageOracle) -> None:
+    oracle.script = Script(reject="permanent")
+    assert [sender.attempt()["state"] for _ in range(3)] == ["WAITING", "WAITING", "FAILED"]
+    assert "does not know the called AE title" in sender.job["reason"]
+
+
+# ── plan ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_planning_again_changes_nothing(sender: Sender) -> None:
+    before = rows(sender.database, "deliveries"), rows(sender.database, "transfers")
+    with sender.database.begin() as connection:
+        plan(connection, "job", ["pacs"], sender.items, sender.spool)
+    assert (rows(sender.database, "deliveries"), rows(sender.database, "transfers")) == before
+    assert {one["path"] for one in before[1]} == {item.path.name for item in sender.items}
+
+
+def test_an_image_that_comes_later_reopens_its_delivery(
+    database: sa.Engine, series_files: list[Path], oracle: StorageOracle
+) -> None:
+    sender = Sender(database, series_files[:3], {"pacs": oracle.port})
+    with database.begin() as connection:
+        connection.execute(sa.update(jobs).values(kind="ORIGINALS"))
+        connection.execute(sa.text("UPDATE series SET state = 'OPEN'"))
+    assert sender.attempt()["state"] == DeliveryState.SENT
+    assert sender.job["state"] == JobState.DISPATCHING
+    with database.begin() as connection:
+        plan(connection, "job", ["pacs"], [Outgoing(UIDS[3], CT, EXPLICIT, series_files[3])], sender.spool)
+    assert (sender.row()["state"], sender.row()["next_try_at"]) == (DeliveryState.WAITING, None)
+    assert sender.attempt()["state"] == DeliveryState.SENT
+    assert oracle.images == COUNT
+
+
+def test_an_image_that_comes_during_an_attempt_is_due_at_once(
+    database: sa.Engine, series_files: list[Path], oracle: StorageOracle
+) -> None:
+    sender = Sender(database, series_files[:3], {"pacs": oracle.port})
+    oracle.script = Script(delay_s=0.1)
+    thread = threading.Thread(target=sender.delivery.deliver, args=("job", "pacs", 0))
+    thread.start()
+    wait_for(lambda: oracle.images >= 1)
+    with database.begin() as connection:
+        plan(connection, "job", ["pacs"], [Outgoing(UIDS[3], CT, EXPLICIT, series_files[3])], sender.spool)
+    thread.join(10)
+    waiting = sender.row()
+    assert waiting["state"] == DeliveryState.WAITING
+    assert waiting["next_try_at"] <= waiting["updated_at"]
+    assert sender.attempt()["state"] == DeliveryState.SENT
+
+
+def test_an_attempt_without_a_trace_is_put_back(sender: Sender) -> None:
+    with sender.database.begin() as connection:
+        connection.execute(sa.update(deliveries).values(state=DeliveryState.SENDING, attempts=1))
+        put_back(connection, "job", "pacs", 0)
+        assert connection.execute(sa.select(deliveries.c.state)).scalar_one() == DeliveryState.SENDING
+        put_back(connection, "job", "pacs", 1)
+    assert (sender.row()["state"], sender.row()["enqueued"]) == (DeliveryState.WAITING, 1)
+    assert sender.attempt()["state"] == DeliveryState.SENT
+    with sender.database.begin() as connection:
+        put_back(connection, "job", "pacs", 2)
+    assert sender.row()["state"] == DeliveryState.SENT
