@@ -110,7 +110,7 @@ class NodeProcess:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self.running:
             self.kill()
         if kind is not None and self.log.exists():
             print(self.log.read_text()[-8000:])
@@ -119,6 +119,11 @@ class NodeProcess:
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Was it started, and did nobody end it?"""
+        return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
         """Start and wait until it listens."""

@@ -6,6 +6,7 @@ import hashlib
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -137,9 +138,9 @@ class Scanner:
         if kind is not None:
             self.abort()
             return
-        self._send(pdu.RELEASE_RQ)
-        assert self._receive()[0] == pdu.PduType.RELEASE_RP
-        self._socket.close()
+        with self._socket:
+            self._send(pdu.RELEASE_RQ)
+            assert self._receive()[0] == pdu.PduType.RELEASE_RP
 
     def store(self, one: Image, *, sop_class: str | None = None, sop_instance: str | None = None) -> int:
         """Send one image, the command naming other UIDs if told so; the status that the node answered."""
@@ -171,9 +172,9 @@ class Scanner:
         return self._status()
 
     def abort(self) -> None:
-        """A-ABORT, and close."""
-        self._send(pdu.ABORT)
-        self._socket.close()
+        """A-ABORT, and close; also where nobody listens any more."""
+        with self._socket, suppress(Gone):
+            self._send(pdu.ABORT)
 
     def _context(self, sop_class: str, syntax: str) -> int:
         return pdu.context_id(self._contexts.index((sop_class, (syntax,))))
