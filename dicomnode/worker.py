@@ -87,6 +87,7 @@ class Worker:
         self._guard = threading.Lock()
         """Held while the child is started or ended."""
         self._job_id: str | None = None
+        self._stopped = False
 
     def describe(self, uses: str, options: Options) -> str:
         """Hash of an installed pipeline with these options; loads its weights, so it also proves that they load.
@@ -122,8 +123,9 @@ class Worker:
             return True
 
     def stop(self) -> None:
-        """End the child, whatever it does; the attempt is taken up at the next start."""
+        """End the child, whatever it does, and start none again; the attempt is taken up at the next start."""
         with self._guard:
+            self._stopped = True
             process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -151,8 +153,16 @@ class Worker:
                     if "stage" not in answer:
                         return answer
                     report(answer["stage"], answer["fraction"])
-            except (BrokenPipeError, ValueError) as error:
-                log.warning("worker %d: %s", process.pid, error)
+            except BrokenPipeError:
+                log.warning("worker %d ended before it took its work", process.pid)
+            except ValueError as error:
+                log.error("worker %d said what is no answer (%s); it is ended", process.pid, error)
+                process.kill()
+            except BaseException:
+                # Its words for this request would be taken for the answer to the next.
+                process.kill()
+                process.wait(_END_WAIT_S)
+                raise
             finally:
                 with self._guard:
                     self._job_id = None
@@ -162,6 +172,8 @@ class Worker:
     def _started(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is None:
             return self._process
+        if self._stopped:
+            raise WorkerDied("the node is stopping")
         if self._process is not None:
             _close(self._process)
         self._process = subprocess.Popen(

@@ -1,0 +1,296 @@
+"""The compute child: loaded once, one request at a time, and dead without harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ct_builder import phantom, write_series
+from node_process import PLUGINS
+from peers import wait_for
+
+from dicomnode.config import Derivation
+from dicomnode.denoise import Manifest
+from dicomnode.errors import NodeError, WorkerDied
+from dicomnode.worker import Outcome, Request, Worker, default_threads
+from pipelines.base import Options, load, pipeline_hash
+
+TALKATIVE = """
+import os, time
+from dataclasses import replace
+from pathlib import Path
+from pipelines.identity import Identity
+
+print("a word while the module is loaded", flush=True)
+
+
+class Talkative(Identity):
+    def __init__(self):
+        super().__init__()
+        self.card = replace(self.card, name="test-talkative")
+        with (Path(os.environ["TEST_PIPELINES"]) / "loads").open("a") as file:
+            file.write("x")
+
+    def denoise(self, volume, options, progress):
+        print('{"kind": "done"}', flush=True)
+        os.write(1, b'{"kind": "failed"}' + bytes([10]))
+        os.system("echo noise of a child of the child")
+        return super().denoise(volume, options, progress)
+
+
+class Unloadable(Identity):
+    def __init__(self):
+        raise RuntimeError("no weights here")
+"""
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of the test's own beside tests/plugins, announced as a hospital would announce its pipeline."""
+    folder = tmp_path_factory.mktemp("plugins")
+    (folder / "talkative.py").write_text(TALKATIVE)
+    info = folder / "talkative-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: talkative\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[dicomnode.pipelines]\ntest-talkative = talkative:Talkative\ntest-unloadable = talkative:Unloadable\n"
+        "test-absent = no_such_module:Pipeline\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def controls(plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder through which the pipelines of the children are steered."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (plugins, PLUGINS))))
+    monkeypatch.setenv("TEST_PIPELINES", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def worker(controls: Path) -> Iterator[Worker]:
+    made = Worker(1)
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def series_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_series(tmp_path_factory.mktemp("ct"), phantom(6, 64))
+
+
+@pytest.fixture
+def request_for(series_files: list[Path], tmp_path: Path) -> Callable[..., Request]:
+    def made(uses: str, job_id: str = "job", **changes: Any) -> Request:
+        values: dict[str, Any] = {
+            "job_id": job_id,
+            "paths": tuple(map(str, series_files)),
+            "out": str(tmp_path / "derived" / job_id),
+            "uses": uses,
+            "strength": 1.0,
+            "blend": 1.0,
+            "fingerprint": "f" * 64,
+            "created_at": "2026-11-20T10:00:00+01:00",
+            "settings": Derivation().model_dump(),
+        }
+        return Request(**{**values, **changes})
+
+    return made
+
+
+def ignore(stage: str, fraction: float) -> None:
+    """A listener to the progress who does not care."""
+
+
+def alive(pid: int) -> bool:
+    """Is there such a process that is no zombie?"""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+class Running:
+    """A request under way in a thread of its own."""
+
+    def __init__(self, worker: Worker, request: Request, controls: Path, report: Any = ignore) -> None:
+        self.result: Outcome | BaseException | None = None
+        (controls / "hold").touch()
+
+        def run() -> None:
+            try:
+                self.result = worker.run(request, report)
+            except BaseException as error:
+                self.result = error
+
+        self.thread = threading.Thread(target=run)
+        self.thread.start()
+        wait_for(lambda: (controls / "running").exists() and (controls / "running").read_text(), 20)
+        self.pid = int((controls / "running").read_text())
+
+    def end(self) -> Outcome | BaseException | None:
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        return self.result
+
+
+def test_models_are_loaded_once_and_words_do_not_reach_the_protocol(
+    worker: Worker, controls: Path, request_for: Callable[..., Request]
+) -> None:
+    stages: list[tuple[str, float]] = []
+    described = worker.describe("test-talkative", Options())
+    pid = worker.pid
+    for job_id in ("first", "second"):
+        outcome = worker.run(request_for("test-talkative", job_id), lambda *stage: stages.append(stage))
+        assert outcome == Outcome("done", figures={"pipeline_hash": described})
+        assert len(Manifest.read(controls / "derived" / job_id).instances) == 6
+    assert worker.pid == pid
+    assert (controls / "loads").read_text() == "x"
+    one_job = stages[: len(stages) // 2]
+    assert [fraction for _, fraction in one_job] == sorted(fraction for _, fraction in one_job)
+    assert list(dict.fromkeys(stage for stage, _ in one_job)) == ["load", "denoise", "guard", "derive"]
+    assert one_job[-1] == ("derive", pytest.approx(1.0))
+
+
+def test_what_describe_says_is_the_hash_of_card_and_options(worker: Worker) -> None:
+    options = Options(blend=0.5)
+    assert worker.describe("identity", options) == pipeline_hash(load("identity").card, options)
+    assert worker.describe("identity", Options()) != worker.describe("identity", options)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("test-unloadable", "RuntimeError: no weights here"),
+        ("test-absent", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("nobody", "UnknownPipeline: no pipeline 'nobody'"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_loaded_is_named_with_its_error(worker: Worker, name: str, reason: str) -> None:
+    with pytest.raises(NodeError, match=f"pipeline '{name}' cannot be loaded: {reason}"):
+        worker.describe(name, Options())
+    assert worker.describe("identity", Options())
+
+
+def test_a_dead_child_costs_the_attempt_and_the_next_request_starts_another(
+    worker: Worker, controls: Path, request_for: Callable[..., Request]
+) -> None:
+    running = Running(worker, request_for("test-held"), controls)
+    os.kill(running.pid, signal.SIGKILL)
+    died = running.end()
+    assert isinstance(died, WorkerDied)
+    assert "signal 9" in str(died)
+    (controls / "hold").unlink()
+    assert worker.run(request_for("test-held"), ignore).kind == "done"
+    assert worker.pid != running.pid
+
+
+def test_trap_3_cancel_kills_the_child_of_that_job_only(
+    worker: Worker, controls: Path, request_for: Callable[..., Request]
+) -> None:
+    running = Running(worker, request_for("test-held", "mine"), controls)
+    assert not worker.cancel("another")
+    assert alive(running.pid)
+    assert worker.cancel("mine")
+    assert isinstance(running.end(), WorkerDied)
+    assert not alive(running.pid)
+    assert not worker.cancel("mine")
+    assert not (controls / "derived" / "mine").exists()
+
+
+def test_a_listener_that_fails_never_lets_an_old_answer_reach_the_next_job(
+    worker: Worker, controls: Path, request_for: Callable[..., Request]
+) -> None:
+    """The child still speaks of the first job then; its words must not be taken for the second's."""
+
+    def failing(stage: str, fraction: float) -> None:
+        raise OSError("the progress could not be written")
+
+    with pytest.raises(OSError, match="progress"):
+        worker.run(request_for("identity", "first"), failing)
+    outcome = worker.run(request_for("nobody", "second"), ignore)
+    assert outcome.kind == "failed"
+    assert "no pipeline 'nobody'" in outcome.detail
+
+
+def test_a_child_that_speaks_nonsense_is_ended(worker: Worker, request_for: Callable[..., Request]) -> None:
+    worker.describe("identity", Options())
+    first = worker.pid
+    assert worker._process is not None
+    assert worker._process.stdin is not None
+    worker._process.stdin.write('{"describe": "identity", "options": {"strength": "oops"\n')  # the child ends by it
+    worker._process.stdin.flush()
+    with pytest.raises(WorkerDied, match="exit code 1"):
+        worker.run(request_for("identity"), ignore)
+    assert worker.run(request_for("identity"), ignore).kind == "done"
+    assert worker.pid != first
+
+
+def test_a_stopped_worker_starts_no_child_again(
+    worker: Worker, controls: Path, request_for: Callable[..., Request]
+) -> None:
+    running = Running(worker, request_for("test-held"), controls)
+    worker.stop()
+    assert isinstance(running.end(), WorkerDied)
+    wait_for(lambda: not alive(running.pid))
+    with pytest.raises(WorkerDied):
+        worker.run(request_for("identity"), ignore)
+    assert worker.pid is None
+
+
+def test_the_child_ends_with_its_parent_whatever_it_does(controls: Path, request_for: Callable[..., Request]) -> None:
+    (controls / "hold").touch()
+    code = (
+        "import sys, json; from dicomnode.worker import Worker, Request\n"
+        "Worker(1).run(Request(**json.loads(sys.argv[1])), lambda stage, fraction: None)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, json.dumps(asdict(request_for("test-held")))])
+    wait_for(lambda: (controls / "running").exists() and (controls / "running").read_text(), 30)
+    child = int((controls / "running").read_text())
+    parent.kill()
+    parent.wait(10)
+    wait_for(lambda: not alive(child), 10, "the orphan to end")
+
+
+def test_the_child_yields_to_reception(worker: Worker) -> None:
+    worker.describe("identity", Options())
+    assert worker.pid is not None
+    assert os.getpriority(os.PRIO_PROCESS, worker.pid) >= min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
+    assert 1 <= default_threads() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("uses", "kind", "words"),
+    [
+        ("test-broken", "failed", "ValueError: a fault in the pipeline"),
+        ("test-harmful", "withheld", ""),
+        ("test-no-space", "no-infrastructure", "OSError: [Errno 28] No space left on device"),
+    ],
+)
+def test_each_end_has_its_outcome(
+    worker: Worker, controls: Path, request_for: Callable[..., Request], uses: str, kind: str, words: str
+) -> None:
+    outcome = worker.run(request_for(uses), ignore)
+    assert outcome.kind == kind
+    assert words in outcome.detail
+    assert outcome.detail
+    assert (outcome.figures is not None) == (kind == "withheld")
+    assert list((controls / "derived").iterdir()) == []
+
+
+def test_a_series_that_the_gate_refuses(
+    worker: Worker, controls: Path, request_for: Callable[..., Request], tmp_path: Path
+) -> None:
+    files = write_series(tmp_path / "two", phantom(4, 32), ImageOrientationPatient=None)
+    outcome = worker.run(request_for("identity", paths=tuple(map(str, files))), ignore)
+    assert outcome.kind == "refused"
+    assert outcome.detail
