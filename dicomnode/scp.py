@@ -9,8 +9,8 @@ status           when (PS3.4 table B.2-1, PS3.7 annex C)
 ================ ====================================================================================
 0x0000           the object is on disk, synced; or the same bytes were already
 0xA700           no space, or the object is larger than allowed; nothing is kept, the sender tries again
-0xA900           its UIDs are none, are missing, or differ from those in the command
-0xC000           no data, or data that cannot be parsed
+0xA900           its UIDs are none, or differ from those in the command
+0xC000           no data, data that cannot be parsed, or no SOP class or instance UID in it
 0x0110           the spool cannot be written for another reason
 0x0111           same UID with other bytes, where the site refuses those
 ================ ====================================================================================
@@ -208,6 +208,8 @@ class StorageServer:
         if rejection is not None:
             log.warning("association of %s rejected: %s", peer, why)
             event.assoc.acse.send_reject(*rejection)
+            # Waits until the answer is out: the library closes the connection as soon as this handler returns.
+            event.assoc.kill()
 
     def _on_established(self, event: Event) -> None:
         with self._lock:
@@ -251,6 +253,8 @@ class StorageServer:
             keyword: str(header.get(keyword, ""))
             for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
         }
+        if not identity["SOPClassUID"] or not identity["SOPInstanceUID"]:
+            raise _Refusal(CANNOT_UNDERSTAND, "the data set has no SOP class or instance UID")
         if identity["SOPInstanceUID"] != sop_instance_uid or identity["SOPClassUID"] != sop_class_uid:
             raise _Refusal(DOES_NOT_MATCH, "SOP class or instance UID of the data set differs from the command's")
         incoming = Incoming(

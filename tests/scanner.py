@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import socket
 import struct
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -222,3 +223,19 @@ def send(port: int, images: Sequence[Image], *, calling: str = "SCANNER") -> Non
         for one in images:
             status = scanner.store(one)
             assert status == 0x0000, f"{one.sop_instance_uid}: 0x{status:04X}"
+
+
+def renamed(one: Image, what: str) -> Image:
+    """The same image under SOP Instance and Series Instance UIDs of its own, of the same length; all else as it is."""
+    data = zlib.decompress(one.data, -zlib.MAX_WBITS) if UID(one.syntax).is_deflated else one.data
+    digits = str(int.from_bytes(hashlib.sha256(what.encode()).digest()))
+    uids = []
+    for old in (one.sop_instance_uid, one.series_uid):
+        new = f"{old[:-8].rstrip('.')}.{digits}"[: len(old)] if len(old) > 16 else old
+        data = data.replace(old.encode(), new.encode())
+        uids.append(new)
+    if UID(one.syntax).is_deflated:
+        packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+        data = packer.compress(data) + packer.flush()
+        data += b"\0" * (len(data) % 2)
+    return replace(one, sop_instance_uid=uids[0], series_uid=uids[1], data=data)
