@@ -64,7 +64,7 @@ class Dispatcher:
         while not self._stopping.wait(_LOOK_EVERY_S):
             try:
                 self.look()
-            except sa.exc.DBAPIError as error:
+            except sa.exc.SQLAlchemyError as error:
                 log.error("cannot look for due work now, will try again: %s", error)
 
     def look(self) -> None:
@@ -73,9 +73,9 @@ class Dispatcher:
         attempts = self._attempts()
         for attempt in attempts:
             if attempt.key not in self._handed_over:
-                self._handed_over[attempt.key] = time.monotonic()
                 if not attempt.begun:
                     attempt.submit()
+                self._handed_over[attempt.key] = time.monotonic()
         for key in self._handed_over.keys() - {attempt.key for attempt in attempts}:
             del self._handed_over[key]
         self._replace_ended(attempts)

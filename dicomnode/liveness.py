@@ -72,7 +72,7 @@ class Liveness(threading.Thread):
                 self._beat()
                 self._take_over_dead()
                 self._resume_orphans()
-            except sa.exc.DBAPIError as error:
+            except sa.exc.SQLAlchemyError as error:
                 # A full or locked database: the next beat tries again. A peer may fence us meanwhile; that is right.
                 log.warning("heartbeat failed: %s", error)
 
