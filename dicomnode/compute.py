@@ -153,10 +153,19 @@ class Compute:
             if time.monotonic() - written_at < _PROGRESS_EVERY_S:
                 return
             written_at = time.monotonic()
-            with self._database.begin() as connection:
-                connection.execute(
-                    sa.update(jobs).where(jobs.c.id == job_id).values(progress=fraction, updated_at=now())
-                )
+            try:
+                with self._database.begin() as connection:
+                    running = connection.execute(
+                        sa.update(jobs)
+                        .where(jobs.c.id == job_id, jobs.c.state == JobState.RUNNING)
+                        .values(progress=fraction, updated_at=now())
+                    ).rowcount
+            except sa.exc.SQLAlchemyError as error:
+                log.warning("progress of job %s not shown: %s", job_id[:12], error)
+                return
+            if not running:
+                # Cancelled after the attempt began and before the child had the work, which nobody could stop then.
+                self._worker.cancel(job_id)
 
         return report
 

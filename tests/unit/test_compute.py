@@ -1,0 +1,364 @@
+"""One attempt to compute: every outcome leads to its state, and no trouble of ours is held against a series."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from ct_builder import phantom, uid, write_series
+from node_process import PLUGINS
+from peers import wait_for
+from tables import add_job, add_series, config_of, database_in, events, row, rows
+
+from dicomnode import compute as module
+from dicomnode.compute import Compute
+from dicomnode.config import Config
+from dicomnode.db import DeliveryState, JobState, jobs
+from dicomnode.denoise import MANIFEST, Manifest
+from dicomnode.errors import WorkerDied
+from dicomnode.worker import Outcome, Request, Worker
+
+COUNT = 6
+UIDS = [uid("series", "instance", k) for k in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def spool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("spool")
+    write_series(root / "instances", phantom(COUNT, 64))
+    return root
+
+
+@pytest.fixture
+def controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(PLUGINS))
+    monkeypatch.setenv("TEST_PIPELINES", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> sa.Engine:
+    return database_in(tmp_path)
+
+
+@pytest.fixture
+def config() -> Config:
+    return config_of(
+        destinations={"a": 104, "b": 105},
+        routes=[{"name": "ct", "pipeline": "identity", "send_to": ["a", "b"]}],
+        compute={"max_worker_deaths": 3},
+    )
+
+
+def make_job(database: sa.Engine, uses: str = "identity", identity: str = "job") -> None:
+    with database.begin() as connection:
+        if not connection.execute(sa.text("SELECT count(*) FROM instances")).scalar_one():
+            add_series(connection, paths={one: f"instances/series-{k:04d}.dcm" for k, one in enumerate(UIDS)})
+        add_job(connection, identity, uses=uses, sop_instance_uids=UIDS)
+
+
+class Scripted:
+    """A worker that answers from a list."""
+
+    def __init__(self, *outcomes: Outcome | Exception) -> None:
+        self.outcomes = list(outcomes)
+        self.requests: list[Request] = []
+        self.cancelled: list[str] = []
+        self.during: Callable[[Request, Callable[[str, float], None]], None] = lambda request, report: None
+
+    def run(self, request: Request, report: Callable[[str, float], None]) -> Outcome:
+        self.requests.append(request)
+        self.during(request, report)
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def cancel(self, job_id: str) -> bool:
+        self.cancelled.append(job_id)
+        return True
+
+
+def compute_with(config: Config, database: sa.Engine, spool: Path, worker: Any) -> Compute:
+    return Compute(config, database, spool, worker, "me")
+
+
+@pytest.fixture
+def worker(controls: Path) -> Iterator[Worker]:
+    made = Worker(1)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def own_spool(spool: Path, tmp_path: Path) -> Path:
+    """A spool with the same files and no results yet."""
+    root = tmp_path / "spool"
+    root.mkdir()
+    (root / "instances").symlink_to(spool / "instances")
+    return root
+
+
+# ── outcomes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state"),
+    [
+        (Outcome("refused", "a localizer"), JobState.SKIPPED),
+        (Outcome("withheld", "HU moved", {"bias_hu": 40.0}), JobState.WITHHELD),
+        (Outcome("failed", "ValueError: a fault"), JobState.FAILED),
+        (Outcome("no-infrastructure", "no space"), JobState.QUEUED),
+        (WorkerDied("signal 9"), JobState.QUEUED),
+    ],
+)
+def test_each_outcome_has_its_state(
+    config: Config, database: sa.Engine, spool: Path, outcome: Any, state: JobState
+) -> None:
+    make_job(database)
+    compute_with(config, database, spool, Scripted(outcome)).process("job", 0)
+    job = row(database, "jobs")
+    assert job["state"] == state
+    assert job["reason"] == (str(outcome) if isinstance(outcome, Exception) else outcome.detail)
+    assert events(database)[-1] == (state, job["reason"])
+    assert rows(database, "deliveries") == []
+    assert (job["next_try_at"] is not None) == (state is JobState.QUEUED)
+    assert job["crashes"] == isinstance(outcome, Exception)
+    if state is JobState.WITHHELD:
+        assert job["measured"] == {"guard": {"bias_hu": 40.0}}
+
+
+def test_done_means_planned_for_every_destination(
+    config: Config, database: sa.Engine, own_spool: Path, worker: Worker
+) -> None:
+    make_job(database)
+    compute_with(config, database, own_spool, worker).process("job", 0)
+    job = row(database, "jobs")
+    manifest = Manifest.read(own_spool / "derived" / "job")
+    assert (job["state"], job["n_in"], job["n_out"], job["progress"]) == (JobState.DISPATCHING, COUNT, COUNT, 1.0)
+    assert job["derived_series_uid"] == manifest.derived_series_uid
+    assert job["pipeline_hash"] == manifest.pipeline_hash
+    assert job["measured"]["seconds"] == manifest.seconds
+    assert {(one["destination"], one["state"]) for one in rows(database, "deliveries")} == {
+        ("a", DeliveryState.WAITING),
+        ("b", DeliveryState.WAITING),
+    }
+    # Rule 4: what is sent is read from that folder, and nothing else.
+    assert {(one["destination"], one["sop_instance_uid"], one["path"]) for one in rows(database, "transfers")} == {
+        (name, one.sop_instance_uid, f"derived/job/{one.path.name}")
+        for name in ("a", "b")
+        for one in manifest.instances
+    }
+
+
+@pytest.mark.parametrize(
+    ("uses", "state"),
+    [
+        ("test-harmful", JobState.WITHHELD),
+        ("test-broken", JobState.FAILED),
+        ("test-no-space", JobState.QUEUED),
+        ("nobody", JobState.FAILED),
+    ],
+)
+def test_a_pipeline_that_misbehaves_sends_nothing(
+    config: Config, database: sa.Engine, own_spool: Path, worker: Worker, uses: str, state: JobState
+) -> None:
+    make_job(database, uses)
+    compute_with(config, database, own_spool, worker).process("job", 0)
+    assert row(database, "jobs")["state"] == state
+    assert rows(database, "deliveries") == []
+    derived = own_spool / "derived"
+    assert not derived.exists() or list(derived.iterdir()) == []
+
+
+def test_a_route_that_left_the_configuration(config: Config, database: sa.Engine, spool: Path, own_spool: Path,
+                                             worker: Worker) -> None:  # fmt: skip
+    make_job(database)
+    without = config_of(destinations={"a": 104})
+    compute_with(without, database, own_spool, worker).process("job", 0)
+    job = row(database, "jobs")
+    assert job["state"] == JobState.FAILED
+    assert "route ct is no longer in config.yaml" in job["reason"]
+    # Put back, the result is there: it is sent, not computed again.
+    with database.begin() as connection:
+        assert module.job_table.retry(connection, "job")
+    written = (own_spool / "derived" / "job" / MANIFEST).stat().st_mtime_ns
+    compute_with(config, database, own_spool, worker).process("job", 1)
+    assert row(database, "jobs")["state"] == JobState.DISPATCHING
+    assert (own_spool / "derived" / "job" / MANIFEST).stat().st_mtime_ns == written
+
+
+def test_the_request_names_the_slices_of_the_job(config: Config, database: sa.Engine, spool: Path) -> None:
+    worker = Scripted(Outcome("failed", "x"))
+    with database.begin() as connection:
+        add_series(connection, paths={one: f"instances/series-{k:04d}.dcm" for k, one in enumerate(UIDS)})
+        add_series(connection, "9.9", paths=dict.fromkeys(UIDS, "instances/foreign.dcm"))  # the same UIDs elsewhere
+        add_job(connection, sop_instance_uids=UIDS[1:4], strength=0.75, blend=0.5)
+    compute_with(config, database, spool, worker).process("job", 0)
+    (request,) = worker.requests
+    assert request.paths == tuple(str(spool / "instances" / f"series-{k:04d}.dcm") for k in (1, 2, 3))
+    assert (request.uses, request.strength, request.blend) == ("identity", 0.75, 0.5)
+    assert request.out == str(spool / "derived" / "job")
+    made = datetime.fromisoformat(request.created_at)
+    assert made.utcoffset() is not None
+    assert made.timestamp() == row(database, "jobs")["created_at"].replace(tzinfo=module.UTC).timestamp()
+
+
+# ── lost attempts ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_poison_series_has_failed_after_max_worker_deaths(
+    config: Config, database: sa.Engine, own_spool: Path, worker: Worker, controls: Path
+) -> None:
+    make_job(database, "test-crash")
+    make_job(database, identity="next")
+    compute = compute_with(config, database, own_spool, worker)
+    for run in range(5):
+        compute.process("job", run)
+    job = row(database, "jobs", id="job")
+    assert (job["state"], job["crashes"], job["runs"]) == (JobState.FAILED, 3, 3)
+    assert "signal 9" in job["reason"]
+    assert (controls / "crashes").read_text() == "xxx"
+    assert list((own_spool / "derived").iterdir()) == []
+    compute.process("next", 0)
+    assert row(database, "jobs", id="next")["state"] == JobState.DISPATCHING
+
+
+def test_one_dead_child_costs_one_attempt(
+    config: Config, database: sa.Engine, own_spool: Path, worker: Worker, controls: Path
+) -> None:
+    make_job(database, "test-held")
+    (controls / "hold").touch()
+    compute = compute_with(config, database, own_spool, worker)
+    thread = threading.Thread(target=compute.process, args=("job", 0))
+    thread.start()
+    wait_for(lambda: (controls / "running").exists() and (controls / "running").read_text(), 20)
+    os.kill(int((controls / "running").read_text()), signal.SIGKILL)
+    thread.join(20)
+    assert (row(database, "jobs")["state"], row(database, "jobs")["crashes"]) == (JobState.QUEUED, 1)
+    (controls / "hold").unlink()
+    compute.process("job", 1)
+    assert row(database, "jobs")["state"] == JobState.DISPATCHING
+
+
+def test_a_death_at_the_stop_of_the_node_is_not_the_fault_of_the_series(
+    config: Config, database: sa.Engine, spool: Path
+) -> None:
+    make_job(database)
+    compute = compute_with(config, database, spool, Scripted(WorkerDied("the node is stopping")))
+    compute.stop()
+    compute.process("job", 0)
+    job = row(database, "jobs")
+    assert (job["state"], job["crashes"]) == (JobState.QUEUED, 0)
+    assert job["next_try_at"] <= module.now()
+
+
+def test_a_death_by_cancel_is_left_to_the_dispatcher(config: Config, database: sa.Engine, spool: Path) -> None:
+    make_job(database)
+    worker = Scripted(WorkerDied("signal 9"))
+
+    def cancel(request: Request, report: Any) -> None:
+        with database.begin() as connection:
+            connection.execute(sa.update(jobs).values(cancel_requested=True))
+
+    worker.during = cancel
+    compute_with(config, database, spool, worker).process("job", 0)
+    assert (row(database, "jobs")["state"], row(database, "jobs")["crashes"]) == (JobState.RUNNING, 0)
+    with database.begin() as connection:
+        assert module.job_table.cancel(connection, "job")
+
+
+@pytest.mark.parametrize(
+    "outcome", [Outcome("refused", "x"), Outcome("failed", "x"), Outcome("no-infrastructure", "x")]
+)
+def test_rule_6_an_outcome_that_comes_too_late_changes_nothing(
+    config: Config, database: sa.Engine, spool: Path, outcome: Outcome
+) -> None:
+    make_job(database)
+    worker = Scripted(outcome)
+
+    def cancel(request: Request, report: Any) -> None:
+        with database.begin() as connection:
+            assert module.job_table.cancel(connection, "job")
+
+    worker.during = cancel
+    compute_with(config, database, spool, worker).process("job", 0)
+    assert row(database, "jobs")["state"] == JobState.CANCELLED
+
+
+def test_what_is_not_due_is_not_computed(config: Config, database: sa.Engine, spool: Path) -> None:
+    make_job(database)
+    worker = Scripted()
+    compute_with(config, database, spool, worker).process("job", 3)
+    compute_with(config, database, spool, worker).process("nobody", 0)
+    assert worker.requests == []
+
+
+# ── progress ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_progress_is_shown(config: Config, database: sa.Engine, spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PROGRESS_EVERY_S", 0.0)
+    make_job(database)
+    worker, seen = Scripted(Outcome("failed", "x")), []
+
+    def report_some(request: Request, report: Any) -> None:
+        for fraction in (0.25, 0.5):
+            report("denoise", fraction)
+            seen.append(row(database, "jobs")["progress"])
+
+    worker.during = report_some
+    compute_with(config, database, spool, worker).process("job", 0)
+    assert seen == [0.25, 0.5]
+
+
+def test_a_progress_that_cannot_be_written_harms_no_job(
+    config: Config, database: sa.Engine, spool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PROGRESS_EVERY_S", 0.0)
+    make_job(database)
+    worker = Scripted(Outcome("refused", "x"))
+
+    def report_into_a_full_disk(request: Request, report: Any) -> None:
+        with database.begin() as connection:
+            connection.execute(
+                sa.text(
+                    "CREATE TRIGGER full BEFORE UPDATE OF progress ON jobs WHEN NEW.state = 'RUNNING' "
+                    "BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+                )
+            )
+        report("denoise", 0.5)
+        with database.begin() as connection:
+            connection.execute(sa.text("DROP TRIGGER full"))
+
+    worker.during = report_into_a_full_disk
+    compute_with(config, database, spool, worker).process("job", 0)
+    assert row(database, "jobs")["state"] == JobState.SKIPPED
+
+
+def test_a_child_that_works_for_a_cancelled_job_is_stopped_at_its_next_word(
+    config: Config, database: sa.Engine, spool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cancel came between the begin of the attempt and its child: there was nothing to kill yet."""
+    monkeypatch.setattr(module, "_PROGRESS_EVERY_S", 0.0)
+    make_job(database)
+    worker = Scripted(WorkerDied("signal 9"))
+
+    def cancel(request: Request, report: Any) -> None:
+        report("load", 0.01)
+        assert worker.cancelled == []
+        with database.begin() as connection:
+            assert module.job_table.cancel(connection, "job")
+        report("load", 0.02)
+
+    worker.during = cancel
+    compute_with(config, database, spool, worker).process("job", 0)
+    assert worker.cancelled == ["job"]
+    assert (row(database, "jobs")["state"], row(database, "jobs")["progress"]) == (JobState.CANCELLED, 0.01)
