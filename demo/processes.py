@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -15,6 +16,8 @@ HOST = "127.0.0.1"
 _PORTS = (11000, 32000)
 """Below the range from which the kernel takes the local ports of outgoing connections."""
 _LOOK_EVERY_S = 0.1
+_ASK_EVERY_S = 1.0
+"""A SIGTERM that arrives while a Python program goes to sleep is noticed only when it wakes: the next one wakes it."""
 _LOG_TAIL_CHARACTERS = 2000
 
 
@@ -105,14 +108,15 @@ class Program:
             raise DemoFailed(f"{self.name} ended with exit code {self._process.returncode}; its last words:\n{said}")
 
     def stop(self) -> None:
-        """Ask it to end; kill it if it does not."""
+        """Ask it to end, every second again; kill it if it does not."""
         if self._process is None:
             return
-        if self._process.poll() is None:
-            self._process.terminate()
-        try:
-            self._process.wait(self._timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        deadline = time.monotonic() + self._timeout_s
+        while self._process.poll() is None:
+            if time.monotonic() < deadline:
+                self._process.terminate()
+            else:
+                self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_ASK_EVERY_S)
         self._process = None

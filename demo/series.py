@@ -79,7 +79,6 @@ def make_phantom(folder: Path, slices: int, progress: Progress) -> Source:
     """
     folder.mkdir(parents=True)
     clean = truth(slices)
-    progress(0.3)
     common = _common(slices)
     items = []
     for first in range(0, slices, _SLICES_AT_ONCE):
@@ -87,7 +86,7 @@ def make_phantom(folder: Path, slices: int, progress: Progress) -> Source:
         noisy = part + unit_noise(part, PIXEL_MM, SEED + 1 + first) / np.float32(math.sqrt(DOSE))
         for k, plane in enumerate(noisy, first):
             items.append(_write(folder, common, k, plane))
-        progress(0.3 + 0.7 * (first + len(part)) / slices)
+        progress((first + len(part)) / slices)
     return Source(str(common.SeriesInstanceUID), tuple(items), clean)
 
 
