@@ -16,6 +16,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 from pydicom import dcmread
+from sqlalchemy.dialects.sqlite import insert
 
 from dicomnode import jobs as job_table
 from dicomnode.config import Config
@@ -81,11 +82,11 @@ class Intake:
         with self._database.connect() as connection:
             known = set(connection.execute(sa.select(instances.c.path)).scalars())
             still_open = connection.execute(sa.select(series).where(series.c.state == SeriesState.OPEN)).all()
+            for row in still_open:
+                self._open[row.series_uid] = self._recall(connection, row.series_uid, row.study_uid, row.generation)
         found = {str(path.relative_to(self._spool.root)): path for path in self._spool.paths()}
         for lost in sorted(known - found.keys()):
             log.error("the spool has no file %s although it was received; restore it from a backup or the sender", lost)
-            for row in still_open:
-                self._open[row.series_uid] = self._recall(connection, row.series_uid, row.study_uid, row.generation)
         new = sorted(found.keys() - known)
         for name in new:
             try:
@@ -93,7 +94,9 @@ class Intake:
             except SpoolError as error:
                 log.error("not indexed: %s", error)
                 continue
-            self._queue.put((Kept.NEW, instance, self._header(instance.path)))
+            header = self._header(instance.path)
+            if header is not None:
+                self._queue.put((Kept.NEW, instance, header))
         if new:
             log.info("%d received files had no row; they are indexed now", len(new))
         while not self._queue.empty():
@@ -120,8 +123,10 @@ class Intake:
                     batch = []
                 elif self._stopping.is_set():
                     return
-                self._close_complete()
-            except (sa.exc.DBAPIError, OSError) as error:
+                if self._queue.empty():
+                    # Else a series may only look silent, because the rest of it waits here for its rows.
+                    self._close_complete()
+            except (sa.exc.SQLAlchemyError, OSError) as error:
                 # Full or locked database: reception goes on into the spool, and the rows follow later.
                 log.error("cannot index now, will try again: %s", error)
                 if self._stopping.wait(_DATABASE_PAUSE_S):
@@ -137,8 +142,13 @@ class Intake:
             pass
         return batch
 
-    def _header(self, path: Path) -> Header:
-        return header_values(dcmread(path, stop_before_pixels=True), self.keywords)
+    def _header(self, path: Path) -> Header | None:
+        """Values of a file in the spool; None, and said, if it was damaged after it was received."""
+        try:
+            return header_values(dcmread(path, stop_before_pixels=True), self.keywords)
+        except Exception as error:  # whatever the parser stumbles over: the rest of the series goes on
+            log.error("%s cannot be read any more (%s); restore it or send it again", path, type(error).__name__)
+            return None
 
     # ── index ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,7 +157,8 @@ class Intake:
         headers: list[tuple[str, str, Header]] = []
         with self._database.begin() as connection:
             for kept, instance, header in batch:
-                if kept is Kept.NEW:
+                if kept in (Kept.NEW, Kept.SAME):
+                    # Of the same bytes too: those that came first may have failed between their name and their row.
                     opened = self._insert(connection, instance, grown)
                     if opened is not None:
                         matches = self._router.match(header, instance.calling_ae, instance.called_ae)
@@ -182,8 +193,7 @@ class Intake:
         else:
             generation = row.generation + (row.state == SeriesState.CLOSED)
         inserted = connection.execute(
-            sa.insert(instances)
-            .prefix_with("OR IGNORE")
+            insert(instances)
             .values(
                 series_uid=instance.series_uid,
                 sop_instance_uid=instance.sop_instance_uid,
@@ -198,6 +208,7 @@ class Intake:
                 generation=generation,
                 received_at=instance.received_at,
             )
+            .on_conflict_do_nothing(index_elements=list(instances.primary_key))
         ).rowcount
         if not inserted:
             return None
@@ -226,8 +237,9 @@ class Intake:
         rows = connection.execute(sa.select(instances).where(instances.c.series_uid == series_uid)).all()
         for row in rows:
             path = self._spool.root / row.path
-            if path.exists():
-                header = opened.headers[row.sop_instance_uid] = self._header(path)
+            header = self._header(path) if path.exists() else None
+            if header is not None:
+                opened.headers[row.sop_instance_uid] = header
                 matches = self._router.match(header, row.calling_ae, row.called_ae)
                 opened.may_be_denoised |= any(match.action == "pipeline" for match in matches)
         return opened
