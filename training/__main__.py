@@ -40,14 +40,13 @@ def _train(args: argparse.Namespace) -> None:
     for scan in scans:
         levels = ", ".join(f"{level:.1f}" for level in scan.noise_hu)
         print(f"{scan.name}: {len(scan.target)} slices, target noise {scan.target_noise_hu:.1f} HU, to add {levels} HU")
-    # folder names only: where they lay on this machine is nobody's business
-    command = (
-        [*args.argv[: args.argv.index("--series") + 1], *(p.name for p in args.series)] if args.series else args.argv
-    )
+    # last part of each path only: where the folders lay on this machine is nobody's business
+    folders = {str(path): path.name for path in (args.out, *args.series)}
+    command = shlex.join(folders.get(word, word) for word in args.argv)
 
     def save(network: torch.nn.Module, steps: int, seconds: float) -> None:
         record = TrainingRecord(
-            command="python -m training " + shlex.join(command),
+            command=f"python -m training {command}",
             seed=args.seed,
             hours=round(seconds / 3600, 2),
             steps=steps,

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines import runtime
 from pipelines.base import Options, load
 from pipelines.noise import noise_level
+from pipelines.runtime import WEIGHTS
 from pipelines.volume import Geometry, Volume
 from training.phantom import chest_abdomen, tissue_masks
 from training.simulate import low_dose
@@ -52,7 +52,7 @@ def psnr(image: Array, truth: Array, hu_range: tuple[float, float]) -> float:
 
 
 def measure(before: Array, after: Array, truth: Array) -> dict[str, Any]:
-    """PSNR, and mean shift and noise by tissue, of an image before and after denoising.
+    """PSNR, and mean shift and noise of each tissue that is there, of an image before and after denoising.
 
     Parameters
     ----------
@@ -61,6 +61,8 @@ def measure(before: Array, after: Array, truth: Array) -> dict[str, Any]:
     """
     tissues = {}
     for name, mask in tissue_masks(truth).items():
+        if not mask.any():
+            continue
         errors = before[mask] - truth[mask], after[mask] - truth[mask]
         tissues[name] = {
             "voxels": int(mask.sum()),
@@ -179,7 +181,7 @@ def evaluate(name: str, seed: int, slices: int, command: str) -> str:
         "slices": slices,
         **measure(before, after, truth),
     }
-    path = runtime.WEIGHTS / f"{name}.json"
+    path = WEIGHTS / f"{name}.json"
     card = json.loads(path.read_text(encoding="utf-8"))
     card["measured"] = measured
     path.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

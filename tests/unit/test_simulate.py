@@ -43,7 +43,7 @@ def test_quarter_dose_has_twice_the_noise_of_full_dose(disc: Array) -> None:
 
 
 def test_noise_in_the_centre_is_that_of_the_formula(noise: Array) -> None:
-    """Var = (1000/μ)²·π·Σ_views(π/V²)·Var(p)·d·∫A²df (Kak and Slaney 1988, 5.3), one ray through the centre each view."""
+    """Var = (1000/μ)²·(π²/views)·Var(p)·d·∫A²df (Kak and Slaney 1988, 5.3): one ray through the centre in each view."""
     views, photons = 240, N0 * PIXEL_MM * 180 / 240 * math.exp(-MU_WATER_PER_MM * 2 * RADIUS_MM)
     f = np.linspace(-0.5 / PIXEL_MM, 0.5 / PIXEL_MM, 20001)
     power = float(np.mean(apodised_ramp(f, F50) ** 2)) / PIXEL_MM
@@ -51,7 +51,9 @@ def test_noise_in_the_centre_is_that_of_the_formula(noise: Array) -> None:
     assert float(noise[:, 118:138, 118:138].std()) == pytest.approx(expected, rel=0.04)
 
 
-def test_noise_does_not_depend_on_the_number_of_views(disc: Array, noise: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_does_not_depend_on_the_number_of_views(
+    disc: Array, noise: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(simulate, "_VIEWS", 400)
     other = unit_noise(disc, PIXEL_MM, seed=5)
     centre = np.s_[:, 108:148, 108:148]

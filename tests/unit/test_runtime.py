@@ -1,0 +1,82 @@
+"""Weights that are not those of the card are refused; running in parts is running at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import runtime
+from pipelines.ffdnet import FFDNet
+from pipelines.runtime import WeightsDamaged, load_network, read_card, run_triples, run_volume
+from pipelines.stresnet import STResNet
+
+NAMES = ("st3d", "fast-2.5d")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_is_read_and_knows_its_weights(name: str) -> None:
+    card = read_card(name)
+    assert card.name == name
+    assert card.precision == "fp32"
+    assert card.hu_window == (-1024.0, 4000.0)
+    assert len(card.patch_zyx) == len(card.overlap_zyx) == 3
+    assert card.valid_for.pixel_spacing_mm == (0.4, 1.5)
+    assert card.measured
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_and_page_name_no_machine(name: str) -> None:
+    text = (runtime.WEIGHTS / f"{name}.json").read_text(encoding="utf-8")
+    assert "/work" not in text
+    assert "/home" not in text
+    assert all(source["attribution"] for source in json.loads(text)["training"]["series"])
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    for suffix in ("json", "safetensors"):
+        shutil.copy(runtime.WEIGHTS / f"st3d.{suffix}", tmp_path)
+    weights = tmp_path / "st3d.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(WeightsDamaged, match=r"st3d.safetensors has SHA-256"):
+        load_network(STResNet(), read_card("st3d", tmp_path), tmp_path)
+
+
+def test_strips_and_stream_give_the_whole_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within rounding: 0.01 HU."""
+    monkeypatch.setattr(runtime, "PIXELS_AT_ONCE", 41 * 24)
+    torch.manual_seed(0)
+    network = STResNet(features=8, blocks=2).eval()
+    for parameter in network.tail[1].parameters():
+        torch.nn.init.normal_(parameter)
+    hu = np.random.default_rng(0).normal(0, 300, (6, 67, 41)).astype(np.float32)
+    done: list[float] = []
+    out = run_volume(network.stream, network.halo, hu, done.append)
+    with torch.inference_mode():
+        whole = network(torch.from_numpy(hu / 1000)[None, None])[0, 0].numpy() * 1000
+    assert float(np.abs(out - whole).max()) < 0.01
+    assert float(np.abs(out - hu).mean()) > 10
+    assert done == sorted(done)
+    assert done[-1] == 1.0
+
+
+def test_odd_sizes_pass_through_the_stride() -> None:
+    torch.manual_seed(0)
+    network = FFDNet(features=8, depth=3).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter *= 3
+    hu = np.random.default_rng(0).normal(0, 300, (3, 31, 45)).astype(np.float32)
+    out = run_triples(network, 2, 20.0, hu, lambda part: None)
+    even = np.concatenate([hu, hu[:, -1:]], 1)
+    even = np.concatenate([even, even[:, :, -1:]], 2)
+    slices = torch.from_numpy(np.stack([even[0], even[1], even[2]])[None] / 1000)
+    with torch.inference_mode():
+        centre = network(slices, torch.full((1, 1, 16, 23), 0.02))[0, 0].numpy() * 1000
+    assert np.allclose(out[1], centre[:31, :45], atol=0.01)
