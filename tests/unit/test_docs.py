@@ -34,6 +34,15 @@ def table(text: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def code_of(page: Path) -> str:
+    """What a page sets as code, in blocks and within lines; one piece a line, comments left out."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines = [line.partition("#")[0].strip() for line in "\n".join([*blocks, *codes(rest)]).splitlines()]
+    return "\n".join(lines)
+
+
 def codes(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
@@ -99,10 +108,8 @@ def test_every_job_state_is_explained() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = page.read_text(encoding="utf-8")
-    commands = set(
-        re.findall(r"dicomnode ((?:jobs )?[a-z][a-z-]+)\b(?=[` ,]|$)", "\n".join(re.findall(r"`[^`]+`", text)))
-    )
+    text = code_of(page)
+    commands = set(re.findall(r"dicomnode ((?:jobs )?[a-z][a-z-]+)(?=[ ,]|$)", text, re.MULTILINE))
     assert commands or page.name not in ("README.md", "operations.md")
     for command in commands:
         with pytest.raises(SystemExit) as ended:
@@ -110,7 +117,7 @@ def test_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert ended.value.code == 0, command
     capsys.readouterr()
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target, variable in re.findall(r"`?make (\w+)(?: (\w+)=)?", "\n".join(re.findall(r"`[^`]+`", text))):
+    for target, variable in re.findall(r"^make (\w+)(?: (\w+)=)?", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
         assert not variable or re.search(rf"^{variable} +\?=", makefile, re.MULTILINE), variable
 
