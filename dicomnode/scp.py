@@ -269,7 +269,8 @@ class StorageServer:
         values = header_values(header, self._keywords)
         # Noted before the object is stored: assembly must not close the series while this association may bring more.
         with self._lock:
-            self._series_of.setdefault(association, set()).add(incoming.series_uid)
+            if association in self._series_of:  # else it is gone already, and nobody would strike it out again
+                self._series_of[association].add(incoming.series_uid)
         kept, instance = self._spool.store(incoming, data, keep_conflict=self._reception.different_duplicate == "keep")
         if kept is Kept.REFUSED:
             raise _Refusal(DUPLICATE, "this UID is here with other bytes, and reception.different_duplicate is refuse")
