@@ -45,6 +45,19 @@ class Compute:
         job = job_table.begin(self._database, job_id, run, self._me, self._config.compute.max_worker_deaths)
         if job is None:
             return
+        try:
+            self._attempt(job)
+        except OSError as error:
+            job_table.no_infrastructure(self._database, job.id, f"{type(error).__name__}: {error}")
+        except sa.exc.SQLAlchemyError:
+            raise  # the dispatcher finds an attempt without a result and tries it again
+        except Exception as error:  # a fault of ours is to be seen at the job, not repeated for ever
+            log.exception("job %s", job.id[:12])
+            reason = f"unexpected {type(error).__name__}; see the log"
+            with self._database.begin() as connection:
+                job_table.advance(connection, job.id, JobState.FAILED, reason, expected={JobState.RUNNING})
+
+    def _attempt(self, job: Job) -> None:
         out = self._spool / "derived" / job.id
         try:
             outcome = self._worker.run(self._request(job, out), self._reporter(job.id))

@@ -180,6 +180,11 @@ class Delivery:
             trouble, count_trouble = str(error), error.permanent
         except PeerError as error:
             trouble = str(error)
+        except sa.exc.SQLAlchemyError:
+            raise  # the dispatcher finds an attempt without a result and tries it again
+        except Exception as error:  # a fault of ours is to be seen at the job, and gets the pauses of any other trouble
+            log.exception("job %s to %s", job_id[:12], destination)
+            trouble = f"unexpected {type(error).__name__}; see the log"
         finally:
             answers.write()
         self._finish(job_id, destination, trouble, count_trouble, progressed=answers.progressed)

@@ -301,6 +301,35 @@ def test_what_is_not_due_is_not_computed(config: Config, database: sa.Engine, sp
     assert worker.requests == []
 
 
+@pytest.mark.parametrize(
+    ("manifest", "state"), [(None, JobState.QUEUED), ("{", JobState.FAILED), ('{"options": {}}', JobState.FAILED)]
+)
+def test_a_result_that_cannot_be_read_ends_visibly(
+    config: Config, database: sa.Engine, own_spool: Path, caplog: pytest.LogCaptureFixture, manifest: str | None,
+    state: JobState,
+) -> None:  # fmt: skip
+    """Not repeated for ever: a fault of ours is a failed job, a folder that went away may come back."""
+    make_job(database)
+    out = own_spool / "derived" / "job"
+    out.mkdir(parents=True)
+    if manifest is not None:
+        (out / MANIFEST).write_text(manifest)
+    compute_with(config, database, own_spool, Scripted(Outcome("done"))).process("job", 0)
+    assert row(database, "jobs")["state"] == state
+    assert row(database, "jobs")["crashes"] == 0
+    assert ("Traceback" in caplog.text) == (state is JobState.FAILED)
+
+
+def test_a_database_that_fails_under_the_attempt_is_left_to_the_dispatcher(
+    config: Config, database: sa.Engine, spool: Path
+) -> None:
+    make_job(database)
+    worker = Scripted(sa.exc.OperationalError("UPDATE", {}, Exception("locked")))
+    with pytest.raises(sa.exc.OperationalError):
+        compute_with(config, database, spool, worker).process("job", 0)
+    assert row(database, "jobs")["state"] == JobState.RUNNING
+
+
 # ── progress ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -282,6 +282,32 @@ def test_a_stopping_node_ends_after_the_image_and_goes_on_at_the_next_start(
     assert oracle.images == COUNT
 
 
+def test_a_fault_of_ours_is_a_failed_attempt_with_a_pause(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def faulty(*_: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(module, "store", faulty)
+    waiting = sender.attempt()
+    assert (waiting["state"], waiting["failures"]) == (DeliveryState.WAITING, 1)
+    assert waiting["next_try_at"] > waiting["updated_at"]
+    assert waiting["reason"] == "unexpected RuntimeError; see the log"
+    assert "Traceback" in caplog.text
+
+
+def test_a_database_that_fails_under_the_attempt_is_left_to_the_dispatcher(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise sa.exc.OperationalError("UPDATE", {}, Exception("locked"))
+
+    monkeypatch.setattr(module, "store", failing)
+    with pytest.raises(sa.exc.OperationalError):
+        sender.attempt()
+    assert sender.row()["state"] == DeliveryState.SENDING
+
+
 # ── destinations ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

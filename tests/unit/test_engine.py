@@ -14,6 +14,7 @@ from engine_app import DEAD_AFTER_S
 from peers import wait_for
 from tables import database_in
 
+from dicomnode import engine as engine_module
 from dicomnode.liveness import FENCED_EXIT_CODE
 
 APP = Path(__file__).parents[1] / "engine_app.py"
@@ -187,6 +188,28 @@ def test_trap_2_executor_ids_are_fresh_per_start(orderly: tuple[Stage, App]) -> 
     first.let_go()
     stage.wait_log("end one later 0")
     first.stop()
+
+
+def test_the_engine_keeps_its_rows_through_our_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the same SQLAlchemy engine, so that WAL and synchronous=FULL hold for both."""
+    configured: list[dict[str, object]] = []
+
+    class Library:
+        def __init__(self, *, config: dict[str, object]) -> None:
+            configured.append(config)
+
+        @staticmethod
+        def workflow(**_: object) -> Callable[[object], object]:
+            return lambda function: function
+
+    monkeypatch.setattr(engine_module, "DBOS", Library)
+    database = database_in(tmp_path)
+    engines = [engine_module.Engine(database, lambda *_: None, lambda *_: None) for _ in range(2)]
+    assert all(config["system_database_engine"] is database for config in configured)
+    # A constant: the default is a hash of the code, and after an update work in flight would wait for ever.
+    assert {config["application_version"] for config in configured} == {"1"}
+    assert [config["executor_id"] for config in configured] == [one.executor_id for one in engines]
+    assert len({one.executor_id for one in engines}) == 2
 
 
 # ── takeover ───────────────────────────────────────────────────────────────────────────────────────────────────────

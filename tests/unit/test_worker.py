@@ -235,6 +235,22 @@ def test_a_child_that_speaks_nonsense_is_ended(worker: Worker, request_for: Call
     assert worker.pid != first
 
 
+def test_words_between_the_answers_end_the_child(
+    worker: Worker, request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Should something write into the protocol after all, nothing that follows is trusted."""
+    worker.describe("identity", Options())
+    first = worker.pid
+    assert worker._process is not None
+    monkeypatch.setattr(worker._process, "stdout", iter(["noise\n", '{"kind": "done"}\n']))
+    with pytest.raises(WorkerDied, match="signal 9"):
+        worker.run(request_for("identity"), ignore)
+    monkeypatch.undo()
+    assert worker.pid is None
+    assert first is not None
+    assert not alive(first)
+
+
 def test_a_stopped_worker_starts_no_child_again(
     worker: Worker, controls: Path, request_for: Callable[..., Request]
 ) -> None:
