@@ -171,6 +171,7 @@ class Intake:
         self._open.update(grown)
         for series_uid, sop_instance_uid, header in headers:
             self._open[series_uid].headers[sop_instance_uid] = header
+            self._open[series_uid].judged = None
         for _, instance, _ in batch:
             if instance.series_uid in self._open:
                 self._open[instance.series_uid].last_activity_s = time.monotonic()
@@ -295,7 +296,9 @@ class Intake:
             silent_s = time.monotonic() - opened.last_activity_s
             if silent_s < self._config.assembly.quiet_s:
                 continue
-            judged = evidence(list(opened.headers.values()))
+            if opened.judged is None:
+                opened.judged = evidence(list(opened.headers.values()))
+            judged = opened.judged
             needed_s = quiet_needed_s(
                 judged,
                 may_be_denoised=opened.may_be_denoised,

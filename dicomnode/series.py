@@ -139,6 +139,8 @@ class OpenSeries:
     """By SOPInstanceUID."""
     may_be_denoised: bool = False
     """Some image of it met a route with a pipeline."""
+    judged: Evidence | None = None
+    """What `headers` say about completeness; None after they changed."""
     last_activity_s: float = 0.0
     """On the monotonic clock."""
 

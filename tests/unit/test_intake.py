@@ -30,7 +30,7 @@ from dicomnode.spool import Incoming, Kept, Spool
 
 HASH = "ab" * 32
 SERIES = uid("series")
-QUIET = {"quiet_s": 0.1, "quiet_without_evidence_s": 0.6}
+QUIET = {"quiet_s": 0.15, "quiet_without_evidence_s": 0.5}
 CT = [{"name": "ct", "when": {"Modality": "CT"}, "pipeline": "identity", "send_to": ["pacs"]}]
 ENHANCED = "1.2.840.10008.5.1.4.1.1.2.1"
 CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -91,10 +91,10 @@ class Reception:
         wait_for(quiet, 15, "the series to close")
 
     def run(self, *paths: Path, series_count: int = 1) -> None:
-        """Start, receive, wait until it is closed, stop."""
-        self.intake.start()
+        """Receive, start, wait until it is closed, stop."""
         for path in paths:
             self.receive(path)
+        self.intake.start()
         self.closed(series_count)
         self.intake.stop()
 
@@ -145,11 +145,10 @@ def test_rule_1_the_same_series_received_twice_is_one_job(
     reception: Callable[..., Reception], files: list[Path]
 ) -> None:
     node = reception()
-    node.intake.start()
-    for _ in range(2):
-        kept = {node.receive(path) for path in files}
-        node.closed()
-    assert kept == {Kept.SAME}
+    node.run(*files)
+    node.begin()
+    assert {node.receive(path) for path in files} == {Kept.SAME}
+    node.run()
     assert len(node.jobs()) == 1
     assert row(node.database, "series")["generation"] == 1
 
@@ -158,9 +157,9 @@ def test_rule_1_a_series_that_grew_is_another_job_and_the_older_one_says_so(
     reception: Callable[..., Reception], files: list[Path]
 ) -> None:
     node = reception()
-    node.intake.start()
     for path in files[:4]:
         node.receive(path)
+    node.intake.start()
     node.closed()
     (old,) = node.jobs()
     for path in files[4:]:
@@ -179,9 +178,9 @@ def test_a_finished_job_of_a_series_that_grew_is_only_flagged(
     reception: Callable[..., Reception], files: list[Path]
 ) -> None:
     node = reception()
-    node.intake.start()
     for path in files[:4]:
         node.receive(path)
+    node.intake.start()
     node.closed()
     with node.database.begin() as connection:
         connection.execute(sa.update(jobs).values(state=JobState.DONE))
@@ -204,9 +203,9 @@ def test_other_bytes_of_the_same_uid_are_flagged_and_change_no_job(
     reception: Callable[..., Reception], files: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     node = reception()
-    node.intake.start()
     for path in files:
         node.receive(path)
+    node.intake.start()
     (changed,) = write_series(tmp_path / "changed", phantom(1, 16, seed=9))
     assert node.receive(changed) is Kept.CONFLICT
     wait_for(lambda: node.series("n_conflicts") == 1)
@@ -227,12 +226,29 @@ def test_a_missing_slice_waits_the_long_time(reception: Callable[..., Reception]
     assert "a gap of 4.00 mm" in row(node.database, "series")["evidence"]
 
 
+def test_a_series_that_waits_is_judged_once(
+    reception: Callable[..., Reception], files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand slices take 50 ms; looking at them at every look would take the processor from reception."""
+    judged: list[int] = []
+    real = module.evidence
+
+    def counted(headers: Any) -> Any:
+        judged.append(len(headers))
+        return real(headers)
+
+    monkeypatch.setattr(module, "evidence", counted)
+    node = reception(quiet_s=0.1, quiet_without_evidence_s=0.8)
+    node.run(*files[:2], *files[3:])
+    assert judged == [5]
+
+
 def test_an_open_association_waits_the_long_time(reception: Callable[..., Reception], files: list[Path]) -> None:
     node = reception(quiet_s=0.1, quiet_without_evidence_s=30.0)
     node.associations[SERIES] = 1
-    node.intake.start()
     for path in files:
         node.receive(path)
+    node.intake.start()
     wait_for(lambda: node.series("n_instances") == 6)
     end = time.monotonic() + 0.6
     while time.monotonic() < end:
