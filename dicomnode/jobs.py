@@ -79,6 +79,7 @@ class Job:
     blend: float | None
     pipeline_hash: str | None
     fingerprint: str | None
+    superseded_by: str | None
     runs: int
     crashes: int
     enqueued: int
@@ -356,7 +357,8 @@ def cancel(connection: sa.Connection, identity: str) -> bool:
         )
         .values(state=DeliveryState.CANCELLED, updated_at=now())
     )
-    return advance(connection, identity, JobState.CANCELLED, "cancelled on request", expected={job.state})
+    reason = f"superseded by job {job.superseded_by}" if job.superseded_by else "cancelled on request"
+    return advance(connection, identity, JobState.CANCELLED, reason, expected={job.state})
 
 
 def retry(connection: sa.Connection, identity: str) -> bool:

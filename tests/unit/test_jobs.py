@@ -400,6 +400,15 @@ def test_cancel_ends_what_is_not_at_its_end(connection: sa.Connection, state: Jo
         assert found == {one: D.CANCELLED if one in _OPEN else one for one in D}
 
 
+@pytest.mark.parametrize(
+    ("superseded_by", "reason"), [(None, "cancelled on request"), ("new", "superseded by job new")]
+)
+def test_a_cancelled_job_says_who_wanted_it(connection: sa.Connection, superseded_by: str | None, reason: str) -> None:
+    add_job(connection, superseded_by=superseded_by, cancel_requested=True)
+    job_table.cancel(connection, "job")
+    assert connection.execute(sa.select(jobs.c.reason)).scalar_one() == reason
+
+
 def test_retry_computes_again_what_failed_in_computing(connection: sa.Connection) -> None:
     add_job(connection, state=S.FAILED, runs=3, crashes=3, cancel_requested=True, next_try_at=now())
     assert job_table.retry(connection, "job")
