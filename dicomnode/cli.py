@@ -33,6 +33,7 @@ OK, FAILED, BAD_USAGE = 0, 1, 2
 """Exit codes."""
 _DEFAULT_CONFIG = Path("config.yaml")
 _JOB_LINES = 50
+_LOOK_EVERY_S = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +101,9 @@ def _run(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: asked.set())
     node.start()
     print(f"dicomnode: ready as {config.node.ae_title} on {config.node.address}:{node.port}", flush=True)
-    asked.wait()
+    # Awake now and then: a signal that the kernel gave to another thread is only seen when this one runs.
+    while not asked.wait(_LOOK_EVERY_S):
+        pass
     node.stop()
     return OK
 

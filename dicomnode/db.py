@@ -166,6 +166,7 @@ deliveries = Table(
     Column("reason", Text, nullable=False, default=""),
     Column("attempts", Integer, nullable=False, default=0, comment="attempts begun"),
     Column("failures", Integer, nullable=False, default=0, comment="attempts in a row without progress"),
+    Column("rejections", Integer, nullable=False, default=0, comment="of them, rejected for good, in a row"),
     Column("enqueued", Integer, nullable=False, default=0, comment="times handed to the engine for the next attempt"),
     Column("next_try_at", DateTime),
     Column("created_at", DateTime, nullable=False),

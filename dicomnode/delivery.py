@@ -173,11 +173,11 @@ class Delivery:
             return
         answers = _Answers(self._database, job_id, destination, self._config.delivery.failure_status_tries)
         trouble = ""
-        count_trouble = False
+        rejected = False
         try:
             store(peer(self._config, destination), begun, answers.take, lambda: self._should_stop(answers, job_id))
         except AssociationRejected as error:
-            trouble, count_trouble = str(error), error.permanent
+            trouble, rejected = str(error), error.permanent
         except PeerError as error:
             trouble = str(error)
         except sa.exc.SQLAlchemyError:
@@ -187,7 +187,7 @@ class Delivery:
             trouble = f"unexpected {type(error).__name__}; see the log"
         finally:
             answers.write()
-        self._finish(job_id, destination, trouble, count_trouble, progressed=answers.progressed)
+        self._finish(job_id, destination, trouble, rejected, progressed=answers.progressed)
 
     def _begin(self, job_id: str, destination: str, attempt: int) -> list[Outgoing] | None:
         mine = (deliveries.c.job_id == job_id, deliveries.c.destination == destination)
@@ -244,7 +244,7 @@ class Delivery:
         with self._database.connect() as connection:
             return bool(connection.execute(sa.select(jobs.c.cancel_requested).where(jobs.c.id == job_id)).scalar_one())
 
-    def _finish(self, job_id: str, destination: str, trouble: str, count_trouble: bool, *, progressed: bool) -> None:
+    def _finish(self, job_id: str, destination: str, trouble: str, rejected: bool, *, progressed: bool) -> None:
         mine = (deliveries.c.job_id == job_id, deliveries.c.destination == destination)
         ours = (transfers.c.job_id == job_id, transfers.c.destination == destination)
         with self._database.begin() as connection:
@@ -261,7 +261,8 @@ class Delivery:
             if row.state != DeliveryState.SENDING:
                 return
             failures = 0 if progressed else row.failures + 1
-            state, reason, pause = self._conclude(connection, row, ours, trouble, count_trouble, failures)
+            rejections = row.rejections + 1 if rejected else 0
+            state, reason, pause = self._conclude(connection, row, ours, trouble, failures, rejections)
             connection.execute(
                 sa.update(deliveries)
                 .where(*mine)
@@ -269,6 +270,7 @@ class Delivery:
                     state=state,
                     reason=reason,
                     failures=failures,
+                    rejections=rejections,
                     enqueued=0,
                     next_try_at=now() + pause,
                     updated_at=now(),
@@ -288,8 +290,8 @@ class Delivery:
         row: sa.Row[Any],
         ours: tuple[sa.ColumnElement[bool], ...],
         trouble: str,
-        count_trouble: bool,
         failures: int,
+        rejections: int,
     ) -> tuple[DeliveryState, str, timedelta]:
         """Next state of a delivery whose attempt ended, why, and the pause before its next attempt."""
         settings = self._config.delivery
@@ -299,7 +301,7 @@ class Delivery:
         total = sum(states.values())
         if waiting:
             too_old = now() - row.created_at > timedelta(days=settings.give_up_after_days)
-            too_often = count_trouble and failures >= settings.failure_status_tries
+            too_often = rejections >= settings.failure_status_tries
             if too_old or too_often:
                 reason = f"gave up: {trouble or 'not accepted'}; {waiting} of {total} not accepted"
                 return DeliveryState.FAILED, reason, timedelta()

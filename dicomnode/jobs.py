@@ -369,7 +369,7 @@ def retry(connection: sa.Connection, identity: str) -> bool:
     planned = connection.execute(
         sa.update(deliveries)
         .where(deliveries.c.job_id == identity, deliveries.c.state == DeliveryState.FAILED)
-        .values(state=DeliveryState.WAITING, next_try_at=None, failures=0, enqueued=0, created_at=now())
+        .values(state=DeliveryState.WAITING, next_try_at=None, failures=0, rejections=0, enqueued=0, created_at=now())
     ).rowcount
     connection.execute(
         sa.update(transfers)

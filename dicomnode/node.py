@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -19,7 +21,7 @@ from dicomnode.dispatcher import Dispatcher
 from dicomnode.engine import Engine
 from dicomnode.intake import Intake
 from dicomnode.scp import StorageServer
-from dicomnode.spool import Spool
+from dicomnode.spool import Spool, hold
 from dicomnode.worker import Worker, default_threads
 from pipelines.base import Options
 
@@ -29,18 +31,19 @@ _STOP_WAIT_S = 10
 
 
 class Node:
-    """Everything that runs in one process. Only one of them may use a spool.
+    """Everything that runs in one process. Only one of them may use a spool and a database.
 
     Raises
     ------
     NodeError
-        If a pipeline that a route names cannot be loaded, or another node uses the spool.
+        If a pipeline that a route names cannot be loaded, or another node uses the spool or the database.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._spool = Spool(config.node.spool)
         self.database: sa.Engine = open_database(config.node.database)
+        self._database_lock = hold(Path(f"{self.database.url.database}.lock"))
         self._worker = Worker(config.compute.threads or default_threads())
         self._delivery = Delivery(config, self.database, self._spool.root)
         self._engine = Engine(self.database, self._process, self._delivery.deliver)
@@ -75,6 +78,7 @@ class Node:
         self._worker.stop()
         self._engine.stop(_STOP_WAIT_S)
         self.database.dispose()
+        os.close(self._database_lock)
         self._spool.close()
 
     def _process(self, job_id: str, run: int) -> None:

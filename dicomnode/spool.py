@@ -99,6 +99,23 @@ class Incoming:
     called_ae: str
 
 
+def hold(lock: Path) -> int:
+    """Lock what belongs to one node alone, until the returned descriptor is closed or the process ends, however.
+
+    Raises
+    ------
+    NodeError
+        If another process holds it.
+    """
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise NodeError(f"{lock} is held: the folder is in use by another running node; stop that one first") from None
+    return descriptor
+
+
 class Spool:
     """The folder of received and derived objects. One node at a time may use it.
 
@@ -118,14 +135,9 @@ class Spool:
         try:
             for folder in (self.instances, self.conflicts, self.derived):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock_file = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock_file = hold(root / "lock")
         except OSError as error:
             raise SpoolError(f"spool {root} cannot be used: {error}; check the path and its owner") from error
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock_file)
-            raise NodeError(f"spool {root} is in use by another running node; stop that one first") from None
         self._placing = threading.Lock()
         self._lasting: set[Path] = set()
         """Series folders whose own name is synced. That one exists says nothing: its maker may not be so far yet."""

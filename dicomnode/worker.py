@@ -235,6 +235,8 @@ class _Child:
             return Outcome("refused", str(refusal))
         except Withheld as verdict:
             return Outcome("withheld", str(verdict), verdict.figures)
+        except FileNotFoundError as error:
+            return Outcome("failed", f"{error.filename} is gone; restore it from a backup and retry the job")
         except OSError as error:
             return Outcome("no-infrastructure", f"{type(error).__name__}: {error}")
         except UnknownPipeline as error:

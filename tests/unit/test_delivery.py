@@ -447,6 +447,16 @@ def test_trouble_that_passes_is_tried_until_the_configured_age(
     assert sender.job["state"] == JobState.FAILED
 
 
+def test_a_permanent_rejection_after_many_passing_troubles_has_its_own_count(
+    sender: Sender, oracle: StorageOracle
+) -> None:
+    with sender.database.begin() as connection:
+        connection.execute(sa.update(deliveries).values(failures=50))
+    oracle.script = Script(reject="permanent")
+    row = sender.attempt()
+    assert (row["state"], row["rejections"]) == (DeliveryState.WAITING, 1)
+
+
 def test_a_permanent_rejection_is_tried_a_few_times(sender: Sender, oracle: StorageOracle) -> None:
     oracle.script = Script(reject="permanent")
     assert [sender.attempt()["state"] for _ in range(3)] == ["WAITING", "WAITING", "FAILED"]

@@ -310,3 +310,13 @@ def test_a_series_that_the_gate_refuses(
     outcome = worker.run(request_for("identity", paths=tuple(map(str, files))), ignore)
     assert outcome.kind == "refused"
     assert outcome.detail
+
+
+def test_a_vanished_source_file_fails_the_job_instead_of_repeating_it(
+    worker: Worker, request_for: Callable[..., Request], tmp_path: Path
+) -> None:
+    files = write_series(tmp_path / "three", phantom(3, 32))
+    files[1].unlink()
+    outcome = worker.run(request_for("identity", paths=tuple(map(str, files))), ignore)
+    assert outcome.kind == "failed"
+    assert str(files[1]) in outcome.detail

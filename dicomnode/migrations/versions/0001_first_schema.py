@@ -119,6 +119,7 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False, comment="attempts begun"),
         sa.Column("failures", sa.Integer(), nullable=False, comment="attempts in a row without progress"),
+        sa.Column("rejections", sa.Integer(), nullable=False, comment="of them, rejected for good, in a row"),
         sa.Column("enqueued", sa.Integer(), nullable=False, comment="times handed to the engine for the next attempt"),
         sa.Column("next_try_at", sa.DateTime(), nullable=True),
         sa.Column("created_at", sa.DateTime(), nullable=False),
