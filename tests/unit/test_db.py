@@ -25,7 +25,8 @@ REVIEWED = {
     "cancel_requested worker progress n_in n_out measured created_at started_at finished_at updated_at",
     "job_instances": "job_id sop_instance_uid",
     "job_events": "id job_id at state what worker",
-    "deliveries": "job_id destination state reason attempts failures rejections enqueued next_try_at created_at updated_at",
+    "deliveries": "job_id destination state reason attempts failures rejections enqueued next_try_at created_at "
+    "updated_at",
     "transfers": "job_id destination sop_instance_uid sop_class_uid transfer_syntax_uid path state status detail tries "
     "unanswered updated_at",
     "workers": "id host pid beat",

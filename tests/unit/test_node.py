@@ -14,9 +14,8 @@ from dicomnode.spool import hold
 
 
 def test_a_database_of_another_node_is_refused(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
-    database = Path(config.node.database.removeprefix("sqlite:///"))
-    other = hold(database.with_name(f"{database.name}.lock"))
+    config = config_of(node={"spool": str(tmp_path / "spool"), "database": f"sqlite:///{tmp_path / 'node.db'}"})
+    other = hold(tmp_path / "node.db.lock")
     try:
         with pytest.raises(NodeError, match="in use by another running node"):
             Node(config)
