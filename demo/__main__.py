@@ -31,6 +31,7 @@ _OUT = Path("demo-output")
 _MARK = "made-by-the-demo"
 """File that says: this folder may be emptied by the next run."""
 _LOOK_EVERY_S = 0.25
+_REFUSALS_SHOWN = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,9 +76,17 @@ def _run(out: Path, ct: Path | None, pipeline: str, slices: int) -> int:
             stack.callback(node.close)
             stack.enter_context(node.program)
             step.result(f"{AE_TITLE} on {HOST}:{node.port}, pipeline {pipeline}")
-        _send(node, sources)
-        _wait(node, pacs, sources)
-        good = report(out, node, pacs, sources)
+        accepted = _send(node, sources)
+        arrived: list[Source] = []
+        missed: list[Source] = []
+        for source in sources:
+            (arrived if any(item.sop_instance_uid in accepted for item in source.items) else missed).append(source)
+        _wait(node, pacs, arrived)
+        good = report(out, node, pacs, arrived)
+        for source in missed:
+            print(
+                f"\nSeries {source.series_uid}\n  the node accepted none of its {len(source.items)} images, see above"
+            )
     print(f"\nEverything together took {time.monotonic() - begun:.0f} s. The node and the PACS are stopped.")
     _what_next(out, node, pacs, sources)
     return 0 if good else 1
@@ -126,32 +135,36 @@ def _find(folder: Path) -> list[Source]:
     return list(found.sources)
 
 
-def _send(node: Node, sources: Sequence[Source]) -> None:
-    """Send all series over one association, as a scanner does."""
+def _send(node: Node, sources: Sequence[Source]) -> set[str]:
+    """Send all series over one association, as a scanner does; the SOP Instance UIDs that were accepted."""
     items = [item for source in sources for item in source.items]
+    accepted: set[str] = set()
     refused: list[str] = []
-    answered = 0
     with Step("send by C-STORE") as step:
 
         def told(answer: Answer | Refused) -> None:
-            nonlocal answered
-            answered += 1
             if isinstance(answer, Refused):
                 refused.append(f"{answer.sop_instance_uid}: {answer.reason}")
             elif answer.status != 0:
                 refused.append(f"{answer.sop_instance_uid}: status 0x{answer.status:04X} {answer.comment}".rstrip())
+            else:
+                accepted.add(answer.sop_instance_uid)
+            answered = len(accepted) + len(refused)
             step.at(answered / len(items), f"{answered} of {len(items)} images")
 
         store(node.peer, items, told, lambda: False)
         megabytes = sum(item.path.stat().st_size for item in items) / 1e6
         step.result(
-            f"{len(items) - len(refused)} of {len(items)} images accepted, "
+            f"{len(accepted)} of {len(items)} images accepted, "
             f"{megabytes / step.seconds:.0f} MB/s, each safe on disk before its answer"
         )
-    for line in refused[:10]:
+    for line in refused[:_REFUSALS_SHOWN]:
         print(f"    not accepted: {line}")
-    if len(refused) == len(items):
-        raise DemoFailed("the node accepted none of the images")
+    if len(refused) > _REFUSALS_SHOWN:
+        print(f"    ... and {len(refused) - _REFUSALS_SHOWN} more; the reasons are in {node.log}")
+    if not accepted:
+        raise DemoFailed(f"the node accepted none of the images; the reasons are in {node.log}")
+    return accepted
 
 
 def _wait(node: Node, pacs: Pacs, sources: Sequence[Source]) -> None:

@@ -110,12 +110,12 @@ class Node:
             )
         )
         self.peer = Peer("the node", AE_TITLE, HOST, self.port, SCANNER_AE_TITLE)
-        log = home / "node.log"
+        self.log = home / "node.log"
         self.program = Program(
             "the node",
             [sys.executable, "-m", "dicomnode.cli", "run", "--config", str(self.config)],
-            log,
-            lambda: "dicomnode: ready" in log.read_text(errors="replace"),
+            self.log,
+            lambda: "dicomnode: ready" in self.log.read_text(errors="replace"),
         )
         self._database = sa.create_engine(f"sqlite:///file:{home / 'node.db'}?mode=ro&uri=true")
 

@@ -74,8 +74,12 @@ def _measure(pacs: Pacs, job: JobSeen, source: Source, picture: Path) -> None:
     """Compare what the PACS holds, originals and derived, and draw the slice in the middle."""
     assert job.derived_series_uid is not None
     if source.truth_hu is None:
-        before, after = _middle(pacs, source.series_uid, job.derived_series_uid)
         print("    PSNR and SSIM          not for this series: nobody knows what it is without noise")
+        pair = _middle(pacs, source.series_uid, job.derived_series_uid)
+        if pair is None:
+            print("    picture                none: the PACS has not accepted the original")
+            return
+        before, after = pair
     else:
         volume_before = _volume(pacs, source.series_uid)
         volume_after = _volume(pacs, job.derived_series_uid)
@@ -111,14 +115,17 @@ def _volume(pacs: Pacs, series_uid: str) -> Array:
     return np.stack([_hu(ds) for ds in images])
 
 
-def _middle(pacs: Pacs, series_uid: str, derived_uid: str) -> tuple[Array, Array]:
-    """The slice in the middle of a derived series, before and after; one image in memory at a time."""
+def _middle(pacs: Pacs, series_uid: str, derived_uid: str) -> tuple[Array, Array] | None:
+    """The slice in the middle of a derived series, before and after; None if the PACS has no such original.
+
+    One image in memory at a time: a folder may hold a thousand.
+    """
     places = sorted((float(ds.ImagePositionPatient[2]), str(ds.SOPInstanceUID)) for ds in pacs.instances(derived_uid))
     wanted = places[len(places) // 2][1]
     after = next(ds for ds in pacs.instances(derived_uid) if ds.SOPInstanceUID == wanted)
     source_uid = after.SourceImageSequence[0].ReferencedSOPInstanceUID
-    before = next(ds for ds in pacs.instances(series_uid) if ds.SOPInstanceUID == source_uid)
-    return _hu(before), _hu(after)
+    before = next((ds for ds in pacs.instances(series_uid) if ds.SOPInstanceUID == source_uid), None)
+    return None if before is None else (_hu(before), _hu(after))
 
 
 def _hu(ds: Dataset) -> Array:

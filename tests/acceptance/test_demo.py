@@ -156,6 +156,7 @@ def test_a_folder_without_orthanc_and_a_second_time(tmp_path: Path) -> None:
     gapped[3].unlink()
     write_series(ct / "b", phantom(2), name="scout", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     write_series(ct / "mr", phantom(1), name="mr", Modality="MR", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
+    write_series(ct, phantom(1), name="refused", StudyInstanceUID=None)
     shutil.copy(gapped[0], ct / "the-same-again.dcm")
     (ct / "notes.txt").write_text("no DICOM")
     nothing_installed = tmp_path / "empty"
@@ -164,11 +165,13 @@ def test_a_folder_without_orthanc_and_a_second_time(tmp_path: Path) -> None:
     arguments = ("--ct", ct, "--pipeline", "fast-2.5d", "--out", out)
     said = demo(*arguments, environment={"PATH": str(nothing_installed)})
     assert "Orthanc is not installed" in said
-    assert "3 series with 15 images" in said
+    assert "4 series with 16 images" in said
     assert "1 other DICOM files, 1 files that are no DICOM" in said
     assert "6 in, 6 out, 6 in the PACS" in said
     assert "nobody knows what it is without noise" in said
     assert re.search(r"denoising by fast-2\.5d: SKIPPED, .*gap", said)
+    assert "not accepted: " in said
+    assert "the node accepted none of its 1 images" in said
     assert re.search(r"forwarding of originals: DONE, .*\n +originals in the PACS +2 of 2 images", said)
     stored = [dcmread(path, stop_before_pixels=True) for path in (out / "pacs").rglob("*.dcm")]
     assert sorted(ds.ImageType[0] for ds in stored) == ["DERIVED"] * 6 + ["ORIGINAL"] * 15
