@@ -9,10 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import require_peer
 from ct_builder import phantom, write_series
 from node_process import NodeProcess
-from peers import HOST, StorageOracle, orthanc, wait_for
+from peers import HOST, StorageOracle, wait_for
 from scanner import image, send
 
 OUTGOING = re.compile(r"^\d+ +(connect|sendto|sendmsg|sendmmsg)\(")
@@ -84,14 +83,4 @@ def test_the_node_calls_its_destination_only(tmp_path: Path) -> None:
         trace = trace_node(tmp_path, pacs.port)
         assert len(pacs.sop_instance_uids()) >= 6
     assert len({line.split()[0] for line in trace.splitlines()}) > 2, "only one process was traced"
-    assert called(trace) == {(HOST, pacs.port)}
-
-
-@pytest.mark.peer
-def test_the_node_calls_orthanc_only(tmp_path: Path) -> None:
-    require_peer("Orthanc")
-    require_strace(tmp_path)
-    with orthanc(tmp_path) as pacs:
-        trace = trace_node(tmp_path, pacs.port)
-        assert pacs.count() >= 6
     assert called(trace) == {(HOST, pacs.port)}
