@@ -17,13 +17,12 @@ from torch import nn
 
 from pipelines.base import Envelope, ModelCard, Progress
 from pipelines.scaling import to_hu, to_network
-from pipelines.streaming import Stream, slabs, strips, triples
+from pipelines.streaming import Stream, slices, strips, triples
 
 Array = NDArray[np.float32]
 
 WEIGHTS = Path(__file__).parent / "weights"
-SLICES_AT_ONCE = 2
-PIXELS_AT_ONCE = 512 * 256
+PIXELS_AT_ONCE = 512 * 128
 """Pixels of a strip of a network that streams in depth: bounds the memory that its layers hold."""
 
 
@@ -72,18 +71,16 @@ def run_volume(network: Callable[[Stream], Stream], halo: int, hu: Array, progre
     hu
         (z, y, x), any size.
     progress
-        Called after every slab.
+        Called after every slice.
     """
     out = np.empty_like(hu)
     height = max(PIXELS_AT_ONCE // hu.shape[2], 1)
     with torch.inference_mode():
         for read, keep, rows in strips(hu.shape[1], height, halo):
             part = to_network(torch.from_numpy(np.ascontiguousarray(hu[:, read])))
-            done = 0
-            for slab in network(slabs(part, SLICES_AT_ONCE)):
-                out[done : done + len(slab), rows] = to_hu(slab[:, 0, keep]).numpy()
-                done += len(slab)
-                progress((rows.start + (rows.stop - rows.start) * done / len(hu)) / hu.shape[1])
+            for k, result in enumerate(network(slices(part))):
+                out[k, rows] = to_hu(result[0, 0, keep]).numpy()
+                progress((rows.start + (rows.stop - rows.start) * (k + 1) / len(hu)) / hu.shape[1])
     return out
 
 
@@ -101,7 +98,7 @@ def run_triples(network: nn.Module, stride: int, noise_hu: float, hu: Array, pro
     hu
         (z, y, x), any size.
     progress
-        Called after every slab.
+        Called after every slice.
     """
     out = np.empty_like(hu)
     rows, columns = hu.shape[1:]
@@ -109,11 +106,8 @@ def run_triples(network: nn.Module, stride: int, noise_hu: float, hu: Array, pro
     with torch.inference_mode():
         volume = to_network(torch.from_numpy(np.pad(hu, pad, mode="symmetric")))
         noise_map = torch.full((1, 1, volume.shape[1] // stride, volume.shape[2] // stride), to_network(noise_hu))
-        done = 0
-        for slab in triples(volume, SLICES_AT_ONCE):
-            noise = noise_map.expand(len(slab), -1, -1, -1)
-            result = network(slab.contiguous(memory_format=torch.channels_last), noise)
-            out[done : done + len(slab)] = to_hu(result[:, 0, :rows, :columns]).numpy()
-            done += len(slab)
-            progress(done / len(hu))
+        for k, three in enumerate(triples(volume)):
+            result = network(three.contiguous(memory_format=torch.channels_last), noise_map)
+            out[k] = to_hu(result[0, 0, :rows, :columns]).numpy()
+            progress((k + 1) / len(hu))
     return out

@@ -1,15 +1,18 @@
-"""How a volume passes through a network: slab after slab in depth, strip after strip in the plane.
+"""How a volume passes through a network: slice after slice in depth, strip after strip in the plane.
 
-A stream is an iterator of slabs, tensors of (slices, channels, rows, columns) in channels-last order. A network is a
-chain of generators over streams. A temporal convolution holds the last two slices that it saw, a residual holds what
-its branch has not answered yet; so every slice is computed once, memory does not grow with the number of slices, and
-the result is that of the whole volume at once.
+A stream is an iterator of slices, tensors of (1, channels, rows, columns) in channels-last order. A network is a chain
+of iterators over streams. A temporal convolution holds the last three slices that it saw, a residual holds what its
+branch has not answered yet; so every slice is computed once, memory does not grow with the number of slices, and the
+result is that of the whole volume at once. Steps are mapped, not looped over in generators: the frame of a waiting
+generator would keep its slice, and there are dozens of them.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, pairwise
 
 import torch
 from torch.nn import functional
@@ -17,83 +20,92 @@ from torch.nn import functional
 Stream = Iterator[torch.Tensor]
 
 
-def slabs(volume: torch.Tensor, slices: int) -> Stream:
-    """A volume (z, y, x) as a stream of one channel, `slices` at a time."""
-    for first in range(0, len(volume), slices):
-        yield volume[first : first + slices, None]
+def slices(volume: torch.Tensor) -> Stream:
+    """A volume (z, y, x) as a stream of one channel."""
+    return (volume[k : k + 1, None] for k in range(len(volume)))
 
 
-def triples(volume: torch.Tensor, slices: int) -> Stream:
-    """Each slice with its two neighbours as three channels, `slices` at a time; the first and last are their own."""
+def triples(volume: torch.Tensor) -> Stream:
+    """Each slice with its two neighbours as three channels; the first and the last are their own neighbours."""
     last = len(volume) - 1
-    for first in range(0, last + 1, slices):
-        centre = torch.arange(first, min(first + slices, last + 1))
-        yield torch.stack([volume[(centre + step).clamp(0, last)] for step in (-1, 0, 1)], 1)
+    return (torch.stack([volume[max(k - 1, 0)], volume[k], volume[min(k + 1, last)]])[None] for k in range(last + 1))
 
 
 def spatial(stream: Stream, weight: torch.Tensor, bias: torch.Tensor | None) -> Stream:
     """Convolve each slice, (outputs, inputs, odd, odd) weights, zeros around it."""
-    for slab in stream:
-        yield functional.conv2d(slab, weight, bias, padding="same")
-
-
-def temporal(stream: Stream, weight: torch.Tensor, bias: torch.Tensor | None) -> Stream:
-    """Convolve three slices into each, (outputs, inputs, 3, 1) weights; a slice of zeros at both ends of the volume."""
-    held: torch.Tensor | None = None
-    for slab in stream:
-        held = torch.cat([torch.zeros_like(slab[:1]) if held is None else held, slab])
-        if len(held) > 2:
-            yield _across_slices(held, weight, bias)
-            held = held[-2:].clone()  # a view would keep the whole slab
-    if held is not None:
-        yield _across_slices(torch.cat([held, torch.zeros_like(held[:1])]), weight, bias)
-
-
-def _across_slices(window: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Slices become the rows of one image, pixels its columns: in channels-last order that moves no memory."""
-    slices, channels, rows, columns = window.shape
-    image = window.permute(0, 2, 3, 1).reshape(1, slices, rows * columns, channels).permute(0, 3, 1, 2)
-    out = functional.conv2d(image, weight, bias)
-    return out.permute(0, 2, 3, 1).reshape(slices - 2, rows, columns, -1).permute(0, 3, 1, 2)
+    return map(partial(functional.conv2d, weight=weight, bias=bias, padding="same"), stream)
 
 
 def relu(stream: Stream) -> Stream:
     """Negative values become zero, in place."""
-    for slab in stream:
-        yield functional.relu(slab, inplace=True)
+    return map(partial(functional.relu, inplace=True), stream)
+
+
+def temporal(stream: Stream, weight: torch.Tensor, bias: torch.Tensor | None) -> Stream:
+    """Convolve three slices into each, (outputs, inputs, 3, 1) weights; a slice of zeros at both ends of the volume."""
+    window = _Window(weight, bias)
+    first = window.start(next(stream))
+    return chain(first, map(window.push, stream), window.end())
+
+
+class _Window:
+    """The last three slices, in a ring: slice t lies in place t mod 3, and the weights turn with it."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.turned = [weight.roll(t + 1, 2).contiguous(memory_format=torch.channels_last) for t in range(3)]
+        self.bias = bias
+        self.ring = torch.empty(0)
+        self.t = 0
+
+    def start(self, x: torch.Tensor) -> Stream:
+        """Take the first slice, before which all is zero; nothing can be answered yet."""
+        self.ring = x.new_zeros((3, *x.shape[1:])).contiguous(memory_format=torch.channels_last)
+        self.ring[0] = x[0]
+        return iter(())
+
+    def push(self, x: torch.Tensor | None) -> torch.Tensor:
+        """Take the next slice (None: zeros, the volume has ended), answer the one before."""
+        self.t += 1
+        place = self.ring[self.t % 3]
+        if x is None:
+            place.zero_()
+        else:
+            place.copy_(x[0])
+        # slices become the rows of one image, pixels its columns: in channels-last order that moves no memory
+        _, channels, rows, columns = self.ring.shape
+        image = self.ring.permute(0, 2, 3, 1).reshape(1, 3, rows * columns, channels).permute(0, 3, 1, 2)
+        out = functional.conv2d(image, self.turned[self.t % 3], self.bias)
+        return out.permute(0, 2, 3, 1).reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
+
+    def end(self) -> Stream:
+        """The answer for the last slice, when it is asked for."""
+        return (self.push(None) for _ in range(1))
 
 
 def residual(stream: Stream, branch: Callable[[Stream], Stream]) -> Stream:
     """``x + branch(x)``, although the branch answers later."""
     held: deque[torch.Tensor] = deque()
 
-    def tapped() -> Stream:
-        for slab in stream:
-            held.append(slab)
-            yield slab
+    def tap(x: torch.Tensor) -> torch.Tensor:
+        held.append(x)
+        return x
 
-    for answer in branch(tapped()):
-        done = 0
-        while done < len(answer):
-            part = held.popleft()
-            fits = len(answer) - done
-            if len(part) > fits:
-                held.appendleft(part[fits:])
-                part = part[:fits]
-            answer[done : done + len(part)] += part
-            done += len(part)
-        yield answer
+    def add(answer: torch.Tensor) -> torch.Tensor:
+        return answer.add_(held.popleft())
+
+    return map(add, branch(map(tap, stream)))
 
 
 def strips(rows: int, height: int, halo: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut `rows` into strips of `height` with `halo` more on each side.
+    """Cut `rows` into equal strips of at most `height`, with `halo` more on each side.
 
     Yields
     ------
     tuple of slice
         Rows to read, rows of the result to keep, rows of the volume where they belong.
     """
-    for top in range(0, rows, height):
-        bottom = min(top + height, rows)
+    count = -(-rows // height)
+    edges = [rows * k // count for k in range(count + 1)]
+    for top, bottom in pairwise(edges):
         first, last = max(top - halo, 0), min(bottom + halo, rows)
         yield slice(first, last), slice(top - first, bottom - first), slice(top, bottom)

@@ -41,7 +41,7 @@ class SpatioTemporalConv(nn.Sequential):
         """The same over a stream, as two-dimensional convolutions."""
         across, along = (cast(nn.Conv3d, conv) for conv in self)
         plane = across.weight.squeeze(2).contiguous(memory_format=torch.channels_last)
-        depth = along.weight.squeeze(-1).contiguous(memory_format=torch.channels_last)
+        depth = along.weight.squeeze(-1)
         return streaming.temporal(streaming.spatial(stream, plane, across.bias), depth, along.bias)
 
 

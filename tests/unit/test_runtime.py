@@ -71,7 +71,7 @@ def test_odd_sizes_pass_through_the_stride() -> None:
     network = FFDNet(features=8, depth=3).eval()
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter *= 3
+            parameter.mul_(3)
     hu = np.random.default_rng(0).normal(0, 300, (3, 31, 45)).astype(np.float32)
     out = run_triples(network, 2, 20.0, hu, lambda part: None)
     even = np.concatenate([hu, hu[:, -1:]], 1)
