@@ -44,9 +44,7 @@ def derived_of(pacs: Orthanc, sources: list[Path]) -> list[tuple[Dataset, Datase
     """(source, derived) pairs by position, the derived ones as Orthanc holds them."""
     originals = {tuple(ds.ImagePositionPatient): ds for ds in map(dcmread, sources)}
     known = {ds.SOPInstanceUID for ds in originals.values()}
-    derived = [
-        dcmread(BytesIO(pacs.file(uid))) for uids in pacs.series().values() for uid in uids if uid not in known
-    ]
+    derived = [dcmread(BytesIO(pacs.file(uid))) for uids in pacs.series().values() for uid in uids if uid not in known]
     return [(originals[tuple(ds.ImagePositionPatient)], ds) for ds in derived]
 
 
