@@ -26,6 +26,8 @@ class Source:
 
     name: str
     licence: str
+    licence_status: str
+    """Who has checked the licence, in words."""
     attribution: str
 
 
@@ -43,12 +45,12 @@ class TrainingRecord:
 
 
 def source_of(folder: Path) -> Source:
-    """Licence and attribution of a series, from the ``SOURCE.txt`` in its folder.
+    """Licence, its status and attribution of a series, from the ``SOURCE.txt`` in its folder.
 
     Raises
     ------
     ValueError
-        If the file is missing or does not name both: data without attribution are not used.
+        If the file is missing or does not name all three: data without attribution are not used.
     """
     path = folder / "SOURCE.txt"
     if not path.exists():
@@ -57,10 +59,10 @@ def source_of(folder: Path) -> Source:
         )
     lines = (line.partition(": ") for line in path.read_text(encoding="utf-8").splitlines())
     fields = {key: value.strip() for key, _, value in lines}
-    missing = [key for key in ("licence", "attribution") if not fields.get(key)]
+    missing = [key for key in ("licence", "licence status", "attribution") if not fields.get(key)]
     if missing:
         raise ValueError(f"SOURCE.txt of {folder.name} does not name {' and '.join(missing)}")
-    return Source(folder.name, fields["licence"], fields["attribution"])
+    return Source(folder.name, fields["licence"], fields["licence status"], fields["attribution"])
 
 
 def _trained_on(record: TrainingRecord) -> str:

@@ -108,7 +108,8 @@ def page(card: dict[str, Any]) -> str:
     training, measured = card["training"], card["measured"]
     envelope = card["valid_for"]
     sources = [
-        f"- {source['name']} ({source['licence']}): {source['attribution']}" for source in training["series"]
+        f"- {source['name']} ({source['licence']}): {source['attribution']} Licence status: {source['licence_status']}"
+        for source in training["series"]
     ] or ["- none"]
     return "\n".join(
         [

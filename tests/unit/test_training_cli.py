@@ -15,7 +15,7 @@ from pipelines.ffdnet import FFDNet
 from pipelines.runtime import load_network, read_card
 from training import data, evaluate
 from training.__main__ import main
-from training.card import source_of
+from training.card import Source, source_of
 from training.evaluate import measure, page, psnr
 from training.phantom import chest_abdomen
 
@@ -93,8 +93,10 @@ def test_measure_finds_a_shift_and_a_noise() -> None:
 def test_series_without_attribution_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no SOURCE.txt"):
         source_of(tmp_path)
-    (tmp_path / "SOURCE.txt").write_text("licence: CC BY 4.0\nattribution:\n", encoding="utf-8")
+    (tmp_path / "SOURCE.txt").write_text("licence: CC BY 4.0\nlicence status: read\nattribution:\n", encoding="utf-8")
     with pytest.raises(ValueError, match="does not name attribution"):
         source_of(tmp_path)
-    (tmp_path / "SOURCE.txt").write_text("licence: CC BY 4.0\nattribution: A: b\n", encoding="utf-8")
-    assert source_of(tmp_path).attribution == "A: b"
+    (tmp_path / "SOURCE.txt").write_text(
+        "licence: CC BY 4.0\nlicence status: read\nattribution: A: b\n", encoding="utf-8"
+    )
+    assert source_of(tmp_path) == Source(tmp_path.name, "CC BY 4.0", "read", "A: b")
