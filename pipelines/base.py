@@ -122,4 +122,3 @@ def pipeline_hash(card: ModelCard, options: Options) -> str:
         **asdict(options),
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
