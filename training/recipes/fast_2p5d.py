@@ -40,9 +40,9 @@ RECIPE = Recipe(
             "max_slices": 3000,
         },
         "noise_map": True,
-        "limits": "One noise level for the whole series: where the noise is far above that of soft tissue in the "
-        "middle (shoulders, pelvis) some stays. It takes nearly all noise away elsewhere, which looks smooth; a strength or "
-        "blend below 1 keeps texture.",
+        "limits": "One noise level for the whole series: where the noise is far above that of soft tissue in the middle"
+        " (shoulders, pelvis) some stays. It takes nearly all noise away elsewhere, which looks smooth; a "
+        "strength or blend below 1 keeps texture.",
     },
     network=network,
     loss=loss,

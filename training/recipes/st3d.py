@@ -38,9 +38,9 @@ RECIPE = Recipe(
         },
         "noise_map": False,
         "limits": "Blind to the noise level. On series with hardly any noise (5 HU), and on those of lung kernels, it "
-        "may change more than their noise, at edges first: the guard withheld one of four lung-kernel series and one of "
-        "two excerpts of a smooth PET/CT series, fast-2.5d neither. It takes nearly all noise away, which looks smooth; "
-        "a blend below 1 keeps texture.",
+        "may change more than their noise, at edges first: the guard withheld one of four lung-kernel series "
+        "and one of two excerpts of a smooth PET/CT series, fast-2.5d neither. It takes nearly all noise "
+        "away, which looks smooth; a blend below 1 keeps texture.",
     },
     network=network,
     loss=loss,
