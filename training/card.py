@@ -18,6 +18,10 @@ NEVER_TRIED = (
     "Head, neck, limbs, children; iterative or network reconstructions; dual-energy, cone-beam; sharp (lung, bone) "
     "kernels; photon starvation and metal streaks; real pairs of low and full dose; reading by a radiologist."
 )
+UNCHECKED = (
+    "Given here as known to us, not checked against the collection's own page; check there before redistributing."
+)
+"""What the card says of licence, DOI and attribution whose status in ``SOURCE.txt`` begins with UNVERIFIED."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,8 @@ def source_of(folder: Path) -> Source:
     missing = [key for key in ("licence", "licence status", "attribution") if not fields.get(key)]
     if missing:
         raise ValueError(f"SOURCE.txt of {folder.name} does not name {' and '.join(missing)}")
-    return Source(folder.name, fields["licence"], fields["licence status"], fields["attribution"])
+    status = UNCHECKED if fields["licence status"].startswith("UNVERIFIED") else fields["licence status"]
+    return Source(folder.name, fields["licence"], status, fields["attribution"])
 
 
 def _trained_on(record: TrainingRecord) -> str:

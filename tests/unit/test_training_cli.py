@@ -15,7 +15,7 @@ from pipelines.ffdnet import FFDNet
 from pipelines.runtime import load_network, read_card
 from training import data, evaluate
 from training.__main__ import main
-from training.card import Source, source_of
+from training.card import UNCHECKED, Source, source_of
 from training.evaluate import measure, page, psnr
 from training.phantom import chest_abdomen
 
@@ -100,3 +100,7 @@ def test_series_without_attribution_is_refused(tmp_path: Path) -> None:
         "licence: CC BY 4.0\nlicence status: read\nattribution: A: b\n", encoding="utf-8"
     )
     assert source_of(tmp_path) == Source(tmp_path.name, "CC BY 4.0", "read", "A: b")
+    (tmp_path / "SOURCE.txt").write_text(
+        "licence: CC BY 4.0\nlicence status: UNVERIFIED: said so\nattribution: A: b\n", encoding="utf-8"
+    )
+    assert source_of(tmp_path) == Source(tmp_path.name, "CC BY 4.0", UNCHECKED, "A: b")
