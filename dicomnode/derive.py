@@ -25,7 +25,8 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
 from dicomnode.config import Derivation
-from dicomnode.derived_header import LOSSY_METHODS, MANUFACTURER, Making, describe, drop_false, explicit_copy
+from dicomnode.derived_header import MANUFACTURER, Making, describe, drop_false, explicit_copy
+from dicomnode.encoding import LOSSY_METHODS
 from dicomnode.errors import DerivationError
 from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, sync_folder
 from dicomnode.uids import derived_uid

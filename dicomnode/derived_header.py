@@ -19,7 +19,6 @@ from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as ItemSequence
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 from pydicom.valuerep import TEXT_VR_DELIMS
 
 from dicomnode.config import Derivation
@@ -66,13 +65,6 @@ PIXEL_DEPENDENT_PRIVATE: dict[tuple[str, int], frozenset[int]] = {
     ("MAROTECH Inc.", 0x0037): frozenset({0x21, 0x22, 0x23}),  # icon
 }
 """(private creator, group) → element offsets known to depend on the pixels."""
-
-LOSSY_METHODS = {
-    JPEGBaseline8Bit: b"ISO_10918_1",
-    JPEGExtended12Bit: b"ISO_10918_1",
-    JPEGLSNearLossless: b"ISO_14495_1",
-}
-"""Transfer syntaxes that are always lossy → LossyImageCompressionMethod (PS3.3 C.7.6.1.1.5.1)."""
 
 _APPENDED = (Tag("ContributingEquipmentSequence"), Tag("DerivationCodeSequence"))
 _IMPLICIT_AMBIGUOUS = {"OB or OW": "OW", "US or OW": "OW", "US or SS or OW": "OW"}

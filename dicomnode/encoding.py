@@ -19,12 +19,20 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
+    JPEGLSNearLossless,
 )
 
 from dicomnode.errors import UnsendableFile
 
 UNCOMPRESSED: tuple[str, ...] = (str(ExplicitVRLittleEndian), str(ImplicitVRLittleEndian))
 """What every file can be rewritten to, the preferred first."""
+
+LOSSY_METHODS = {
+    JPEGBaseline8Bit: b"ISO_10918_1",
+    JPEGExtended12Bit: b"ISO_10918_1",
+    JPEGLSNearLossless: b"ISO_14495_1",
+}
+"""Transfer syntaxes that are always lossy → LossyImageCompressionMethod (PS3.3 C.7.6.1.1.5.1)."""
 
 _META_OFFSET = 132
 _LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
@@ -104,7 +112,7 @@ def _rewritten(content: bytes, source: UID, target: UID) -> bytes:
         ds.decompress(generate_instance_uid=False)
         # An icon may itself be compressed, is optional, and is worth no decoder of its own.
         ds.pop("IconImageSequence", None)
-        if source in (JPEGBaseline8Bit, JPEGExtended12Bit):
+        if source in LOSSY_METHODS:
             ds.LossyImageCompression = "01"
     elif source == ExplicitVRBigEndian:
         _swap_words(ds)

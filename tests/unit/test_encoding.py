@@ -18,6 +18,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEGLSLossless,
+    JPEGLSNearLossless,
     RLELossless,
 )
 
@@ -104,6 +105,16 @@ def test_once_lossy_stays_marked_lossy(odd_dir: Path, name: str) -> None:
     ds = read(sent(odd_dir / f"{name}.dcm", ImplicitVRLittleEndian), ImplicitVRLittleEndian)
     assert ds.LossyImageCompression == source.LossyImageCompression == "01"
     np.testing.assert_array_equal(ds.pixel_array, source.pixel_array)
+
+
+def test_loss_that_only_the_transfer_syntax_tells_is_marked(tmp_path: Path) -> None:
+    (path,) = write_series(tmp_path, phantom(1))
+    ds = dcmread(path)
+    ds.compress(JPEGLSNearLossless, jls_error=2, generate_instance_uid=False)
+    for keyword in ("LossyImageCompression", "LossyImageCompressionMethod", "LossyImageCompressionRatio"):
+        ds.pop(keyword, None)
+    ds.save_as(path)
+    assert read(sent(path, ExplicitVRLittleEndian), ExplicitVRLittleEndian).LossyImageCompression == "01"
 
 
 def test_big_endian_words_of_every_depth_are_turned(tmp_path: Path) -> None:
