@@ -7,7 +7,7 @@ means is decided in one place, `judge`.
 answer                  meaning
 ======================= ======================================================================================
 0000, B000, B006, B007  accepted
-0111                    accepted if an earlier attempt of this instance ended without an answer, else refused
+0111                    accepted if an earlier request for this instance ended without an answer, else refused
 A9xx, 0117, 0122, 0124  refused at once
 Cxxx, 0110, any other   refused after `failure_status_tries`: peers answer them for passing trouble too
 A7xx                    not yet: later again, without a count, until `give_up_after_days`
@@ -59,7 +59,7 @@ class Verdict(Enum):
 def judge(status: int, *, unanswered_before: bool) -> Verdict:
     """Meaning of a C-STORE status (PS3.4 table B.2-1, PS3.7 annex C); see the table at the top.
 
-    `unanswered_before`: an earlier attempt of this instance to this destination ended without an answer.
+    `unanswered_before`: an earlier request for this instance was sent to this destination and not answered.
     """
     if status in _ACCEPTED:
         return Verdict.ACCEPTED
@@ -175,7 +175,13 @@ class Delivery:
         trouble = ""
         rejected = False
         try:
-            store(peer(self._config, destination), begun, answers.take, lambda: self._should_stop(answers, job_id))
+            store(
+                peer(self._config, destination),
+                begun,
+                answers.take,
+                lambda: self._should_stop(answers, job_id),
+                answers.expect,
+            )
         except AssociationRejected as error:
             trouble, rejected = str(error), error.permanent
         except PeerError as error:
@@ -187,7 +193,7 @@ class Delivery:
             trouble = f"unexpected {type(error).__name__}; see the log"
         finally:
             answers.write()
-        self._finish(job_id, destination, trouble, rejected, progressed=answers.progressed)
+        self._finish(job_id, destination, trouble, rejected, answers)
 
     def _begin(self, job_id: str, destination: str, attempt: int) -> list[Outgoing] | None:
         mine = (deliveries.c.job_id == job_id, deliveries.c.destination == destination)
@@ -217,7 +223,7 @@ class Delivery:
                 job_table.settle(connection, job_id)
                 return None
             ours = (transfers.c.job_id == job_id, transfers.c.destination == destination)
-            # Offered by an attempt whose process died: nobody knows whether the peer has it.
+            # Of an attempt whose process died: nobody knows which of them was on the wire.
             connection.execute(
                 sa.update(transfers)
                 .where(*ours, transfers.c.state == TransferState.OFFERED)
@@ -244,23 +250,22 @@ class Delivery:
         with self._database.connect() as connection:
             return bool(connection.execute(sa.select(jobs.c.cancel_requested).where(jobs.c.id == job_id)).scalar_one())
 
-    def _finish(self, job_id: str, destination: str, trouble: str, rejected: bool, *, progressed: bool) -> None:
+    def _finish(self, job_id: str, destination: str, trouble: str, rejected: bool, answers: _Answers) -> None:
         mine = (deliveries.c.job_id == job_id, deliveries.c.destination == destination)
         ours = (transfers.c.job_id == job_id, transfers.c.destination == destination)
         with self._database.begin() as connection:
-            # Not answered in this attempt. Without trouble they were not offered to the wire at all (asked to stop).
+            # Not answered in this attempt: at most one was on the wire, the peer was never asked for the rest.
+            was_on_the_wire = transfers.c.sop_instance_uid == answers.expected
             connection.execute(
                 sa.update(transfers)
                 .where(*ours, transfers.c.state == TransferState.OFFERED)
-                .values(
-                    state=TransferState.WAITING, unanswered=sa.or_(transfers.c.unanswered, sa.literal(bool(trouble)))
-                )
+                .values(state=TransferState.WAITING, unanswered=sa.or_(transfers.c.unanswered, was_on_the_wire))
             )
             # Only now, with the lock: a cancel may have been faster.
             row = connection.execute(sa.select(deliveries).where(*mine)).one()
             if row.state != DeliveryState.SENDING:
                 return
-            failures = 0 if progressed else row.failures + 1
+            failures = 0 if answers.progressed else row.failures + 1
             rejections = row.rejections + 1 if rejected else 0
             state, reason, pause = self._conclude(connection, row, ours, trouble, failures, rejections)
             connection.execute(
@@ -345,10 +350,16 @@ class _Answers:
         self._unwritten: list[Answer | Refused] = []
         self._written_at = time.monotonic()
         self._looked_at = time.monotonic()
+        self.expected = ""
+        """SOP Instance UID of the request that is on the wire without an answer; empty if none is."""
         self.progressed = False
         self.peer_is_full = False
 
+    def expect(self, sop_instance_uid: str) -> None:
+        self.expected = sop_instance_uid
+
     def take(self, answer: Answer | Refused) -> None:
+        self.expected = ""
         self._unwritten.append(answer)
         if isinstance(answer, Answer) and judge(answer.status, unanswered_before=True) is Verdict.LATER:
             self.peer_is_full = True

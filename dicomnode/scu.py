@@ -116,6 +116,7 @@ def store(
     items: Sequence[Outgoing],
     on_answer: Callable[[Answer | Refused], None],
     should_stop: Callable[[], bool],
+    on_request: Callable[[str], None] = lambda sop_instance_uid: None,
 ) -> None:
     """Send every item, over one association unless they need more than 128 presentation contexts.
 
@@ -128,12 +129,14 @@ def store(
         Called once for each item, in this thread, as soon as it is answered or found unsendable.
     should_stop
         Asked before every item; True releases the association and returns.
+    on_request
+        Called with the SOP Instance UID of an item right before its request is sent: from here until `on_answer`
+        nobody knows whether the peer has it.
 
     Raises
     ------
     PeerError
-        Items for which `on_answer` was not called are not known to have arrived: the one being sent may have, the rest
-        was not offered.
+        Of the items for which `on_answer` was not called, only the last of `on_request` may have arrived.
     """
     for contexts, batch in _plan(items):
         if should_stop():
@@ -142,7 +145,7 @@ def store(
             for item in batch:
                 if should_stop():
                     return
-                on_answer(association.store(item))
+                on_answer(association.store(item, on_request))
 
 
 def echo(peer: Peer) -> float:
@@ -255,7 +258,7 @@ class _Association:
         with _Naming(peer):
             return pdu.read_associate_ac(answer)
 
-    def store(self, item: Outgoing) -> Answer | Refused:
+    def store(self, item: Outgoing, on_request: Callable[[str], None]) -> Answer | Refused:
         """Send one instance and wait for the answer to it."""
         uid = item.sop_instance_uid
         for syntax in (item.transfer_syntax_uid, *UNCOMPRESSED):
@@ -268,6 +271,7 @@ class _Association:
         except UnsendableFile as error:
             return Refused(uid, f"not sent to {self._peer.name}: {error}")
         message_id = self._next_message_id()
+        on_request(uid)
         status, comment = self._request(
             context_id, pdu.C_STORE_RQ, message_id, pdu.c_store_rq(message_id, item.sop_class_uid, uid), data
         )

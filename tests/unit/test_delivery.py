@@ -209,6 +209,47 @@ def test_a_duplicate_without_a_lost_answer_is_a_refusal(sender: Sender, oracle: 
     assert sender.attempt()["state"] == DeliveryState.FAILED
 
 
+def unanswered(sender: Sender) -> set[str]:
+    return {one["sop_instance_uid"] for one in rows(sender.database, "transfers") if one["unanswered"]}
+
+
+@pytest.mark.parametrize("trouble", ["down", "transient", "permanent"])
+def test_a_duplicate_after_trouble_without_a_request_is_a_refusal(
+    sender: Sender, oracle: StorageOracle, trouble: str
+) -> None:
+    """No image was ever sent, so what the peer has under its UID is not ours."""
+    if trouble == "down":
+        oracle.stop()
+    oracle.script = Script(reject=None if trouble == "down" else trouble)
+    assert sender.attempt()["state"] == DeliveryState.WAITING
+    assert unanswered(sender) == set()
+    if trouble == "down":
+        oracle.start()
+    oracle.script = Script(status_of={UIDS[1]: 0x0111})
+    assert sender.attempt()["state"] == DeliveryState.FAILED
+    assert sender.states() == ["ACCEPTED", "REFUSED", "ACCEPTED", "ACCEPTED"]
+
+
+@pytest.mark.parametrize("how", ["drop_at", "drop_stored_at", "abort_at"])
+def test_only_the_image_on_the_wire_counts_as_unanswered(sender: Sender, oracle: StorageOracle, how: str) -> None:
+    oracle.script = Script(**{how: {2}})
+    assert sender.attempt()["state"] == DeliveryState.WAITING
+    assert unanswered(sender) == {UIDS[1]}
+    oracle.script = Script(status_of={UIDS[1]: 0x0111, UIDS[3]: 0x0111})
+    assert sender.attempt()["state"] == DeliveryState.FAILED
+    assert sender.states() == ["ACCEPTED", "ACCEPTED", "ACCEPTED", "REFUSED"]
+
+
+def test_an_unanswered_image_stays_so_over_an_attempt_without_a_request(sender: Sender, oracle: StorageOracle) -> None:
+    oracle.script = Script(drop_stored_at={3})
+    sender.attempt()
+    oracle.script = Script(reject="transient")
+    sender.attempt()
+    assert unanswered(sender) == {UIDS[2]}
+    oracle.script = Script(status_of={UIDS[2]: 0x0111})
+    assert sender.attempt()["state"] == DeliveryState.SENT
+
+
 def test_an_attempt_whose_process_died_counts_as_unanswered(sender: Sender, oracle: StorageOracle) -> None:
     """The rows as a kill -9 leaves them: SENDING, OFFERED; the engine calls the same attempt again."""
     with sender.database.begin() as connection:

@@ -251,6 +251,26 @@ def test_what_the_peer_does_not_take_is_refused_alone(tmp_path: Path, ct: list[O
         assert oracle.images == 2
 
 
+def test_a_request_is_told_before_it_is_sent_and_no_other(tmp_path: Path, ct: list[Outgoing]) -> None:
+    gone = Outgoing("1.2.3.5", CTImageStorage, ExplicitVRLittleEndian, tmp_path / "gone.dcm")
+    told: list[str] = []
+
+    def answered(answer: Answer | Refused) -> None:
+        told.append(f"answer {answer.sop_instance_uid}")
+
+    def requested(uid: str) -> None:
+        told.append(f"{oracle.images} before {uid}")
+
+    with StorageOracle(Script(drop_at={2})) as oracle:
+        with pytest.raises(PeerAborted):
+            store(peer_at(oracle.port), [ct[0], gone, *ct[1:]], answered, lambda: False, requested)
+        first, second = ct[0].sop_instance_uid, ct[1].sop_instance_uid
+        assert told == [f"0 before {first}", f"answer {first}", "answer 1.2.3.5", f"1 before {second}"]
+    with pytest.raises(PeerUnreachable):
+        store(peer_at(oracle.port), ct, answered, lambda: False, requested)
+    assert len(told) == 4
+
+
 def test_stops_between_two_images_when_asked(ct: list[Outgoing]) -> None:
     answers: list[Answer | Refused] = []
     with StorageOracle() as oracle:
