@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -32,8 +33,7 @@ def test_card_is_read_and_knows_its_weights(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_card_and_page_name_no_machine(name: str) -> None:
     text = (runtime.WEIGHTS / f"{name}.json").read_text(encoding="utf-8")
-    assert "/work" not in text
-    assert "/home" not in text
+    assert not re.search(r'[ "=]/[a-z]', text)
     assert all(source["attribution"] for source in json.loads(text)["training"]["series"])
 
 
