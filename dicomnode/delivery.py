@@ -1,6 +1,6 @@
 """Delivery of one job to one destination: every instance's answer is kept, only what is missing is sent again.
 
-"Delivered" means that the peer answered 0x0000 or a warning for every instance (dicom.md: PS3.4 B.2.3). What a status
+"Delivered" means that the peer answered 0x0000 or a warning for every instance (PS3.4 B.2.3). What a status
 means is decided in one place, `judge`.
 
 ======================= ======================================================================================

@@ -150,7 +150,7 @@ def test_done_means_planned_for_every_destination(
         ("a", DeliveryState.WAITING),
         ("b", DeliveryState.WAITING),
     }
-    # Rule 4: what is sent is read from that folder, and nothing else.
+    # What is sent is read from that folder, and nothing else.
     assert {(one["destination"], one["sop_instance_uid"], one["path"]) for one in rows(database, "transfers")} == {
         (name, one.sop_instance_uid, f"derived/job/{one.path.name}")
         for name in ("a", "b")
@@ -278,7 +278,7 @@ def test_a_death_by_cancel_is_left_to_the_dispatcher(config: Config, database: s
 @pytest.mark.parametrize(
     "outcome", [Outcome("refused", "x"), Outcome("failed", "x"), Outcome("no-infrastructure", "x")]
 )
-def test_rule_6_an_outcome_that_comes_too_late_changes_nothing(
+def test_an_outcome_that_comes_too_late_changes_nothing(
     config: Config, database: sa.Engine, spool: Path, outcome: Outcome
 ) -> None:
     make_job(database)

@@ -31,7 +31,7 @@ PROMPT = {"retry_first_s": 0.1, "retry_max_s": 0.1, "failure_status_tries": 3}
 
 
 def _meaning(status: int, unanswered_before: bool) -> Verdict:
-    """dicom.md in code of its own, for every status there is (PS3.4 table B.2-1, PS3.7 annex C)."""
+    """The standard in code of its own, for every status there is (PS3.4 table B.2-1, PS3.7 annex C)."""
     if status in (0x0000, 0xB000, 0xB006, 0xB007) or (status == 0x0111 and unanswered_before):
         return Verdict.ACCEPTED
     if status in (0x0111, 0x0117, 0x0122, 0x0124) or 0xA900 <= status <= 0xA9FF:
@@ -40,7 +40,7 @@ def _meaning(status: int, unanswered_before: bool) -> Verdict:
 
 
 @pytest.mark.parametrize("unanswered_before", [False, True])
-def test_rule_5_every_status_there_is(unanswered_before: bool) -> None:
+def test_every_status_there_is(unanswered_before: bool) -> None:
     wrong = [
         hex(status)
         for status in range(0x10000)
@@ -192,7 +192,7 @@ def test_a_full_peer_is_left_alone_and_tried_without_a_count(sender: Sender, ora
     assert sender.attempt()["state"] == DeliveryState.SENT
 
 
-def test_rule_5_a_duplicate_after_a_lost_answer_is_accepted(sender: Sender, oracle: StorageOracle) -> None:
+def test_a_duplicate_after_a_lost_answer_is_accepted(sender: Sender, oracle: StorageOracle) -> None:
     """The peer stored the third image and died; then it says of it that it has it."""
     oracle.script = Script(drop_stored_at={3})
     assert sender.attempt()["state"] == DeliveryState.WAITING
@@ -261,7 +261,7 @@ def test_an_attempt_whose_process_died_counts_as_unanswered(sender: Sender, orac
 
 
 @pytest.mark.parametrize("attempt", [1, 5])
-def test_rule_6_an_attempt_that_is_not_the_next_does_nothing(
+def test_an_attempt_that_is_not_the_next_does_nothing(
     sender: Sender, oracle: StorageOracle, attempt: int
 ) -> None:
     sender.delivery.deliver("job", "pacs", attempt)
@@ -274,7 +274,7 @@ def test_rule_6_an_attempt_that_is_not_the_next_does_nothing(
     assert (oracle.associations, oracle.images) == (1, COUNT)
 
 
-def test_rule_6_a_cancel_between_look_and_begin_wins(sender: Sender, oracle: StorageOracle, monkeypatch: Any) -> None:
+def test_a_cancel_between_look_and_begin_wins(sender: Sender, oracle: StorageOracle, monkeypatch: Any) -> None:
     get = job_table.get
 
     def get_then_cancel(connection: sa.Connection, identity: str) -> Any:

@@ -98,7 +98,7 @@ def test_the_manifest_may_move_with_its_folder(series_files: list[Path], tmp_pat
     assert str(tmp_path) not in (tmp_path / "b" / MANIFEST).read_text()
 
 
-def test_rule_3_the_same_work_is_the_same_bytes(series_files: list[Path], tmp_path: Path) -> None:
+def test_the_same_work_is_the_same_bytes(series_files: list[Path], tmp_path: Path) -> None:
     """No clock, host, process or order of the files in it."""
     run(series_files, tmp_path / "a")
     run(series_files[::-1], tmp_path / "b")
@@ -107,7 +107,7 @@ def test_rule_3_the_same_work_is_the_same_bytes(series_files: list[Path], tmp_pa
 
 
 @pytest.mark.parametrize("change", ["options", "fingerprint", "card"])
-def test_rule_3_whatever_moves_a_voxel_is_another_object(series_files: list[Path], tmp_path: Path, change: str) -> None:
+def test_whatever_moves_a_voxel_is_another_object(series_files: list[Path], tmp_path: Path, change: str) -> None:
     first = run(series_files, tmp_path / "a")
     pipeline = Counting()
     changes: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def test_rule_3_whatever_moves_a_voxel_is_another_object(series_files: list[Path
     assert not {one.sop_instance_uid for one in first.instances} & {one.sop_instance_uid for one in other.instances}
 
 
-def test_rule_2_the_hash_covers_weights_parameters_and_precision() -> None:
+def test_the_hash_covers_weights_parameters_and_precision() -> None:
     card = load("identity").card
     hashes = [pipeline_hash(card, Options())]
     for change in ({"name": "x"}, {"version": "9"}, {"weights_sha256": "9"}, {"precision": "int8"}):
@@ -132,7 +132,7 @@ def test_rule_2_the_hash_covers_weights_parameters_and_precision() -> None:
     assert isinstance(card, ModelCard)
 
 
-def test_rule_4_what_is_there_is_not_computed_again(series_files: list[Path], tmp_path: Path) -> None:
+def test_what_is_there_is_not_computed_again(series_files: list[Path], tmp_path: Path) -> None:
     pipeline = Counting()
     first = run(series_files, tmp_path / "job", pipeline)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "job").iterdir()}
@@ -141,7 +141,7 @@ def test_rule_4_what_is_there_is_not_computed_again(series_files: list[Path], tm
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "job").iterdir()} == times
 
 
-def test_rule_4_of_two_results_the_first_stands(series_files: list[Path], tmp_path: Path) -> None:
+def test_of_two_results_the_first_stands(series_files: list[Path], tmp_path: Path) -> None:
     """Another process finishes the same work while this one computes."""
     out = tmp_path / "job"
 
@@ -161,7 +161,7 @@ def test_rule_4_of_two_results_the_first_stands(series_files: list[Path], tmp_pa
 @pytest.mark.parametrize(
     "error", [ValueError("a fault"), OSError(28, "No space left on device"), MemoryError(), KeyboardInterrupt()]
 )
-def test_rule_4_a_failure_leaves_nothing(series_files: list[Path], tmp_path: Path, error: Any) -> None:
+def test_a_failure_leaves_nothing(series_files: list[Path], tmp_path: Path, error: Any) -> None:
     with pytest.raises(type(error)):
         run(series_files, tmp_path / "derived" / "job", Counting(error=error))
     assert list((tmp_path / "derived").iterdir()) == []

@@ -207,7 +207,7 @@ def test_a_delivery_that_ended_without_a_result_is_tried_again(
 
 
 @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING, JobState.DISPATCHING])
-def test_trap_3_cancel_first_stops_the_child_then_frees(
+def test_cancel_first_stops_the_child_then_frees(
     database: sa.Engine, dispatcher: Dispatcher, engine: Engine, worker: Worker, state: JobState
 ) -> None:
     with database.begin() as connection:

@@ -171,7 +171,7 @@ def test_the_engine_keeps_its_promises_in_one_process(orderly: tuple[Stage, App]
     assert stage.log().count("begin one routine 0") == 1
 
 
-def test_trap_2_executor_ids_are_fresh_per_start(orderly: tuple[Stage, App]) -> None:
+def test_executor_ids_are_fresh_per_start(orderly: tuple[Stage, App]) -> None:
     """A process that starts beside another must not take the other's running work for its own."""
     stage, first = orderly
     first.hold()
@@ -234,13 +234,13 @@ def takeover(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stage, 
             frozen.process.send_signal(signal.SIGSTOP)
             if made.writable():
                 break
-            # Frozen with the lock in its hands (trap 4): that blocks everybody, and is another story.
+            # Frozen with the lock in its hands: that blocks everybody, and is another story.
             frozen.process.send_signal(signal.SIGCONT)
         apps = {app.name: app for app in (killed, frozen, heir)}
         yield made, apps.__getitem__
 
 
-def test_trap_1_the_work_of_a_vanished_process_is_taken_over(
+def test_the_work_of_a_vanished_process_is_taken_over(
     takeover: tuple[Stage, Callable[[str], App]],
 ) -> None:
     stage, _ = takeover
@@ -249,7 +249,7 @@ def test_trap_1_the_work_of_a_vanished_process_is_taken_over(
     assert not any(line.startswith("end killed") for line in stage.log())
 
 
-def test_rule_8_a_process_that_was_declared_dead_leaves_at_once(
+def test_a_process_that_was_declared_dead_leaves_at_once(
     takeover: tuple[Stage, Callable[[str], App]],
 ) -> None:
     stage, app = takeover

@@ -141,7 +141,7 @@ def test_a_series_is_one_job(reception: Callable[..., Reception], files: list[Pa
     assert (kept["n_instances"], kept["generation"], kept["n_conflicts"]) == (6, 1, 0)
 
 
-def test_rule_1_the_same_series_received_twice_is_one_job(
+def test_the_same_series_received_twice_is_one_job(
     reception: Callable[..., Reception], files: list[Path]
 ) -> None:
     node = reception()
@@ -153,7 +153,7 @@ def test_rule_1_the_same_series_received_twice_is_one_job(
     assert row(node.database, "series")["generation"] == 1
 
 
-def test_rule_1_a_series_that_grew_is_another_job_and_the_older_one_says_so(
+def test_a_series_that_grew_is_another_job_and_the_older_one_says_so(
     reception: Callable[..., Reception], files: list[Path]
 ) -> None:
     node = reception()
@@ -364,7 +364,7 @@ def test_originals_go_at_once_and_are_through_only_when_the_series_is(
 # ── recovery ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_rule_7_a_file_without_a_row_is_indexed_at_start(
+def test_a_file_without_a_row_is_indexed_at_start(
     reception: Callable[..., Reception], files: list[Path]
 ) -> None:
     node = reception()
@@ -457,7 +457,7 @@ def test_an_object_whose_first_acknowledgement_failed_gets_its_row_from_the_seco
 # ── the database fails ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_trap_4_a_locked_database_does_not_stop_reception(
+def test_a_locked_database_does_not_stop_reception(
     reception: Callable[..., Reception], files: list[Path], tmp_path: Path
 ) -> None:
     node = reception()

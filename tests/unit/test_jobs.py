@@ -133,7 +133,7 @@ def test_no_sequence_of_calls_leaves_the_table(
         connection.rollback()
 
 
-def test_rule_6_a_stale_caller_is_told_and_changes_nothing(connection: sa.Connection) -> None:
+def test_a_stale_caller_is_told_and_changes_nothing(connection: sa.Connection) -> None:
     add_job(connection, state=S.RUNNING)
     assert advance(connection, "job", S.DISPATCHING, "first", expected={S.RUNNING})
     before = connection.execute(sa.select(jobs)).mappings().one()
@@ -203,7 +203,7 @@ def test_the_fingerprint_is_of_the_set() -> None:
     assert job_table.fingerprint(pairs[:1]) != expected
 
 
-def test_rule_1_the_id_of_a_job_is_made_of_its_work() -> None:
+def test_the_id_of_a_job_is_made_of_its_work() -> None:
     assert job_table.job_id("a", "b") == hashlib.sha256(b"a|b").hexdigest()[:40]
 
 

@@ -97,7 +97,7 @@ def test_a_heart_beats_and_stops(database: sa.Engine, work: Work) -> None:
     assert not thread.is_alive()
 
 
-def test_rule_8_whose_row_is_gone_leaves_at_once(
+def test_a_process_whose_row_is_gone_leaves_at_once(
     database: sa.Engine, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes: list[int] = []

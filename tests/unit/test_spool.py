@@ -289,7 +289,7 @@ def test_free_bytes_is_what_df_says(spool: Spool) -> None:
     assert spool.free_bytes() == pytest.approx(int(said.stdout.split()[1]), abs=2**28)
 
 
-# ── order of the system calls (jobs.md 5.4 rule 7 holds across a power cut only in this order) ────────────────────────
+# ── order of the system calls (what was acknowledged survives a power cut only in this order) ────────────────────────
 
 _STORE = """
 import sys

@@ -194,7 +194,7 @@ def test_a_dead_child_costs_the_attempt_and_the_next_request_starts_another(
     assert worker.pid != running.pid
 
 
-def test_trap_3_cancel_kills_the_child_of_that_job_only(
+def test_cancel_kills_the_child_of_that_job_only(
     worker: Worker, controls: Path, request_for: Callable[..., Request]
 ) -> None:
     running = Running(worker, request_for("test-held", "mine"), controls)
