@@ -37,8 +37,13 @@ from dicomnode.conditions import (
     vr_of,
 )
 from dicomnode.config import Route
+from pipelines import elements
+from pipelines.ct_slice import OWN_MANUFACTURER, PROCESSING_EQUIPMENT
 
 Action = Literal["pipeline", "forward", "ignore"]
+
+OWN_OUTPUT = "OwnOutput"
+"""Key in a header, no DICOM keyword: true if the node derived the object itself."""
 
 MAX_VALUES = 64
 """Values of one attribute that rules look at; ImageType, the longest usual one, has about eight."""
@@ -72,6 +77,10 @@ _IDENTIFYING = frozenset(
 )
 
 
+_OWN_OUTPUT_ROUTE = Route(name="own-output", action="ignore")
+"""Before all routes of the site: a PACS that sends everything to the node must not have it denoised, or sent, again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """A route that an object takes, what is done with it there, and why."""
@@ -95,11 +104,13 @@ class Router:
     def __init__(self, routes: Iterable[Route]) -> None:
         self._routes = tuple(routes)
         subjects = {keyword for route in self._routes for keyword in route.when}
-        self.keywords: frozenset[str] = frozenset(subjects - ASSOCIATION_KEYWORDS | {"SOPClassUID"})
+        self.keywords: frozenset[str] = frozenset(subjects - ASSOCIATION_KEYWORDS | {"SOPClassUID", OWN_OUTPUT})
         """What `match` needs to know of an object."""
 
     def match(self, header: Mapping[str, object], calling_ae: str, called_ae: str) -> list[Match]:
         """Routes that the object takes: the first that matches, and later ones as long as each says ``continue``.
+
+        What the node derived itself takes none of them and is ignored.
 
         Parameters
         ----------
@@ -109,6 +120,9 @@ class Router:
         calling_ae, called_ae
             AE titles of the association that brought the object.
         """
+        if header.get(OWN_OUTPUT) is True:
+            reason = f"own-output: derived by {OWN_MANUFACTURER} already, as its equipment item says; it takes no route"
+            return [Match(_OWN_OUTPUT_ROUTE, "ignore", reason)]
         subject = {**header, "CallingAETitle": calling_ae, "CalledAETitle": called_ae}
         matches = []
         for route in self._routes:
@@ -238,9 +252,10 @@ def header_values(ds: Dataset, keywords: Iterable[str]) -> dict[str, object]:
     """Plain values of the attributes `keywords` that have one: text, number, or a list of these.
 
     Malformed values never raise: a decimal or integer string that is no number stays text, which no numeric condition
-    meets. A sequence or binary attribute gives its number of items or bytes, enough for ``exists``.
+    meets. A sequence or binary attribute gives its number of items or bytes, enough for ``exists``. `OWN_OUTPUT` among
+    the keywords asks whether the node derived the object itself.
     """
-    found: dict[str, object] = {}
+    found: dict[str, object] = {OWN_OUTPUT: True} if OWN_OUTPUT in keywords and _is_own_output(ds) else {}
     for keyword in keywords:
         tag = tag_for_keyword(keyword)
         if tag is None or tag not in ds:
@@ -249,6 +264,24 @@ def header_values(ds: Dataset, keywords: Iterable[str]) -> dict[str, object]:
         if values:
             found[keyword] = values[0] if len(values) == 1 else values
     return found
+
+
+def _is_own_output(ds: Dataset) -> bool:
+    """Whether an item of ContributingEquipmentSequence is ours, as `dicomnode.derived_header` writes it."""
+    try:
+        equipment = elements.items(ds, "ContributingEquipmentSequence")
+    except elements.BadElement:
+        return False
+    return any(map(_is_own_equipment, equipment))
+
+
+def _is_own_equipment(item: Dataset) -> bool:
+    try:
+        purposes = {elements.text(code, "CodeValue") for code in elements.items(item, "PurposeOfReferenceCodeSequence")}
+        manufacturer = elements.text(item, "Manufacturer")
+        return manufacturer.casefold() == OWN_MANUFACTURER and PROCESSING_EQUIPMENT in purposes
+    except elements.BadElement:  # this item of another node; ours may follow
+        return False
 
 
 def _element_values(ds: Dataset, tag: int) -> list[Scalar]:
