@@ -146,7 +146,7 @@ def _send(node: Node, sources: Sequence[Source]) -> set[str]:
             if isinstance(answer, Refused):
                 refused.append(f"{answer.sop_instance_uid}: {answer.reason}")
             elif answer.status != 0:
-                refused.append(f"{answer.sop_instance_uid}: status 0x{answer.status:04X} {answer.comment}".rstrip())
+                refused.append(f"{answer.sop_instance_uid}: status 0x{answer.status:04X}")
             else:
                 accepted.add(answer.sop_instance_uid)
             answered = len(accepted) + len(refused)

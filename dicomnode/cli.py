@@ -147,7 +147,7 @@ def _send(arguments: argparse.Namespace) -> int:
             print(f"{answer.sop_instance_uid}: not sent, {answer.reason}", file=sys.stderr)
         elif answer.status != 0:
             bad += 1
-            print(f"{answer.sop_instance_uid}: 0x{answer.status:04X} {answer.comment}", file=sys.stderr)
+            print(f"{answer.sop_instance_uid}: 0x{answer.status:04X}", file=sys.stderr)
 
     begun = time.monotonic()
     store(destination, items, told, lambda: False)

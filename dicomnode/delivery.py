@@ -393,7 +393,7 @@ class _Answers:
         else:
             row = connection.execute(sa.select(transfers.c.tries, transfers.c.unanswered).where(*mine)).one()
             verdict = judge(answer.status, unanswered_before=row.unanswered)
-            detail = f"status 0x{answer.status:04X}" + (f" ({answer.comment})" if answer.comment else "")
+            detail = f"status 0x{answer.status:04X}"
             values |= {"status": answer.status, "detail": detail, "state": TransferState.WAITING}
             if verdict is Verdict.ACCEPTED:
                 values["state"] = TransferState.ACCEPTED

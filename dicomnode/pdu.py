@@ -69,7 +69,6 @@ class Element(IntEnum):
     PRIORITY = 0x0700
     DATA_SET_TYPE = 0x0800
     STATUS = 0x0900
-    ERROR_COMMENT = 0x0902
     AFFECTED_SOP_INSTANCE_UID = 0x1000
 
 

@@ -46,9 +46,6 @@ _RELEASE_TIMEOUT_S = 5.0
 """Everything is answered by then; a peer that is slow to say goodbye delays nobody."""
 _SLOWEST_PEER_BYTES_PER_S = 50_000
 """A peer slower than that over a whole image is given up (a 512 x 512 slice then takes 10 s)."""
-
-_COMMENT_CHARACTERS = 64
-"""ErrorComment is a Long String (PS3.7 table E.1-1)."""
 _SUCCESS = 0x0000
 _ABSTRACT_SYNTAX_NOT_SUPPORTED = 3
 
@@ -96,11 +93,13 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the peer said to one instance: C-STORE status (PS3.4 table B.2-1) and its ErrorComment, made printable."""
+    """What the peer said to one instance: C-STORE status (PS3.4 table B.2-1).
+
+    Its ErrorComment (0000,0902) is dropped: free text, in which a peer may name the patient.
+    """
 
     sop_instance_uid: str
     status: int
-    comment: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,10 +271,8 @@ class _Association:
             return Refused(uid, f"not sent to {self._peer.name}: {error}")
         message_id = self._next_message_id()
         on_request(uid)
-        status, comment = self._request(
-            context_id, pdu.C_STORE_RQ, message_id, pdu.c_store_rq(message_id, item.sop_class_uid, uid), data
-        )
-        return Answer(uid, status, comment)
+        command = pdu.c_store_rq(message_id, item.sop_class_uid, uid)
+        return Answer(uid, self._request(context_id, pdu.C_STORE_RQ, message_id, command, data))
 
     def echo(self) -> int:
         """Status of a C-ECHO."""
@@ -283,8 +280,7 @@ class _Association:
         if context_id is None:
             raise VerificationFailed(f"{self._peer} accepts associations but does not offer C-ECHO (Verification)")
         message_id = self._next_message_id()
-        status, _ = self._request(context_id, pdu.C_ECHO_RQ, message_id, pdu.c_echo_rq(message_id), None)
-        return status
+        return self._request(context_id, pdu.C_ECHO_RQ, message_id, pdu.c_echo_rq(message_id), None)
 
     def _next_message_id(self) -> int:
         self._message_id = self._message_id % 0xFFFF + 1
@@ -292,8 +288,8 @@ class _Association:
 
     def _request(
         self, context_id: int, command_field: int, message_id: int, command: bytes, data: memoryview | None
-    ) -> tuple[int, str]:
-        """Send a message; status and printable comment of the response to it."""
+    ) -> int:
+        """Send a message; status of the response to it."""
         size = 0 if data is None else len(data)
         limit = time.monotonic() + self._peer.dimse_timeout_s + size / _SLOWEST_PEER_BYTES_PER_S
         self._pending = True
@@ -312,7 +308,7 @@ class _Association:
                 raise MalformedPdu("a response that announces a data set")
             status = pdu.read_us(response, Element.STATUS)
         self._pending = False
-        return status, _comment(response)
+        return status
 
     def _response(self, context_id: int, deadline: float) -> dict[int, bytes]:
         command = bytearray()
@@ -373,11 +369,6 @@ class _Association:
             f"{self._peer} accepts no presentation context for SOP class {sop_class.name} ({sop_class}): "
             f"neither {syntax.name} ({syntax}) nor Explicit or Implicit VR Little Endian; enable one of them there"
         )
-
-
-def _comment(response: dict[int, bytes]) -> str:
-    text = response.get(Element.ERROR_COMMENT, b"").decode("ascii", "replace")
-    return "".join(character for character in text if character.isprintable()).strip()[:_COMMENT_CHARACTERS]
 
 
 class _Naming:

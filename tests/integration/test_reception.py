@@ -13,7 +13,7 @@ from conftest import require_peer
 from ct_builder import phantom, uid, write_series
 from holdings import check_kept
 from node_process import NodeProcess
-from peers import HOST, StorageOracle, dcmsend, echoscu, orthanc, wait_for
+from peers import HOST, Script, StorageOracle, dcmsend, echoscu, orthanc, wait_for
 from pydicom.uid import (
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
@@ -265,23 +265,28 @@ def test_patients_are_named_nowhere(tmp_path: Path) -> None:
     good = write_series(tmp_path / "ct", phantom(4), name="named good", **named)
     refused = write_series(tmp_path / "ct", phantom(2), name="named refused", RescaleType="US", **named)
     (bad,) = write_series(tmp_path / "ct", phantom(1), name="named bad", **named)
+    # A peer whose every ErrorComment names the patient: of a warning, a passing failure and refusals.
+    talkative = StorageOracle(
+        Script(status=0xA900, status_of_nth={1: 0xB000, 2: 0xC000}, comment=f"{SECRET_NAME} is {SECRET_ID}")
+    )
     settings = {
+        "destinations": {"talkative": {"ae_title": "ORACLE", "host": HOST, "port": talkative.port}},
         "routes": [
             {
                 "name": "ct",
                 "when": {"PatientName": {"exists": True}, "PatientBirthDate": {"not": "19000101"}},
                 "pipeline": "identity",
-                "send_to": ["pacs"],
-                "originals_to": ["pacs"],
+                "send_to": ["pacs", "talkative"],
+                "originals_to": ["pacs", "talkative"],
             }
         ],
         "node": {"log_level": "DEBUG"},
     }
-    with orthanc(tmp_path) as pacs, NodeProcess(tmp_path / "node", pacs.port, settings) as node:
+    with talkative, orthanc(tmp_path) as pacs, NodeProcess(tmp_path / "node", pacs.port, settings) as node:
         assert dcmsend(node.port, [*good, *refused]).returncode == 0
         with Scanner(node.port, [image(bad)]) as scanner:
             assert scanner.store(replace(image(bad), series_uid="x"), sop_instance=uid("other")) == 0xA900
-        wait_for(lambda: sorted(job["state"] for job in node.jobs()) == ["DONE", "SKIPPED"], 40)
+        wait_for(lambda: sorted(job["state"] for job in node.jobs()) == ["FAILED", "SKIPPED"], 40)
         wait_for(lambda: pacs.count() == len(good) * 2 + len(refused), 20, "originals and derived")
         listed = node.command("jobs", "list").stdout + node.command("jobs", "show", node.jobs()[0]["id"]).stdout
         assert node.stop() == 0
@@ -289,6 +294,7 @@ def test_patients_are_named_nowhere(tmp_path: Path) -> None:
     contents = {path.name: path.read_bytes() for path in searched} | {"jobs list and show": listed.encode()}
     assert len(contents) >= 3
     assert str(CTImageStorage).encode() in contents["node.db"]  # what is looked through is what was written
+    assert b"status 0xA900" in contents["node.db"]
     for name, content in contents.items():
         for secret in (SECRET_NAME, *SECRET_NAME.split("^"), SECRET_ID, SECRET_DATE, "forged"):
             assert secret.encode() not in content, f"{secret} is in {name}"

@@ -61,7 +61,7 @@ def send(port: int, items: Sequence[Outgoing], **changes: float) -> list[Answer 
 
 
 def accepted(items: Sequence[Outgoing]) -> list[Answer | Refused]:
-    return [Answer(item.sop_instance_uid, 0x0000, "") for item in items]
+    return [Answer(item.sop_instance_uid, 0x0000) for item in items]
 
 
 @pytest.fixture(scope="module")
@@ -221,13 +221,13 @@ def test_two_threads_do_not_disturb_each_other(tmp_path: Path) -> None:
 
 def test_each_answer_belongs_to_its_instance(ct: list[Outgoing]) -> None:
     statuses = {1: 0xB000, 3: 0xA700, 4: 0xA900, 5: 0xC123, 7: 0x0111}
-    with StorageOracle(Script(status_of_nth=statuses, comment="Disk is full\r\n\x1b[31m" + "x" * 30)) as oracle:
+    with StorageOracle(Script(status_of_nth=statuses, comment="Disk is full")) as oracle:
         answers = send(oracle.port, ct)
     assert [answer.status for answer in answers if isinstance(answer, Answer)] == [
         statuses.get(n, 0) for n in range(1, 9)
     ]
     assert [answer.sop_instance_uid for answer in answers] == [item.sop_instance_uid for item in ct]
-    assert answers[2] == Answer(ct[2].sop_instance_uid, 0xA700, "Disk is full[31m" + "x" * 30)
+    assert "full" not in str(answers)
 
 
 def test_what_the_peer_does_not_take_is_refused_alone(tmp_path: Path, ct: list[Outgoing]) -> None:

@@ -238,7 +238,7 @@ def test_a_response_in_many_pieces_is_read(ct: list[Outgoing]) -> None:
         assert raw.until_closed() == b""
 
     with raw_peer(behave) as port:
-        assert send(port, ct[:1]) == [Answer(ct[0].sop_instance_uid, 0xB007, "")]
+        assert send(port, ct[:1]) == [Answer(ct[0].sop_instance_uid, 0xB007)]
 
 
 def test_a_missing_goodbye_is_logged_and_changes_nothing(ct: list[Outgoing], caplog: pytest.LogCaptureFixture) -> None:
