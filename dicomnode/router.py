@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, MutableSequence
+from collections.abc import Collection, Iterable, Mapping, MutableSequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, assert_never
@@ -248,7 +248,7 @@ def is_identifying(keyword: str) -> bool:
     return tag >> 16 == _PATIENT_GROUP or dictionary_VR(tag) in _IDENTIFYING_VRS or keyword in _IDENTIFYING
 
 
-def header_values(ds: Dataset, keywords: Iterable[str]) -> dict[str, object]:
+def header_values(ds: Dataset, keywords: Collection[str]) -> dict[str, object]:
     """Plain values of the attributes `keywords` that have one: text, number, or a list of these.
 
     Malformed values never raise: a decimal or integer string that is no number stays text, which no numeric condition
