@@ -16,8 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydicom import dcmread
-
 from dicomnode.config import Derivation
 from dicomnode.derive import DerivedInstance, derive_series
 from dicomnode.errors import NodeError
@@ -157,7 +155,7 @@ def denoise_series(
             options=options,
             pipeline_hash=identity,
             fingerprint=fingerprint,
-            derived_series_uid=_series_uid(instances[0].path),
+            derived_series_uid=instances[0].series_uid,
             n_in=len(paths),
             instances=tuple(instances),
             seconds=clock.seconds,
@@ -176,10 +174,6 @@ def remove_partial(out: Path) -> None:
     """Delete what attempts at `out` left half-written whose process was killed; none may be under way."""
     for part in out.parent.glob(f"{out.name}.*{PART_SUFFIX}"):
         shutil.rmtree(part, ignore_errors=True)  # the next start tries again
-
-
-def _series_uid(path: Path) -> str:
-    return str(dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).SeriesInstanceUID)
 
 
 def _publish(part: Path, out: Path) -> None:

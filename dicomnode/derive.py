@@ -25,16 +25,14 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
 from dicomnode.config import Derivation
-from dicomnode.derived_header import MANUFACTURER, Making, describe, drop_false, explicit_copy
+from dicomnode.derived_header import Making, describe, drop_false, explicit_copy
 from dicomnode.encoding import LOSSY_METHODS
 from dicomnode.errors import DerivationError
 from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, sync_folder
 from dicomnode.uids import derived_uid
 from pipelines.base import ModelCard, Options, Progress
-from pipelines.ct_slice import CTSlice, SeriesRefused, read_slice
+from pipelines.ct_slice import OWN_MANUFACTURER, CTSlice, SeriesRefused, read_slice
 from pipelines.volume import Volume
-
-__all__ = ["MANUFACTURER", "DerivedInstance", "derive_series", "derived_uid", "stored_values"]
 
 _BROKEN = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, InvalidDicomError, LookupError, MemoryError),
@@ -310,7 +308,7 @@ def _prove(path: Path, encoded: bytes, header: Dataset, pixels: bytes) -> Derive
             wrong.append("ImageType")
         if written.SourceImageSequence[0].ReferencedSOPInstanceUID == written.SOPInstanceUID:
             wrong.append("SourceImageSequence")
-        if written.ContributingEquipmentSequence[-1].Manufacturer != MANUFACTURER:
+        if written.ContributingEquipmentSequence[-1].Manufacturer != OWN_MANUFACTURER:
             wrong.append("ContributingEquipmentSequence")
     except _BROKEN as error:
         raise DerivationError(f"{path.name} cannot be read back ({type(error).__name__})") from error

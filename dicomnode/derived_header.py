@@ -26,9 +26,6 @@ from dicomnode.uids import derived_uid, device_uid
 from pipelines.base import ModelCard, Options
 from pipelines.ct_slice import OWN_MANUFACTURER
 
-MANUFACTURER = OWN_MANUFACTURER
-"""Manufacturer of our equipment item, by which the reader knows, and refuses, what this node derived itself."""
-
 LO_MAX_CHARACTERS = 64
 ST_MAX_CHARACTERS = 1024
 LT_MAX_CHARACTERS = 10240
@@ -250,7 +247,7 @@ def _source(sop_class_uid: str, uid: str, *, same_place: bool) -> Dataset:
 def _equipment(made: Making, moment: datetime) -> Dataset:
     """What made the image, one item for the algorithm (PS3.3 C.12.1, IHE AI Results)."""
     item = Dataset()
-    item.Manufacturer = MANUFACTURER
+    item.Manufacturer = OWN_MANUFACTURER  # by which reader and router know what this node derived
     item.ManufacturerModelName = _plain(made.card.name, LO_MAX_CHARACTERS)
     item.SoftwareVersions = _plain(made.card.version, LO_MAX_CHARACTERS)
     item.DeviceUID = device_uid(made.card)

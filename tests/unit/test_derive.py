@@ -19,8 +19,9 @@ from pydicom.uid import UID, JPEGLSLossless, RLELossless
 
 from dicomnode import derive as module
 from dicomnode.config import Derivation
-from dicomnode.derive import derive_series, derived_uid, stored_values
+from dicomnode.derive import derive_series, stored_values
 from dicomnode.errors import DerivationError
+from dicomnode.uids import derived_uid
 from pipelines.base import Options, pipeline_hash
 from pipelines.volume import SeriesRefused, Volume, read_volume
 
