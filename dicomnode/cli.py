@@ -18,7 +18,7 @@ from pydicom.errors import InvalidDicomError
 
 from dicomnode import jobs as job_table
 from dicomnode.config import Config, load
-from dicomnode.db import JobState, deliveries, job_events, jobs, now, open_database, transfers
+from dicomnode.db import JobState, deliveries, job_events, jobs, now, open_database, series, transfers
 from dicomnode.delivery import peer
 from dicomnode.denoise import Withheld, denoise_series
 from dicomnode.errors import ConfigError, NodeError, PeerError
@@ -44,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"{error}", file=sys.stderr)
         return BAD_USAGE
+    except BrokenPipeError:  # e.g. `| head`
+        return OK
     except (NodeError, SeriesRefused, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
-    except BrokenPipeError:
-        return OK
+    except sa.exc.DBAPIError as error:
+        print(f"the job log cannot be used: {error.orig}; is this the user that the node runs as?", file=sys.stderr)
+        return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -173,8 +176,19 @@ def _outgoing(path: Path) -> Outgoing | None:
         return None
 
 
+def _job_log(arguments: argparse.Namespace) -> sa.Engine:
+    """The database of the node; never makes one, which would only show an empty list to who took the wrong folder."""
+    url = load(arguments.config).node.database
+    path = Path(str(sa.make_url(url).database))
+    if not path.exists():
+        raise NodeError(
+            f"there is no job log {path} yet: {arguments.config} names it; is that the node's configuration?"
+        )
+    return open_database(url)
+
+
 def _jobs_list(arguments: argparse.Namespace) -> int:
-    database = open_database(load(arguments.config).node.database)
+    database = _job_log(arguments)
     query = sa.select(jobs).order_by(jobs.c.created_at.desc()).limit(_JOB_LINES)
     if arguments.state:
         query = query.where(jobs.c.state == arguments.state)
@@ -190,7 +204,7 @@ def _jobs_list(arguments: argparse.Namespace) -> int:
 
 
 def _jobs_show(arguments: argparse.Namespace) -> int:
-    database = open_database(load(arguments.config).node.database)
+    database = _job_log(arguments)
     with database.connect() as connection:
         identity = _find(connection, arguments.job)
         job = connection.execute(sa.select(jobs).where(jobs.c.id == identity)).mappings().one()
@@ -198,6 +212,9 @@ def _jobs_show(arguments: argparse.Namespace) -> int:
             sa.select(job_events).where(job_events.c.job_id == identity).order_by(job_events.c.id)
         ).all()
         sent = connection.execute(sa.select(deliveries).where(deliveries.c.job_id == identity)).all()
+        conflicts = connection.execute(
+            sa.select(series.c.n_conflicts).where(series.c.series_uid == job["series_uid"])
+        ).scalar_one()
         counts = connection.execute(
             sa.select(transfers.c.destination, transfers.c.state, sa.func.count().label("n"))
             .where(transfers.c.job_id == identity)
@@ -206,6 +223,8 @@ def _jobs_show(arguments: argparse.Namespace) -> int:
     for key, value in job.items():
         if value not in (None, "", False):
             print(f"{key:20} {value}")
+    if conflicts:
+        print(f"{conflicts} images of the series came with other bytes under a known UID; see conflicts in the spool")
     for row in sent:
         instances = ", ".join(f"{count.n} {count.state}" for count in counts if count.destination == row.destination)
         print(f"delivery to {row.destination}: {row.state}, {instances}; {row.attempts} attempts; {row.reason}")
@@ -222,17 +241,16 @@ def _find(connection: sa.Connection, start: str) -> str:
 
 
 def _jobs_retry(arguments: argparse.Namespace) -> int:
-    database = open_database(load(arguments.config).node.database)
+    database = _job_log(arguments)
     with database.begin() as connection:
         identity = _find(connection, arguments.job)
-        if not job_table.retry(connection, identity):
-            raise NodeError(f"job {identity} has not failed; only failed jobs are tried again")
+        job_table.retry(connection, identity)
     print(f"job {identity} is tried again")
     return OK
 
 
 def _jobs_cancel(arguments: argparse.Namespace) -> int:
-    database = open_database(load(arguments.config).node.database)
+    database = _job_log(arguments)
     with database.begin() as connection:
         identity = _find(connection, arguments.job)
         asked = connection.execute(

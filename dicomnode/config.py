@@ -27,7 +27,20 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dicomnode import conditions, strict_yaml
 from dicomnode.conditions import Condition
-from dicomnode.config_fields import AETitle, Count, DicomText, FilePath, Flag, Host, Name, Network, Port, Seconds, Text
+from dicomnode.config_fields import (
+    AETitle,
+    Count,
+    DicomText,
+    FilePath,
+    Flag,
+    Host,
+    Name,
+    Network,
+    Port,
+    Seconds,
+    StorageClass,
+    Text,
+)
 from dicomnode.config_words import CROSS_CHECK, did_you_mean, in_words, where
 from dicomnode.errors import ConfigError
 from pipelines import base
@@ -84,6 +97,8 @@ class Reception(_Section):
     """Titles that senders may have; empty: any, `networks` alone decides."""
     networks: tuple[Network, ...] = (ipaddress.IPv4Network("127.0.0.0/8"), ipaddress.IPv6Network("::1/128"))
     """Addresses that may connect at all."""
+    sop_classes: tuple[StorageClass, ...] = ()
+    """Storage SOP classes that are accepted, by UID or keyword (CTImageStorage); empty: every standard one."""
     max_associations: Count = 64
     max_associations_per_peer: Count = 32
     max_object_mb: Count = 1024

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Strict
+from pydicom.uid import UID
+from pynetdicom import AllStoragePresentationContexts
 
 
 def _ae_title(value: str) -> str:
@@ -76,6 +78,18 @@ def _path(value: object) -> object:
     return value
 
 
+_STORAGE_CLASSES = {str(context.abstract_syntax) for context in AllStoragePresentationContexts}
+_STORAGE_KEYWORDS = {UID(uid).keyword: uid for uid in _STORAGE_CLASSES if UID(uid).keyword}
+
+
+def _storage_class(value: str) -> str:
+    """UID of a standard storage SOP class (PS3.4 table B.5-1), given as UID or keyword."""
+    uid = _STORAGE_KEYWORDS.get(value, value)
+    if uid not in _STORAGE_CLASSES:
+        raise ValueError(f"{value!r} is no standard storage SOP class; write its UID or keyword, e.g. CTImageStorage")
+    return uid
+
+
 Text = Annotated[str, Strict()]
 Flag = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=1)]
@@ -85,5 +99,6 @@ Port = Annotated[int, Strict(), Field(ge=1, le=65_535)]
 Host = Annotated[Text, AfterValidator(_host)]
 Name = Annotated[Text, AfterValidator(_name)]
 Network = Annotated[ipaddress.IPv4Network | ipaddress.IPv6Network, PlainValidator(_network)]
+StorageClass = Annotated[Text, AfterValidator(_storage_class)]
 DicomText = Annotated[Text, AfterValidator(_dicom_text)]
 FilePath = Annotated[Path, BeforeValidator(_path)]

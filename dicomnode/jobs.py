@@ -30,6 +30,7 @@ from dicomnode.db import (
     series,
     transfers,
 )
+from dicomnode.errors import NodeError
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +52,12 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.COMMITTING: frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED}),
     JobState.FAILED: frozenset({JobState.QUEUED, JobState.DISPATCHING}),  # only an operator's retry
     JobState.DONE: frozenset(),
-    JobState.CANCELLED: frozenset(),
+    JobState.CANCELLED: frozenset({JobState.QUEUED, JobState.DISPATCHING}),  # likewise
     JobState.SKIPPED: frozenset(),
     JobState.WITHHELD: frozenset(),
 }
 
+_RETRIABLE = frozenset({JobState.FAILED, JobState.CANCELLED})
 _LOST_ATTEMPT_PAUSE = timedelta(seconds=2)
 _NO_INFRASTRUCTURE_PAUSE = timedelta(seconds=30)
 
@@ -341,7 +343,8 @@ def supersede(connection: sa.Connection, series_uid: str, route: str, by: str) -
             .where(jobs.c.id == row.id)
             .values(superseded_by=by, cancel_requested=state not in FINAL, updated_at=now())
         )
-        add_event(connection, row.id, state, f"superseded: the series grew, see job {by}")
+        add_event(connection, row.id, state, f"superseded by job {by}")
+        log.info("job %s: superseded by job %s", row.id[:12], by[:12])
 
 
 def cancel(connection: sa.Connection, identity: str) -> bool:
@@ -361,14 +364,29 @@ def cancel(connection: sa.Connection, identity: str) -> bool:
     return advance(connection, identity, JobState.CANCELLED, reason, expected={job.state})
 
 
-def retry(connection: sa.Connection, identity: str) -> bool:
-    """An operator's second try of a failed job: compute again, or send again what was not accepted."""
-    job = get(connection, identity)
-    if job is None or job.state is not JobState.FAILED:
-        return False
+def retry(connection: sa.Connection, identity: str) -> None:
+    """An operator's second try of a failed or cancelled job: compute again, or send again what was not accepted.
+
+    Raises
+    ------
+    NodeError
+        With the reason why this job is not tried again.
+    """
+    row = connection.execute(sa.select(jobs.c.state, jobs.c.superseded_by).where(jobs.c.id == identity)).one_or_none()
+    if row is None:
+        raise NodeError(f"no job {identity}")
+    if row.superseded_by is not None:
+        raise NodeError(f"job {identity} was superseded by job {row.superseded_by}; try that one")
+    state = JobState(row.state)
+    if state not in _RETRIABLE:
+        hint = "; correct the route and send the series again" if state is JobState.SKIPPED else ""
+        raise NodeError(f"job {identity} is {state}; only failed and cancelled jobs are tried again{hint}")
     planned = connection.execute(
         sa.update(deliveries)
-        .where(deliveries.c.job_id == identity, deliveries.c.state == DeliveryState.FAILED)
+        .where(
+            deliveries.c.job_id == identity,
+            deliveries.c.state.in_([DeliveryState.FAILED, DeliveryState.CANCELLED]),
+        )
         .values(state=DeliveryState.WAITING, next_try_at=None, failures=0, rejections=0, enqueued=0, created_at=now())
     ).rowcount
     connection.execute(
@@ -376,13 +394,12 @@ def retry(connection: sa.Connection, identity: str) -> bool:
         .where(transfers.c.job_id == identity, transfers.c.state == TransferState.REFUSED)
         .values(state=TransferState.WAITING, tries=0)
     )
-    to = JobState.DISPATCHING if planned else JobState.QUEUED
-    return advance(
+    advance(
         connection,
         identity,
-        to,
+        JobState.DISPATCHING if planned else JobState.QUEUED,
         "tried again on request",
-        expected={JobState.FAILED},
+        expected={state},
         crashes=0,
         enqueued=0,
         next_try_at=None,

@@ -21,8 +21,10 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
-import struct
 import threading
+import time
+import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection
 from io import BytesIO
@@ -30,7 +32,7 @@ from socketserver import BaseServer
 from typing import Any, cast
 
 from pydicom import Dataset
-from pydicom.filereader import dcmread, read_dataset
+from pydicom.filereader import read_dataset
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
     UID,
@@ -43,6 +45,7 @@ from pydicom.uid import (
 from pynetdicom import AE, AllStoragePresentationContexts, _config, build_context, evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.events import Event
+from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.presentation import PresentationContext
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
@@ -66,6 +69,10 @@ log = logging.getLogger(__name__)
 
 MAX_PDU_BYTES = 131_072
 _MEGABYTE = 1_000_000
+_COMMAND_BYTES = 65_536
+"""More than any command set that comes with an object."""
+_DEFLATED_HEADER_BYTES = 16 * _MEGABYTE
+"""Of an inflated data set this much is looked at for its header; 0.4 MB could inflate to 400."""
 _LISTEN_BACKLOG = 128
 _NATIVE_SYNTAXES = (
     ExplicitVRLittleEndian,
@@ -129,6 +136,8 @@ class StorageServer:
         self._lock = threading.Lock()
         self._series_of: dict[object, set[str]] = {}
         """Established association → UIDs of the series it brought something of."""
+        self._arrived: dict[object, int] = {}
+        """Association → bytes of the message that it is sending."""
         self._server: _Server | None = None
 
     @property
@@ -162,7 +171,8 @@ class StorageServer:
         # Counts threads, silent connections among them; our own limit is on established associations.
         entity.maximum_associations = 100_000
         syntaxes = transfer_syntaxes()
-        contexts = [build_context(str(known.abstract_syntax), syntaxes) for known in AllStoragePresentationContexts]
+        known = [str(context.abstract_syntax) for context in AllStoragePresentationContexts]
+        contexts = [build_context(uid, syntaxes) for uid in self._reception.sop_classes or known]
         contexts.append(build_context(Verification, list(_NATIVE_SYNTAXES[:2])))
         server = entity.make_server(
             self._address,
@@ -171,6 +181,7 @@ class StorageServer:
                 (evt.EVT_REQUESTED, self._on_requested),
                 (evt.EVT_ESTABLISHED, self._on_established),
                 (evt.EVT_CONN_CLOSE, self._on_closed),
+                (evt.EVT_PDU_RECV, self._on_pdu),
                 (evt.EVT_C_ECHO, lambda event: SUCCESS),
                 (evt.EVT_C_STORE, self._on_store),
             ],
@@ -187,8 +198,9 @@ class StorageServer:
         if self._server is None:
             return
         self._server.shutdown()
+        deadline = time.monotonic() + timeout_s
         for association in self._server.active_associations:
-            association.join(timeout_s)
+            association.join(max(deadline - time.monotonic(), 0))
             if association.is_alive():
                 association.abort()
 
@@ -218,6 +230,23 @@ class StorageServer:
     def _on_closed(self, event: Event) -> None:
         with self._lock:
             self._series_of.pop(event.assoc, None)
+            self._arrived.pop(event.assoc, None)
+
+    def _on_pdu(self, event: Event) -> None:
+        """Count what a message brings while it arrives: the library would keep an endless one in memory."""
+        if not isinstance(event.pdu, P_DATA_TF):
+            return
+        brought = sum(len(item) for item in event.pdu.presentation_data_value_items)
+        with self._lock:
+            arrived = self._arrived[event.assoc] = self._arrived.get(event.assoc, 0) + brought
+        limit = self._reception.max_object_mb * _MEGABYTE + _COMMAND_BYTES
+        if arrived - brought <= limit < arrived:
+            log.warning(
+                "association of %s aborted: its message is larger than reception.max_object_mb",
+                event.assoc.requestor.address,
+            )
+            # Not in this thread, which is the one that has to carry the abort out.
+            threading.Thread(target=event.assoc.abort, name="abort", daemon=True).start()
 
     def _on_store(self, event: Event) -> int:
         request = cast(C_STORE, event.request)
@@ -237,6 +266,13 @@ class StorageServer:
             return self._refuse(event, PROCESSING_FAILURE, str(error))
         except _Refusal as refusal:
             return self._refuse(event, refusal.status, str(refusal))
+        except Exception as error:  # a fault of ours: the sender keeps its copy, and the log says where to look
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            # Not its words: they may quote the header.
+            return self._refuse(event, PROCESSING_FAILURE, f"{type(error).__name__} at {place.name}:{place.lineno}")
+        finally:
+            with self._lock:
+                self._arrived.pop(event.assoc, None)
 
     def _receive(
         self, data: memoryview, *, sop_class_uid: str, sop_instance_uid: str, syntax: str, association: Any
@@ -303,13 +339,11 @@ def _parse(data: memoryview, syntax: UID) -> Dataset:
         0xC000 if it cannot be parsed.
     """
     try:
+        plain: bytes | memoryview = data
         if syntax.is_deflated:
-            # Only the file reader inflates; give it the shortest file meta information that names the syntax.
-            raw = syntax.encode() + b"\0" * (len(syntax) % 2)
-            meta = struct.pack("<HH2sH", 2, 0x10, b"UI", len(raw)) + raw
-            return dcmread(BytesIO(b"\0" * 128 + b"DICM" + meta + bytes(data)), stop_before_pixels=True)
+            plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, _DEFLATED_HEADER_BYTES)
         return read_dataset(
-            BytesIO(data),
+            BytesIO(plain),
             syntax.is_implicit_VR,
             syntax.is_little_endian,
             stop_when=lambda tag, vr, length: tag in _PIXEL_TAGS,

@@ -165,3 +165,17 @@ def test_denoise_says_why_not(config: Path, tmp_path: Path, capsys: pytest.Captu
     assert main([*arguments, "--config", str(config)]) == FAILED
     assert "localizer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_jobs_of_the_wrong_folder_are_no_empty_list(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["jobs", "list", "--config", str(config)]) == FAILED
+    assert "no job log" in capsys.readouterr().err
+    assert not (config.parent / "node.db").exists()
+
+
+def test_a_job_log_that_is_none_is_one_sentence(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (config.parent / "node.db").write_bytes(b"this is no database, and it is long enough to be looked at" * 10)
+    assert main(["jobs", "list", "--config", str(config)]) == FAILED
+    said = capsys.readouterr().err
+    assert "the job log cannot be used: file is not a database" in said
+    assert "Traceback" not in said

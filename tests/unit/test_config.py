@@ -61,6 +61,7 @@ def test_defaults_are_those_of_the_documentation():
             "called_ae_titles": (),
             "calling_ae_titles": (),
             "networks": (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")),
+            "sop_classes": (),
             "max_associations": 64,
             "max_associations_per_peer": 32,
             "max_object_mb": 1024,
@@ -529,3 +530,14 @@ def test_load_returns_or_lists_problems_whatever_stands_in_the_file(tmp_path: Pa
         return
     assert found
     assert all(re.match(r"config\.yaml:[0-9]+: .", problem) for problem in found)
+
+
+def test_storage_classes_by_keyword_and_uid() -> None:
+    config = Config.model_validate({"reception": {"sop_classes": ["CTImageStorage", "1.2.840.10008.5.1.4.1.1.4"]}})
+    assert config.reception.sop_classes == ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4")
+
+
+@pytest.mark.parametrize("value", ["CTStorage", "1.2.3", "Verification", ""])
+def test_what_is_no_storage_class_is_refused(value: str) -> None:
+    with pytest.raises(ValidationError, match="no standard storage SOP class"):
+        Config.model_validate({"reception": {"sop_classes": [value]}})

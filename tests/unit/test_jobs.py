@@ -18,6 +18,7 @@ from tables import SERIES, STUDY, add_job, add_series, database_in, events, row,
 from dicomnode import jobs as job_table
 from dicomnode.db import DeliveryState, JobKind, JobState, SeriesState, TransferState, deliveries, jobs, now, transfers
 from dicomnode.db import series as series_table
+from dicomnode.errors import NodeError
 from dicomnode.jobs import FINAL, TRANSITIONS, advance
 
 S = JobState
@@ -39,6 +40,8 @@ MOVES = {
     (S.COMMITTING, S.FAILED),
     (S.COMMITTING, S.CANCELLED),
     (S.FAILED, S.QUEUED),
+    (S.CANCELLED, S.QUEUED),
+    (S.CANCELLED, S.DISPATCHING),
     (S.FAILED, S.DISPATCHING),
 }
 """The whole life of a job, written down a second time."""
@@ -411,7 +414,7 @@ def test_a_cancelled_job_says_who_wanted_it(connection: sa.Connection, supersede
 
 def test_retry_computes_again_what_failed_in_computing(connection: sa.Connection) -> None:
     add_job(connection, state=S.FAILED, runs=3, crashes=3, cancel_requested=True, next_try_at=now())
-    assert job_table.retry(connection, "job")
+    job_table.retry(connection, "job")
     job = connection.execute(sa.select(jobs)).mappings().one()
     assert (job["state"], job["runs"], job["crashes"], job["next_try_at"]) == (S.QUEUED, 3, 0, None)
     assert job["finished_at"] is None
@@ -440,7 +443,7 @@ def test_retry_sends_again_only_what_was_not_accepted(connection: sa.Connection)
                 updated_at=now(),
             )
         )
-    assert job_table.retry(connection, "job")
+    job_table.retry(connection, "job")
     assert state_of(connection) is S.DISPATCHING
     assert dict(map(tuple, connection.execute(sa.select(deliveries.c.destination, deliveries.c.state)))) == {
         "good": D.SENT,
@@ -454,12 +457,28 @@ def test_retry_sends_again_only_what_was_not_accepted(connection: sa.Connection)
     }
 
 
-@pytest.mark.parametrize("state", sorted(set(JobState) - {S.FAILED}))
-def test_only_what_failed_is_tried_again(connection: sa.Connection, state: JobState) -> None:
+@pytest.mark.parametrize("state", sorted(set(JobState) - {S.FAILED, S.CANCELLED}))
+def test_only_what_failed_or_was_cancelled_is_tried_again(connection: sa.Connection, state: JobState) -> None:
     add_job(connection, state=state)
-    assert not job_table.retry(connection, "job")
-    assert not job_table.retry(connection, "nobody")
+    with pytest.raises(NodeError, match=f"is {state}"):
+        job_table.retry(connection, "job")
+    with pytest.raises(NodeError, match="no job nobody"):
+        job_table.retry(connection, "nobody")
     assert state_of(connection) is state
+
+
+def test_a_cancelled_job_is_tried_again(connection: sa.Connection) -> None:
+    add_job(connection, state=S.CANCELLED, cancel_requested=True)
+    job_table.retry(connection, "job")
+    assert state_of(connection) is S.QUEUED
+
+
+def test_a_superseded_job_never_comes_back(connection: sa.Connection) -> None:
+    """Else an incomplete derived series would reach the PACS after the complete one."""
+    add_job(connection, state=S.FAILED, superseded_by="newer")
+    with pytest.raises(NodeError, match="superseded by job newer"):
+        job_table.retry(connection, "job")
+    assert state_of(connection) is S.FAILED
 
 
 @pytest.mark.parametrize("state", list(JobState))

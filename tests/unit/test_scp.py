@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import struct
 import threading
+import time
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 from ct_builder import phantom, uid, write_series
 from peers import HOST, free_port, wait_for
 from pydicom import dcmread
+from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 from pynetdicom import AE
+from pynetdicom.association import Association
 from tables import config_of
 
-from dicomnode.scp import StorageServer
+from dicomnode.scp import StorageServer, _parse
 from dicomnode.spool import Spool
 
 
@@ -56,3 +66,84 @@ def test_an_association_that_ends_while_its_image_is_stored_is_not_open_for_ever
     assert server.open_associations(uid("series")) == 0
     server.stop(1)
     spool.close()
+
+
+@pytest.fixture
+def receiving(tmp_path: Path) -> Iterator[Callable[..., tuple[StorageServer, Association]]]:
+    """A started receiver with its own settings, and an association for CT that is established with it."""
+    opened: list[tuple[StorageServer, Association, Spool]] = []
+
+    def start(spool: Spool | None = None, syntax: str = ExplicitVRLittleEndian, **reception: Any) -> Any:
+        spool = spool or Spool(tmp_path / "spool")
+        config = config_of(node={"port": free_port()}, reception={"min_free_mb": 0, **reception})
+        server = StorageServer(config, spool, [], lambda *_: None)
+        server.start()
+        client = AE("SCANNER")
+        client.dimse_timeout = client.network_timeout = 10
+        client.maximum_pdu_size = 0
+        client.add_requested_context(CTImageStorage, syntax)
+        association = client.associate(HOST, config.node.port, ae_title=config.node.ae_title)
+        opened.append((server, association, spool))
+        return server, association
+
+    yield start
+    for server, association, spool in opened:
+        association.abort()
+        server.stop(1)
+        spool.close()
+
+
+def test_a_message_without_end_is_not_kept_in_memory(receiving: Callable[..., Any], tmp_path: Path) -> None:
+    """At the limit the association ends; what comes after it is never waited for."""
+    server, association = receiving(max_object_mb=1)
+    (path,) = write_series(tmp_path / "ct", phantom(1, 1024))  # 2 MB
+    status = association.send_c_store(dcmread(path))
+    assert "Status" not in status
+    wait_for(lambda: association.is_aborted, what="the abort")
+    wait_for(lambda: not server._series_of)
+    assert list((tmp_path / "spool" / "instances").iterdir()) == []
+
+
+def test_a_deflate_bomb_is_inflated_only_as_far_as_a_header_goes() -> None:
+    bomb = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    start = struct.pack("<HH2sHL", 0x0008, 0x0005, b"UT", 0, 300_000_000)
+    small = bomb.compress(start) + bomb.compress(bytes(300_000_000)) + bomb.flush()
+    assert len(small) < 1_000_000
+    tracemalloc.start()
+    try:
+        header = _parse(memoryview(small), DeflatedExplicitVRLittleEndian)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "SOPInstanceUID" not in header, "so it is refused as what cannot be understood"
+    assert peak < 80_000_000
+
+
+def test_a_fault_of_ours_is_a_documented_status_and_a_line(
+    receiving: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Spool):
+        def free_bytes(self) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    _, association = receiving(Broken(tmp_path / "spool"))
+    (path,) = write_series(tmp_path / "ct", phantom(1, 16))
+    assert association.send_c_store(dcmread(path)).Status == 0x0110
+    assert "0x0110" in caplog.text
+    assert "OSError at free_bytes" in caplog.text
+
+
+def test_only_the_configured_classes_are_accepted(receiving: Callable[..., Any]) -> None:
+    _, association = receiving(sop_classes=["MRImageStorage"])
+    assert not association.is_established
+
+
+def test_a_stop_waits_once_for_all_associations(receiving: Callable[..., Any]) -> None:
+    server, first = receiving()
+    client = AE("SCANNER")
+    client.add_requested_context(CTImageStorage)
+    others = [client.associate(HOST, server.port, ae_title="DICOMNODE") for _ in range(4)]
+    assert all(other.is_established for other in (first, *others))
+    begun = time.monotonic()
+    server.stop(0.5)
+    assert time.monotonic() - begun < 2.5, "five associations with a deadline each would take longer"
