@@ -125,7 +125,7 @@ class Compute:
         )
         if moved:
             items = [
-                Outgoing(one.sop_instance_uid, one.sop_class_uid, one.transfer_syntax_uid, one.path)
+                Outgoing(one.sop_instance_uid, one.sop_class_uid, one.transfer_syntax_uid, one.path, one.sha256)
                 for one in manifest.instances
             ]
             plan(connection, job.id, route.send_to, items, self._spool)

@@ -58,7 +58,7 @@ class TransferState(StrEnum):
 
     WAITING = "WAITING"
     OFFERED = "OFFERED"
-    """Handed to an association that has not answered for it (yet): the peer may or may not have it."""
+    """Handed to an attempt that has not ended; if its process died, the peer may or may not have it."""
     ACCEPTED = "ACCEPTED"
     REFUSED = "REFUSED"
 
@@ -182,6 +182,7 @@ transfers = Table(
     Column("sop_class_uid", UID, nullable=False),
     Column("transfer_syntax_uid", UID, nullable=False),
     Column("path", Text, nullable=False, comment="relative to the spool"),
+    Column("sha256", String(64), nullable=False, comment="of the data set in the file, looked at before it is sent"),
     Column("state", String(16), nullable=False),
     Column("status", Integer, comment="last C-STORE status"),
     Column("detail", Text),

@@ -98,7 +98,10 @@ def peer(config: Config, name: str) -> Peer:
 def plan(
     connection: sa.Connection, job_id: str, destinations: Collection[str], items: Collection[Outgoing], spool: Path
 ) -> None:
-    """Write down what has to go where; again is harmless, more items reopen a delivery that was through."""
+    """Write down what has to go where; again is harmless, more items reopen a delivery that was through.
+
+    Every item must know the digest of its data set: it may wait for days before it is read again.
+    """
     at = now()
     for destination in destinations:
         connection.execute(
@@ -117,6 +120,7 @@ def plan(
                         "sop_class_uid": item.sop_class_uid,
                         "transfer_syntax_uid": item.transfer_syntax_uid,
                         "path": str(item.path.relative_to(spool)),
+                        "sha256": item.sha256,
                         "state": TransferState.WAITING,
                         "updated_at": at,
                     }
@@ -238,7 +242,13 @@ class Delivery:
                 .values(state=TransferState.OFFERED, updated_at=at)
             )
         return [
-            Outgoing(item.sop_instance_uid, item.sop_class_uid, item.transfer_syntax_uid, self._spool / item.path)
+            Outgoing(
+                item.sop_instance_uid,
+                item.sop_class_uid,
+                item.transfer_syntax_uid,
+                self._spool / item.path,
+                item.sha256,
+            )
             for item in rows
         ]
 

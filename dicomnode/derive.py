@@ -6,7 +6,6 @@ depends on clock, host or chance: the same job gives the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from dicomnode.config import Derivation
 from dicomnode.derived_header import Making, describe, drop_false, explicit_copy
 from dicomnode.encoding import LOSSY_METHODS
 from dicomnode.errors import DerivationError
-from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, sync_folder
+from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, dataset_digest, sync_folder
 from dicomnode.uids import derived_uid
 from pipelines.base import ModelCard, Options, Progress
 from pipelines.ct_slice import OWN_MANUFACTURER, CTSlice, SeriesRefused, read_slice
@@ -61,6 +60,7 @@ class DerivedInstance:
     transfer_syntax_uid: str
     path: Path
     sha256: str
+    """Of the data set, as everywhere in this node."""
     size_bytes: int
     series_uid: str
 
@@ -319,7 +319,7 @@ def _prove(path: Path, encoded: bytes, header: Dataset, pixels: bytes) -> Derive
         sop_class_uid=str(written.SOPClassUID),
         transfer_syntax_uid=str(meta.TransferSyntaxUID),
         path=path,
-        sha256=hashlib.sha256(content).hexdigest(),
+        sha256=dataset_digest(path),
         size_bytes=len(content),
         series_uid=str(written.SeriesInstanceUID),
     )

@@ -6,6 +6,7 @@ once was compressed with loss (PS3.3 C.7.6.1.1.5).
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from pathlib import Path
 
@@ -43,7 +44,9 @@ _WORD_BYTES = {"OW": 2, "OL": 4, "OF": 4, "OD": 8, "OV": 8}
 """VRs whose words pydicom leaves in the byte order of the file."""
 
 
-def data_set(path: Path, sop_instance_uid: str, file_syntax: str, wanted_syntax: str) -> memoryview:
+def data_set(
+    path: Path, sop_instance_uid: str, file_syntax: str, wanted_syntax: str, sha256: str | None = None
+) -> memoryview:
     """Data set of the file in the wanted transfer syntax; exactly the file's bytes where that is its own.
 
     Parameters
@@ -54,11 +57,13 @@ def data_set(path: Path, sop_instance_uid: str, file_syntax: str, wanted_syntax:
         What the caller believes to be in the file; must be true.
     wanted_syntax
         `file_syntax` or one of `UNCOMPRESSED`.
+    sha256
+        Hexadecimal, of the data set as the file must hold it; None if nobody recorded it.
 
     Raises
     ------
     UnsendableFile
-        The file cannot be read, is no DICOM file, is not the one it should be, or cannot be rewritten.
+        The file cannot be read, is no DICOM file, is not the one it should be, was damaged, or cannot be rewritten.
     """
     try:
         content = path.read_bytes()
@@ -73,8 +78,14 @@ def data_set(path: Path, sop_instance_uid: str, file_syntax: str, wanted_syntax:
         raise UnsendableFile(f"file is in transfer syntax {meta.get(_TRANSFER_SYNTAX_UID)}, not in {file_syntax}")
     if offset >= len(content):
         raise UnsendableFile("file ends after its file meta information; it holds no data set")
+    data = memoryview(content)[offset:]
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise UnsendableFile(
+            "file was changed on disk since it was written (SHA-256 of its data set); check the disk, "
+            "put the file back from a backup and retry the job"
+        )
     if wanted_syntax == file_syntax:
-        return memoryview(content)[offset:]
+        return data
     if wanted_syntax not in UNCOMPRESSED:
         raise ValueError(f"cannot write transfer syntax {wanted_syntax}")
     try:

@@ -285,7 +285,11 @@ class Intake:
                 sa.update(jobs).where(jobs.c.id == identity).values(n_in=jobs.c.n_in + 1, n_out=jobs.c.n_out + 1)
             )
             item = Outgoing(
-                instance.sop_instance_uid, instance.sop_class_uid, instance.transfer_syntax_uid, instance.path
+                instance.sop_instance_uid,
+                instance.sop_class_uid,
+                instance.transfer_syntax_uid,
+                instance.path,
+                instance.sha256,
             )
             plan(connection, identity, targets, [item], self._spool.root)
 

@@ -89,6 +89,8 @@ class Outgoing:
     sop_class_uid: str
     transfer_syntax_uid: str
     path: Path
+    sha256: str | None = None
+    """Of its data set, where somebody recorded it; a file that no longer has it is not sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +268,7 @@ class _Association:
         else:
             return Refused(uid, self._no_context(item))
         try:
-            data = data_set(item.path, uid, item.transfer_syntax_uid, syntax)
+            data = data_set(item.path, uid, item.transfer_syntax_uid, syntax, item.sha256)
         except UnsendableFile as error:
             return Refused(uid, f"not sent to {self._peer.name}: {error}")
         message_id = self._next_message_id()

@@ -27,8 +27,8 @@ REVIEWED = {
     "job_events": "id job_id at state what worker",
     "deliveries": "job_id destination state reason attempts failures rejections enqueued next_try_at created_at "
     "updated_at",
-    "transfers": "job_id destination sop_instance_uid sop_class_uid transfer_syntax_uid path state status detail tries "
-    "unanswered updated_at",
+    "transfers": "job_id destination sop_instance_uid sop_class_uid transfer_syntax_uid path sha256 state status "
+    "detail tries unanswered updated_at",
     "workers": "id host pid beat",
 }
 """Every column was looked at: none takes a name, number or date of a patient. A new one is added here after the same

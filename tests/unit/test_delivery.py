@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from ct_builder import phantom, uid, write_series
 from peers import Script, StorageOracle, free_port, wait_for
 from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
+from scanner import image
 from tables import CT, EXPLICIT, add_job, config_of, database_in, events, row, rows
 
 from dicomnode import delivery as module
@@ -99,6 +100,10 @@ def oracle() -> Iterator[StorageOracle]:
         yield made
 
 
+def outgoing(k: int, path: Path) -> Outgoing:
+    return Outgoing(UIDS[k], CT, EXPLICIT, path, image(path).sha256)
+
+
 class Sender:
     """A job with one delivery for each destination, and somebody who calls `deliver` as the engine would."""
 
@@ -107,7 +112,7 @@ class Sender:
         self.spool = files[0].parent
         self.config = config_of(destinations=destinations, delivery={**PROMPT, **settings})
         self.delivery = Delivery(self.config, database, self.spool)
-        self.items = [Outgoing(UIDS[k], CT, EXPLICIT, path) for k, path in enumerate(files)]
+        self.items = [outgoing(k, path) for k, path in enumerate(files)]
         with database.begin() as connection:
             add_job(connection, state=JobState.DISPATCHING)
             plan(connection, "job", list(destinations), self.items, self.spool)
@@ -376,21 +381,34 @@ def test_a_destination_that_left_the_configuration(sender: Sender, oracle: Stora
     assert sender.job["state"] == JobState.DONE
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "other"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "other", "cut off", "bit flipped"])
 def test_an_item_that_cannot_be_sent_fails_alone(
     database: sa.Engine, tmp_path: Path, oracle: StorageOracle, damage: str
 ) -> None:
     files = write_series(tmp_path / "ct", phantom(COUNT, 16))
     sender = Sender(database, files, {"pacs": oracle.port})
+    whole = files[1].read_bytes()
     if damage == "missing":
         files[1].unlink()
     else:
-        files[1].write_bytes(files[0].read_bytes() if damage == "other" else b"")
+        damaged = {"empty": b"", "other": files[0].read_bytes(), "cut off": whole[:-100]}
+        files[1].write_bytes(damaged.get(damage, whole[:-1] + bytes([whole[-1] ^ 1])))
     failed = sender.attempt()
     assert failed["state"] == DeliveryState.FAILED
     assert sender.states() == ["ACCEPTED", "REFUSED", "ACCEPTED", "ACCEPTED"]
     assert UIDS[1] in sender.job["reason"]
     assert sender.job["state"] == JobState.FAILED
+    assert (oracle.images, UIDS[1] in oracle.received) == (COUNT - 1, False)
+    files[1].write_bytes(whole)
+    with database.begin() as connection:
+        job_table.retry(connection, "job")
+    assert sender.attempt()["state"] == DeliveryState.SENT
+
+
+def test_what_nobody_has_the_digest_of_is_not_planned(sender: Sender) -> None:
+    item = Outgoing("1.2.3", CT, EXPLICIT, sender.items[0].path)
+    with pytest.raises(sa.exc.IntegrityError, match="sha256"), sender.database.begin() as connection:
+        plan(connection, "job", ["pacs"], [item], sender.spool)
 
 
 def test_a_syntax_that_the_peer_does_not_take_is_named_at_once(database: sa.Engine, tmp_path: Path) -> None:
@@ -523,7 +541,7 @@ def test_an_image_that_comes_later_reopens_its_delivery(
     assert sender.attempt()["state"] == DeliveryState.SENT
     assert sender.job["state"] == JobState.DISPATCHING
     with database.begin() as connection:
-        plan(connection, "job", ["pacs"], [Outgoing(UIDS[3], CT, EXPLICIT, series_files[3])], sender.spool)
+        plan(connection, "job", ["pacs"], [outgoing(3, series_files[3])], sender.spool)
     assert (sender.row()["state"], sender.row()["next_try_at"]) == (DeliveryState.WAITING, None)
     assert sender.attempt()["state"] == DeliveryState.SENT
     assert oracle.images == COUNT
@@ -538,7 +556,7 @@ def test_an_image_that_comes_during_an_attempt_is_due_at_once(
     thread.start()
     wait_for(lambda: oracle.images >= 1)
     with database.begin() as connection:
-        plan(connection, "job", ["pacs"], [Outgoing(UIDS[3], CT, EXPLICIT, series_files[3])], sender.spool)
+        plan(connection, "job", ["pacs"], [outgoing(3, series_files[3])], sender.spool)
     thread.join(10)
     waiting = sender.row()
     assert waiting["state"] == DeliveryState.WAITING

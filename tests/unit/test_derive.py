@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from ct_builder import edit, phantom, uid, write_series
 from derivation import CARD, CREATED_AT, FINGERPRINT, HU, derive, derive_one
 from pydicom import Dataset, dcmread
 from pydicom.uid import UID, JPEGLSLossless, RLELossless
+from scanner import image
 
 from dicomnode import derive as module
 from dicomnode.config import Derivation
@@ -205,7 +205,7 @@ def test_what_is_returned_is_what_is_there(tmp_path: Path) -> None:
         assert instance.series_uid == ds.SeriesInstanceUID == derived_uid(uid("series"), digest, FINGERPRINT, "series")
         assert instance.sop_class_uid == ds.SOPClassUID == "1.2.840.10008.5.1.4.1.1.2"
         assert instance.transfer_syntax_uid == "1.2.840.10008.1.2.1"
-        assert instance.sha256 == hashlib.sha256(content).hexdigest()
+        assert instance.sha256 == image(instance.path).sha256
         assert instance.size_bytes == len(content)
         assert ds.InstanceNumber == k + 1
 

@@ -80,7 +80,8 @@ def dispatcher(database: sa.Engine, engine: Any, worker: Any, monkeypatch: pytes
 def dispatching(database: sa.Engine, *destinations: str) -> None:
     with database.begin() as connection:
         add_job(connection, state=JobState.DISPATCHING, priority=7)
-        plan(connection, "job", destinations, [Outgoing("1.1", CT, EXPLICIT, Path("/spool/a"))], Path("/spool"))
+        item = Outgoing("1.1", CT, EXPLICIT, Path("/spool/a"), "0" * 64)
+        plan(connection, "job", destinations, [item], Path("/spool"))
 
 
 def test_a_due_job_is_handed_over_once(database: sa.Engine, dispatcher: Dispatcher, engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from io import BytesIO
 from pathlib import Path
 
@@ -145,6 +146,19 @@ def test_deflated_goes_out_inflated(tmp_path: Path) -> None:
     ds.save_as(path)
     np.testing.assert_array_equal(read(sent(path, ImplicitVRLittleEndian), ImplicitVRLittleEndian).pixel_array, truth)
     assert len(sent(path, DeflatedExplicitVRLittleEndian)) < truth.nbytes
+
+
+@pytest.mark.parametrize("wanted", [RLELossless, ExplicitVRLittleEndian])
+def test_a_file_that_changed_on_disk_does_not_go(tmp_path: Path, wanted: str) -> None:
+    path = one_image(tmp_path, phantom(1), RLELossless)
+    uid, whole = dcmread(path).SOPInstanceUID, path.read_bytes()
+    digest = hashlib.sha256(raw_data_set(whole)).hexdigest()
+    assert bytes(data_set(path, uid, RLELossless, wanted, digest)) == bytes(data_set(path, uid, RLELossless, wanted))
+    at = len(whole) - 60
+    for damaged in (whole[:-2], whole + b"\0\0", whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(UnsendableFile, match="changed on disk"):
+            data_set(path, uid, RLELossless, wanted, digest)
 
 
 def test_files_that_cannot_go_say_why(tmp_path: Path) -> None:

@@ -168,6 +168,12 @@ def upgrade() -> None:
         sa.Column("sop_class_uid", sa.String(length=64), nullable=False),
         sa.Column("transfer_syntax_uid", sa.String(length=64), nullable=False),
         sa.Column("path", sa.Text(), nullable=False, comment="relative to the spool"),
+        sa.Column(
+            "sha256",
+            sa.String(length=64),
+            nullable=False,
+            comment="of the data set in the file, looked at before it is sent",
+        ),
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("status", sa.Integer(), nullable=True, comment="last C-STORE status"),
         sa.Column("detail", sa.Text(), nullable=True),
