@@ -97,7 +97,6 @@ instances = Table(
     Column("sha256", String(64), nullable=False, comment="of the data set as received"),
     Column("calling_ae", String(16), nullable=False),
     Column("called_ae", String(16), nullable=False),
-    Column("generation", Integer, nullable=False, comment="of the series, when this instance came"),
     Column("received_at", DateTime, nullable=False),
 )
 

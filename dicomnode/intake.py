@@ -10,7 +10,6 @@ import logging
 import queue
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,11 +19,10 @@ from sqlalchemy.dialects.sqlite import insert
 
 from dicomnode import jobs as job_table
 from dicomnode.config import Config
-from dicomnode.db import JobKind, JobState, SeriesState, instances, jobs, series
-from dicomnode.delivery import plan
+from dicomnode.db import JobState, SeriesState, instances, jobs, series
 from dicomnode.errors import SpoolError
-from dicomnode.router import Match, Router, header_values
-from dicomnode.scu import Outgoing
+from dicomnode.planning import Planning
+from dicomnode.router import Router, header_values
 from dicomnode.series import KEYWORDS, Evidence, Header, OpenSeries, evidence, quiet_needed_s
 from dicomnode.spool import Instance, Kept, Spool, read_instance
 
@@ -62,7 +60,7 @@ class Intake:
         self._spool = spool
         self._router = Router(config.routes)
         self._open_associations = open_associations
-        self._pipeline_hashes = pipeline_hashes
+        self._planning = Planning(config, self._router, spool.root, pipeline_hashes)
         self._queue: queue.Queue[_Stored] = queue.Queue()
         self._open: dict[str, OpenSeries] = {}
         self._thread: threading.Thread | None = None
@@ -158,13 +156,12 @@ class Intake:
         with self._database.begin() as connection:
             for kept, instance, header in batch:
                 if kept in (Kept.NEW, Kept.SAME):
-                    # Of the same bytes too: those that came first may have failed between their name and their row.
+                    # The same bytes too: sent again, a series is judged again, by the routes as they are now.
                     opened = self._insert(connection, instance, grown)
-                    if opened is not None:
-                        matches = self._router.match(header, instance.calling_ae, instance.called_ae)
-                        opened.may_be_denoised |= any(match.action == "pipeline" for match in matches)
-                        self._forward_original(connection, instance, matches, opened.generation)
-                        headers.append((instance.series_uid, instance.sop_instance_uid, header))
+                    matches = self._router.match(header, instance.calling_ae, instance.called_ae)
+                    opened.may_be_denoised |= any(match.action == "pipeline" for match in matches)
+                    self._planning.forward_original(connection, instance, matches, opened.generation)
+                    headers.append((instance.series_uid, instance.sop_instance_uid, header))
                 elif kept is Kept.CONFLICT:
                     self._flag_conflict(connection, instance)
         # Only now, after the commit: a batch that failed is tried again from the start.
@@ -176,11 +173,11 @@ class Intake:
             if instance.series_uid in self._open:
                 self._open[instance.series_uid].last_activity_s = time.monotonic()
 
-    def _insert(self, connection: sa.Connection, instance: Instance, grown: dict[str, OpenSeries]) -> OpenSeries | None:
-        """Row of a new instance; opens its series, or opens it again. None if the row was there."""
+    def _insert(self, connection: sa.Connection, instance: Instance, grown: dict[str, OpenSeries]) -> OpenSeries:
+        """Row of an instance; opens its series, or opens it again."""
         row = connection.execute(sa.select(series).where(series.c.series_uid == instance.series_uid)).one_or_none()
+        generation = 1 if row is None else row.generation + (row.state == SeriesState.CLOSED)
         if row is None:
-            generation = 1
             connection.execute(
                 sa.insert(series).values(
                     series_uid=instance.series_uid,
@@ -191,41 +188,38 @@ class Intake:
                     last_at=instance.received_at,
                 )
             )
-        else:
-            generation = row.generation + (row.state == SeriesState.CLOSED)
-        inserted = connection.execute(
+        values = {
+            "sop_class_uid": instance.sop_class_uid,
+            "study_uid": instance.study_uid,
+            "transfer_syntax_uid": instance.transfer_syntax_uid,
+            "path": str(instance.path.relative_to(self._spool.root)),
+            "size_bytes": instance.size_bytes,
+            "sha256": instance.sha256,
+            "calling_ae": instance.calling_ae,
+            "called_ae": instance.called_ae,
+            "received_at": instance.received_at,
+        }
+        # The row may be there: the same bytes again, or other bytes after somebody removed the file.
+        connection.execute(
             insert(instances)
-            .values(
-                series_uid=instance.series_uid,
-                sop_instance_uid=instance.sop_instance_uid,
-                sop_class_uid=instance.sop_class_uid,
-                study_uid=instance.study_uid,
-                transfer_syntax_uid=instance.transfer_syntax_uid,
-                path=str(instance.path.relative_to(self._spool.root)),
-                size_bytes=instance.size_bytes,
-                sha256=instance.sha256,
-                calling_ae=instance.calling_ae,
-                called_ae=instance.called_ae,
-                generation=generation,
-                received_at=instance.received_at,
-            )
-            .on_conflict_do_nothing(index_elements=list(instances.primary_key))
-        ).rowcount
-        if not inserted:
-            return None
+            .values(series_uid=instance.series_uid, sop_instance_uid=instance.sop_instance_uid, **values)
+            .on_conflict_do_update(index_elements=list(instances.primary_key), set_=values)
+        )
+        count = sa.select(sa.func.count()).where(instances.c.series_uid == instance.series_uid).scalar_subquery()
         connection.execute(
             sa.update(series)
             .where(series.c.series_uid == instance.series_uid)
             .values(
                 state=SeriesState.OPEN,
                 generation=generation,
-                n_instances=series.c.n_instances + 1,
+                n_instances=count,
+                n_conflicts=self._spool.count_conflicts(instance.series_uid),
                 last_at=instance.received_at,
             )
         )
         opened = self._open.get(instance.series_uid) or grown.get(instance.series_uid)
         if opened is None and row is not None:
-            log.info("series %s grows again (generation %d)", instance.series_uid, generation)
+            log.info("series %s comes again or grows (generation %d)", instance.series_uid, generation)
             opened = self._recall(connection, instance.series_uid, instance.study_uid, generation)
         if opened is None:
             opened = OpenSeries(instance.series_uid, instance.study_uid, generation)
@@ -255,43 +249,16 @@ class Intake:
         connection.execute(
             sa.update(series)
             .where(series.c.series_uid == instance.series_uid)
-            .values(n_conflicts=series.c.n_conflicts + 1)
+            .values(n_conflicts=self._spool.count_conflicts(instance.series_uid))
         )
-
-    def _forward_original(
-        self, connection: sa.Connection, instance: Instance, matches: Sequence[Match], generation: int
-    ) -> None:
-        """Plan the original's way at once, wherever a route wants it, whatever happens to any denoising."""
-        for match in matches:
-            targets = (*match.route.originals_to, *(match.send_to if match.action == "forward" else ()))
-            if not targets:
-                continue
-            identity = job_table.job_id("originals", instance.series_uid, match.route.name, str(generation))
-            job_table.create(
-                connection,
-                identity=identity,
-                kind=JobKind.ORIGINALS,
-                state=JobState.DISPATCHING,
-                reason=f"originals to {', '.join(targets)}, as they arrive",
-                series_uid=instance.series_uid,
-                study_uid=instance.study_uid,
-                generation=generation,
-                calling_ae=instance.calling_ae,
-                route=match.route.name,
-                route_reason=match.reason,
-                priority=match.route.priority,
+        concerned = connection.execute(
+            sa.select(jobs.c.id, jobs.c.state).where(
+                jobs.c.series_uid == instance.series_uid, jobs.c.superseded_by.is_(None)
             )
-            connection.execute(
-                sa.update(jobs).where(jobs.c.id == identity).values(n_in=jobs.c.n_in + 1, n_out=jobs.c.n_out + 1)
-            )
-            item = Outgoing(
-                instance.sop_instance_uid,
-                instance.sop_class_uid,
-                instance.transfer_syntax_uid,
-                instance.path,
-                instance.sha256,
-            )
-            plan(connection, identity, targets, [item], self._spool.root)
+        ).all()
+        for job in concerned:
+            what = f"{instance.sop_instance_uid} came with other bytes; not used, kept in {instance.path.parent}"
+            job_table.add_event(connection, job.id, JobState(job.state), what)
 
     # ── close ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -315,110 +282,6 @@ class Intake:
 
     def _close(self, opened: OpenSeries, judged: Evidence) -> None:
         with self._database.begin() as connection:
-            connection.execute(
-                sa.update(series)
-                .where(series.c.series_uid == opened.series_uid)
-                .values(state=SeriesState.CLOSED, evidence=judged.reason)
-            )
-            self._create_jobs(connection, opened, judged)
-            originals = connection.execute(
-                sa.select(jobs.c.id).where(
-                    jobs.c.series_uid == opened.series_uid,
-                    jobs.c.kind == JobKind.ORIGINALS,
-                    jobs.c.state == JobState.DISPATCHING,
-                )
-            ).scalars()
-            for identity in list(originals):
-                job_table.settle(connection, identity)
+            self._planning.close(connection, opened, judged)
         del self._open[opened.series_uid]
         log.info("series %s closed: %s", opened.series_uid, judged.reason)
-
-    def _create_jobs(self, connection: sa.Connection, opened: OpenSeries, judged: Evidence) -> None:
-        """Instances that met the same route with a pipeline become one job; what met nothing is written down too."""
-        rows = connection.execute(sa.select(instances).where(instances.c.series_uid == opened.series_uid)).all()
-        by_pipeline: dict[str, list[tuple[Match, sa.Row[tuple[object, ...]]]]] = defaultdict(list)
-        ignored: dict[str, list[tuple[Match, sa.Row[tuple[object, ...]]]]] = defaultdict(list)
-        unmatched = []
-        for row in rows:
-            header = opened.headers.get(row.sop_instance_uid)
-            if header is None:
-                continue
-            matches = self._router.match(header, row.calling_ae, row.called_ae)
-            if not matches:
-                unmatched.append((row, header))
-            for match in matches:
-                if match.action == "pipeline":
-                    by_pipeline[match.route.name].append((match, row))
-                elif match.action == "ignore":
-                    ignored[match.route.name].append((match, row))
-        for members in by_pipeline.values():
-            self._create_pipeline_job(connection, opened, members[0][0], [row for _, row in members], judged)
-        for name, members in ignored.items():
-            self._create_skipped(connection, opened, name, members[0][0].reason, [row for _, row in members])
-        if unmatched:
-            row, header = unmatched[0]
-            why = self._router.explain_no_match(header, row.calling_ae, row.called_ae)
-            reason = f"no route matched: {'; '.join(why)}"
-            self._create_skipped(connection, opened, "", reason, [row for row, _ in unmatched])
-
-    def _create_pipeline_job(
-        self,
-        connection: sa.Connection,
-        opened: OpenSeries,
-        match: Match,
-        rows: Sequence[sa.Row[tuple[object, ...]]],
-        judged: Evidence,
-    ) -> None:
-        route = match.route
-        assert route.pipeline is not None
-        options = self._config.pipelines[route.pipeline]
-        digest = job_table.fingerprint((row.sop_instance_uid, row.sha256) for row in rows)
-        pipeline_hash = self._pipeline_hashes[route.pipeline]
-        identity = job_table.job_id("pipeline", opened.series_uid, route.name, pipeline_hash, digest)
-        created = job_table.create(
-            connection,
-            identity=identity,
-            kind=JobKind.PIPELINE,
-            state=JobState.QUEUED,
-            reason=f"series closed: {judged.reason}",
-            sop_instance_uids=[row.sop_instance_uid for row in rows],
-            series_uid=opened.series_uid,
-            study_uid=opened.study_uid,
-            generation=opened.generation,
-            calling_ae=rows[0].calling_ae,
-            route=route.name,
-            route_reason=match.reason,
-            priority=route.priority,
-            pipeline=route.pipeline,
-            uses=options.uses,
-            strength=options.strength,
-            blend=options.blend,
-            pipeline_hash=pipeline_hash,
-            fingerprint=digest,
-        )
-        if created:
-            job_table.supersede(connection, opened.series_uid, route.name, identity)
-
-    def _create_skipped(
-        self,
-        connection: sa.Connection,
-        opened: OpenSeries,
-        route: str,
-        reason: str,
-        rows: Sequence[sa.Row[tuple[object, ...]]],
-    ) -> None:
-        job_table.create(
-            connection,
-            identity=job_table.job_id("skipped", opened.series_uid, route, str(opened.generation)),
-            kind=JobKind.PIPELINE,
-            state=JobState.SKIPPED,
-            reason=reason,
-            sop_instance_uids=[row.sop_instance_uid for row in rows],
-            series_uid=opened.series_uid,
-            study_uid=opened.study_uid,
-            generation=opened.generation,
-            calling_ae=rows[0].calling_ae,
-            route=route,
-            route_reason=reason,
-            priority=100,
-        )

@@ -216,6 +216,10 @@ class Spool:
             self._lasting.add(folder)
         return folder
 
+    def count_conflicts(self, series_uid: str) -> int:
+        """Objects of a series that were kept apart because their UID was here with other bytes."""
+        return sum(1 for _ in self.conflicts.glob(f"{series_uid}/*.dcm"))
+
     def paths(self) -> Iterator[Path]:
         """Files of all acknowledged instances, conflicts left out."""
         return self.instances.glob("*/*.dcm")

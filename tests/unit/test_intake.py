@@ -94,7 +94,9 @@ class Reception:
         """Receive, start, wait until it is closed, stop."""
         for path in paths:
             self.receive(path)
+        before = self.series("last_at")
         self.intake.start()
+        wait_for(lambda: not paths or self.series("last_at") != before, 15, "the objects to be indexed")
         self.closed(series_count)
         self.intake.stop()
 
@@ -150,7 +152,7 @@ def test_the_same_series_received_twice_is_one_job(
     assert {node.receive(path) for path in files} == {Kept.SAME}
     node.run()
     assert len(node.jobs()) == 1
-    assert row(node.database, "series")["generation"] == 1
+    assert len(rows(node.database, "instances")) == row(node.database, "series")["n_instances"] == 6
 
 
 def test_a_series_that_grew_is_another_job_and_the_older_one_says_so(
@@ -169,9 +171,8 @@ def test_a_series_that_grew_is_another_job_and_the_older_one_says_so(
     old, new = node.jobs()
     assert (old["n_in"], old["generation"], new["n_in"], new["generation"]) == (4, 1, 6, 2)
     assert (old["superseded_by"], old["cancel_requested"]) == (new["id"], True)
-    assert events(node.database, old["id"])[-1] == ("QUEUED", f"superseded: the series grew, see job {new['id']}")
+    assert events(node.database, old["id"])[-1] == ("QUEUED", f"superseded by job {new['id']}")
     assert new["fingerprint"] != old["fingerprint"]
-    assert [one["generation"] for one in rows(node.database, "instances", "path")].count(2) == 2
 
 
 def test_a_finished_job_of_a_series_that_grew_is_only_flagged(
@@ -211,7 +212,11 @@ def test_other_bytes_of_the_same_uid_are_flagged_and_change_no_job(
     wait_for(lambda: node.series("n_conflicts") == 1)
     node.closed()
     assert len(rows(node.database, "instances")) == 6
-    assert len(node.jobs()) == 1
+    (job,) = node.jobs()
+    # Again, and after the job was made: it says so, and the same object counts once.
+    node.receive(changed)
+    wait_for(lambda: "came with other bytes" in events(node.database, job["id"])[-1][1])
+    assert node.series("n_conflicts") == 1
     assert "came again with other bytes" in caplog.text
     assert "Phantom" not in caplog.text
 
@@ -359,6 +364,56 @@ def test_originals_go_at_once_and_are_through_only_when_the_series_is(
     (originals,) = node.jobs(JobKind.ORIGINALS)
     assert (originals["state"], originals["n_in"], originals["n_out"]) == (JobState.DONE, 6, 6)
     assert [job["state"] for job in node.jobs()] == [JobState.QUEUED]
+
+
+def test_a_series_sent_again_is_judged_by_the_routes_as_they_are_now(
+    reception: Callable[..., Reception], files: list[Path]
+) -> None:
+    wrong = [{**CT[0], "when": {"Modality": "MR"}}]
+    node = reception(wrong)
+    node.run(*files)
+    assert [job["state"] for job in node.jobs()] == [JobState.SKIPPED]
+    node.config = config_of(
+        destinations={"pacs": 104, "archive": 105},
+        routes=[{**CT[0], "originals_to": ["archive"]}],
+        assembly=dict(QUIET),
+    )
+    node.begin()
+    node.run(*files)
+    assert [(job["state"], job["route"]) for job in node.jobs()] == [
+        (JobState.SKIPPED, ""),
+        (JobState.QUEUED, "ct"),
+    ]
+    assert len(rows(node.database, "transfers")) == 6
+
+
+def test_what_a_destination_got_is_not_forwarded_to_it_again(
+    reception: Callable[..., Reception], files: list[Path]
+) -> None:
+    """Else a PACS that routes to the node what the node forwards to it would never come to rest."""
+    node = reception([{"name": "all", "action": "forward", "send_to": ["pacs"]}])
+    node.run(*files)
+    before = rows(node.database, "transfers"), node.jobs(JobKind.ORIGINALS)
+    node.begin()
+    node.run(*files)
+    assert (rows(node.database, "transfers"), node.jobs(JobKind.ORIGINALS)) == before
+
+
+def test_an_object_whose_file_was_removed_is_taken_anew_with_other_bytes(
+    reception: Callable[..., Reception], files: list[Path], tmp_path: Path
+) -> None:
+    node = reception([{**CT[0], "originals_to": ["archive"]}])
+    node.run(*files)
+    for path in node.spool.paths():
+        path.unlink()
+    corrected = write_series(tmp_path / "corrected", phantom(6, 16, seed=5))
+    node.begin()
+    node.run(*corrected)
+    first, second = node.jobs()
+    assert (first["superseded_by"], second["generation"]) == (second["id"], 2)
+    digests = [(one["sop_instance_uid"], one["sha256"]) for one in rows(node.database, "instances")]
+    assert second["fingerprint"] == job_table.fingerprint(digests)
+    assert [job["n_in"] for job in node.jobs(JobKind.ORIGINALS)] == [6, 6]
 
 
 # ── recovery ───────────────────────────────────────────────────────────────────────────────────────────────────────

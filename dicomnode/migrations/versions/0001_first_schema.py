@@ -48,7 +48,6 @@ def upgrade() -> None:
         sa.Column("sha256", sa.String(length=64), nullable=False, comment="of the data set as received"),
         sa.Column("calling_ae", sa.String(length=16), nullable=False),
         sa.Column("called_ae", sa.String(length=16), nullable=False),
-        sa.Column("generation", sa.Integer(), nullable=False, comment="of the series, when this instance came"),
         sa.Column("received_at", sa.DateTime(), nullable=False),
         sa.ForeignKeyConstraint(
             ["series_uid"],
