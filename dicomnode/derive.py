@@ -11,16 +11,17 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread, dcmwrite
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.utils import pixel_array
-from pydicom.tag import BaseTag, Tag
+from pydicom.tag import Tag
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
 from dicomnode.config import Derivation
@@ -47,8 +48,23 @@ _KEPT = (
     *("KVP", "XRayTubeCurrent", "Exposure", "ExposureTime", "CTDIvol"),
     *("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("RescaleSlope", "RescaleIntercept", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    "SpecificCharacterSet",
 )
 """Looked at again in the written file: the same bytes as in the source."""
+
+
+_Element = DataElement | RawDataElement
+
+
+class _Meant(NamedTuple):
+    """What the file of one slice must hold. `header` is what is written, the rest is what it is judged by."""
+
+    header: Dataset
+    pixels: bytes
+    kept: dict[str, _Element | None]
+    """`_KEPT` of the source, as the source's file has them; None where it has none."""
+    sop_instance_uid: str
+    series_uid: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +142,14 @@ def derive_series(
         near = range(max(0, k - radius), min(count, k + radius + 1))
         sources = [volume.slice_uids[j] for j in (k, *(j for j in near if j != k))]
         try:
-            header, pixels = _derive_slice(volume, hu, k, made, sources)
-            encoded = _encode(header)
+            meant = _derive_slice(volume, hu, k, made, sources)
+            encoded = _encode(meant.header)
         except _BROKEN as error:
             # no message of a library: it may quote the header
             raise DerivationError(f"{volume.slice_uids[k]} cannot be derived from ({type(error).__name__})") from error
-        path = out_dir / f"{header.file_meta.MediaStorageSOPInstanceUID}.dcm"
+        path = out_dir / f"{meant.sop_instance_uid}.dcm"
         _write_durably(path, encoded)
-        instances.append(_prove(path, encoded, header, pixels))
+        instances.append(_prove(path, encoded, meant))
         progress((k + 1) / count)
     sync_folder(out_dir)
     for what, values in (("instances", {i.sop_instance_uid for i in instances}), ("files", set(volume.slice_paths))):
@@ -194,12 +210,10 @@ def stored_values(
     return np.where(padding | (hu == source_hu), source, stored.astype(source.dtype))
 
 
-def _derive_slice(
-    volume: Volume, hu: NDArray[np.float32], k: int, made: Making, sources: list[str]
-) -> tuple[Dataset, bytes]:
-    """Header with pixels of slice `k`, and the pixels alone."""
+def _derive_slice(volume: Volume, hu: NDArray[np.float32], k: int, made: Making, sources: list[str]) -> _Meant:
     one = read_slice(volume.slice_paths[k])
     source = dcmread(volume.slice_paths[k])
+    kept = {keyword: _as_read(source, keyword) for keyword in _KEPT}
     keep_private = made.settings.keep_private_attributes
     header = explicit_copy(source, keep_private=keep_private)  # before anything of the source is decoded
     if one.sop_instance_uid != volume.slice_uids[k] or source.SOPInstanceUID != volume.slice_uids[k]:
@@ -217,13 +231,13 @@ def _derive_slice(
     header.add(DataElement(Tag("PixelData"), "OW" if source.BitsAllocated > 8 else "OB", pixels))
     meta = header.file_meta = FileMetaDataset()  # nothing of the source's: its sender and implementation are not ours
     meta.MediaStorageSOPClassUID = source.SOPClassUID
-    meta.MediaStorageSOPInstanceUID = UID(
-        derived_uid(volume.slice_uids[k], made.pipeline_hash, made.fingerprint, "instance")
-    )
+    key = (made.pipeline_hash, made.fingerprint)
+    sop_instance_uid = derived_uid(volume.slice_uids[k], *key, "instance")
+    meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
     meta.ImplementationVersionName = IMPLEMENTATION_VERSION_NAME
-    return header, pixels
+    return _Meant(header, pixels, kept, sop_instance_uid, derived_uid(one.series_uid, *key, "series"))
 
 
 def _pixels(
@@ -277,8 +291,10 @@ def _write_durably(path: Path, content: bytes) -> None:
     part.rename(path)
 
 
-def _prove(path: Path, encoded: bytes, header: Dataset, pixels: bytes) -> DerivedInstance:
-    """Read the file back as a stranger would and compare it with what was meant.
+def _prove(path: Path, encoded: bytes, meant: _Meant) -> DerivedInstance:
+    """Read the file back as a stranger would and compare it with its source and with what was meant.
+
+    Not with the header that was written: a fault in making it would be in both.
 
     Raises
     ------
@@ -292,14 +308,16 @@ def _prove(path: Path, encoded: bytes, header: Dataset, pixels: bytes) -> Derive
         written = dcmread(io.BytesIO(content))
         meta = written.file_meta
         wrong = [
-            keyword
-            for keyword in (*_KEPT, "SeriesInstanceUID", "SOPInstanceUID", "SpecificCharacterSet")
-            if not _same(written, header, Tag(keyword))
+            keyword for keyword, element in meant.kept.items() if not _carried(element, _as_read(written, keyword))
         ]
-        if written.PixelData != pixels:
+        if written.SeriesInstanceUID != meant.series_uid:
+            wrong.append("SeriesInstanceUID")
+        if written.SOPInstanceUID != meant.sop_instance_uid:
+            wrong.append("SOPInstanceUID")
+        if written.PixelData != meant.pixels:
             wrong.append("PixelData")
         if (
-            meta.MediaStorageSOPInstanceUID != written.SOPInstanceUID
+            meta.MediaStorageSOPInstanceUID != meant.sop_instance_uid
             or meta.MediaStorageSOPClassUID != written.SOPClassUID
             or meta.TransferSyntaxUID != ExplicitVRLittleEndian
         ):
@@ -313,7 +331,7 @@ def _prove(path: Path, encoded: bytes, header: Dataset, pixels: bytes) -> Derive
     except _BROKEN as error:
         raise DerivationError(f"{path.name} cannot be read back ({type(error).__name__})") from error
     if wrong:
-        raise DerivationError(f"{path.name} differs from what was meant in {', '.join(wrong)}")
+        raise DerivationError(f"{path.name} differs from its source or from what was meant in {', '.join(wrong)}")
     return DerivedInstance(
         sop_instance_uid=str(written.SOPInstanceUID),
         sop_class_uid=str(written.SOPClassUID),
@@ -325,11 +343,23 @@ def _prove(path: Path, encoded: bytes, header: Dataset, pixels: bytes) -> Derive
     )
 
 
-def _same(one: Dataset, other: Dataset, tag: BaseTag) -> bool:
-    """Whether both have the same element, or neither has it: the same bytes, unless it was decoded already."""
-    if tag not in one or tag not in other:
-        return (tag in one) == (tag in other)
-    first, second = one.get_item(tag), other.get_item(tag)
-    if isinstance(first, RawDataElement) and isinstance(second, RawDataElement):
-        return (first.VR, first.value or b"") == (second.VR, second.value or b"")
-    return bool(one[tag] == other[tag])
+def _as_read(ds: Dataset, keyword: str) -> _Element | None:
+    """An element of a file that was just read: its bytes, unless it is empty or the character set."""
+    return ds.get_item(Tag(keyword)) if keyword in ds else None
+
+
+def _carried(source: _Element | None, written: _Element | None) -> bool:
+    """Whether an element came over as it was: absent, or the same bytes under the same value representation.
+
+    The words of a big endian source lie the other way round, and an implicit one says no value representation.
+    """
+    if source is None or written is None:
+        return source is written
+    if written.VR not in (source.VR or dictionary_VR(source.tag)).split(" or "):
+        return False
+    if not isinstance(source, RawDataElement) or not isinstance(written, RawDataElement):
+        return source == written or not (source.value or written.value)
+    value = source.value or b""
+    if not source.is_little_endian and written.VR in ("US", "SS"):
+        value = np.frombuffer(value, ">u2").astype("<u2").tobytes()
+    return value == (written.value or b"")

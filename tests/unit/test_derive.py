@@ -14,12 +14,13 @@ import pytest
 from ct_builder import edit, phantom, uid, write_series
 from derivation import CARD, CREATED_AT, FINGERPRINT, HU, derive, derive_one
 from pydicom import Dataset, dcmread
-from pydicom.uid import UID, JPEGLSLossless, RLELossless
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 from scanner import image
 
 from dicomnode import derive as module
 from dicomnode.config import Derivation
 from dicomnode.derive import derive_series, stored_values
+from dicomnode.derived_header import describe
 from dicomnode.errors import DerivationError
 from dicomnode.uids import derived_uid
 from pipelines.base import Options, pipeline_hash
@@ -324,6 +325,91 @@ def test_a_file_that_is_not_what_was_meant_does_not_count(
     monkeypatch.setattr(module, "_encode", spoil)
     volume = read_volume(write_series(tmp_path, phantom(1, 16)))
     with pytest.raises(DerivationError, match=what):
+        call(volume, volume.hu, tmp_path)
+
+
+def _swap_patient(header: Dataset) -> None:
+    header.PatientID = "OTHER"
+
+
+def _move(header: Dataset) -> None:
+    header.ImagePositionPatient = [-22, -22, -99]
+
+
+def _round(header: Dataset) -> None:
+    header.RescaleSlope = "1.0"  # the same number in other bytes
+
+
+def _forget(header: Dataset) -> None:
+    del header.AccessionNumber
+
+
+def _invent(header: Dataset) -> None:
+    header.SliceLocation = "1"
+
+
+def _retype(header: Dataset) -> None:
+    header.add_new("KVP", "LO", "120 ")  # the same bytes as another type
+
+
+def _keep_series(header: Dataset) -> None:
+    header.SeriesInstanceUID = uid("series")
+
+
+def _keep_instance(header: Dataset) -> None:
+    header.SOPInstanceUID = uid("series", "instance", 0)
+
+
+def _change_charset(header: Dataset) -> None:
+    header.SpecificCharacterSet = "ISO_IR 192"
+
+
+FAULTS = {
+    "SpecificCharacterSet": _change_charset,
+    "PatientID": _swap_patient,
+    "ImagePositionPatient": _move,
+    "RescaleSlope": _round,
+    "AccessionNumber": _forget,
+    "SliceLocation": _invent,
+    "KVP": _retype,
+    "SeriesInstanceUID": _keep_series,
+    "SOPInstanceUID": _keep_instance,
+}
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_of_our_own_in_the_header_does_not_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, syntax: str, what: str
+) -> None:
+    """The proof looks at the source, not at the header that was meant to be written."""
+
+    def faulty(header: Dataset, *how: Any) -> None:
+        describe(header, *how)
+        FAULTS[what](header)
+
+    (path,) = write_series(tmp_path, phantom(1, 16))
+    edit(path, lambda ds: setattr(ds.file_meta, "TransferSyntaxUID", UID(syntax)))
+    assert dcmread(path).original_encoding == (syntax == ImplicitVRLittleEndian, True)
+    volume = read_volume([path])
+    call(volume, volume.hu, tmp_path)
+    monkeypatch.setattr(module, "describe", faulty)
+    with pytest.raises(DerivationError, match=rf" in {what}\b") as refused:
+        call(volume, volume.hu, tmp_path)
+    assert "OTHER" not in str(refused.value)
+
+
+def test_a_fault_of_our_own_in_the_copy_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = module.explicit_copy
+
+    def faulty(source: Dataset, **how: Any) -> Dataset:
+        made = copy(source, **how)
+        made.PatientName, made.Rows = "Other^Person", 8
+        return made
+
+    volume = read_volume(write_series(tmp_path, phantom(1, 16)))
+    monkeypatch.setattr(module, "explicit_copy", faulty)
+    with pytest.raises(DerivationError, match="in PatientName, Rows"):
         call(volume, volume.hu, tmp_path)
 
 
