@@ -21,7 +21,7 @@ from dicomnode.derive import DerivedInstance, derive_series
 from dicomnode.errors import NodeError
 from dicomnode.spool import PART_SUFFIX, sync_folder
 from pipelines import gate, guard
-from pipelines.base import Options, Pipeline, pipeline_hash
+from pipelines.base import ModelCard, Options, Pipeline, pipeline_hash
 from pipelines.volume import read_volume
 
 MANIFEST = "manifest.json"
@@ -86,6 +86,22 @@ class Manifest:
         return cls(**content)
 
 
+def identify(card: ModelCard, options: Options) -> str:
+    """Hash of a pipeline with these options, which becomes part of every derived UID.
+
+    Raises
+    ------
+    NodeError
+        If an option changes no voxel with this pipeline: the same image would get another UID.
+    """
+    if options.strength != 1 and not card.noise_map:
+        raise NodeError(
+            f"strength {options.strength:g} changes nothing in {card.name}, which takes no noise map; remove it from "
+            "config.yaml (blend works with every pipeline)"
+        )
+    return pipeline_hash(card, options)
+
+
 def denoise_series(
     paths: Sequence[Path],
     out: Path,
@@ -115,11 +131,14 @@ def denoise_series(
         The series may not be denoised (by this pipeline).
     Withheld
         The guard said no.
+    NodeError
+        The options are not for this pipeline.
     DerivationError, OSError
         The result could not be written as meant.
     """
     if (out / MANIFEST).exists():
         return Manifest.read(out)
+    identity = identify(pipeline.card, options)
     part = out.with_name(f"{out.name}.{os.getpid()}{PART_SUFFIX}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -134,7 +153,6 @@ def denoise_series(
         if verdict.withheld:
             raise Withheld(verdict.withheld, asdict(verdict))
         clock.done("guard")
-        identity = pipeline_hash(pipeline.card, options)
         instances = derive_series(
             volume,
             hu,

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dicomnode.config import Derivation
-from dicomnode.denoise import Withheld, denoise_series
+from dicomnode.denoise import Withheld, denoise_series, identify
 from dicomnode.errors import NodeError, WorkerDied
-from pipelines.base import Options, Pipeline, UnknownPipeline, load, pipeline_hash
+from pipelines.base import Options, Pipeline, UnknownPipeline, load
 from pipelines.volume import SeriesRefused
 
 log = logging.getLogger(__name__)
@@ -95,12 +95,12 @@ class Worker:
         Raises
         ------
         NodeError
-            If the pipeline cannot be loaded, with its error.
+            If the pipeline cannot be loaded, with its error, or the options are not for it.
         WorkerDied
         """
         answer = self._ask({"describe": uses, "options": asdict(options)}, None, lambda stage, fraction: None)
         if "error" in answer:
-            raise NodeError(f"pipeline {uses!r} cannot be loaded: {answer['error']}")
+            raise NodeError(answer["error"])
         return str(answer["pipeline_hash"])
 
     def run(self, request: Request, report: Callable[[str, float], None]) -> Outcome:
@@ -215,9 +215,11 @@ class _Child:
 
     def _describe(self, uses: str, options: Options) -> dict[str, Any]:
         try:
-            return {"pipeline_hash": pipeline_hash(self._pipeline(uses).card, options)}
+            return {"pipeline_hash": identify(self._pipeline(uses).card, options)}
+        except NodeError as error:
+            return {"error": f"pipeline {uses!r}: {error}"}
         except Exception as error:  # whatever a foreign pipeline raises while loading is its answer
-            return {"error": f"{type(error).__name__}: {error}"}
+            return {"error": f"pipeline {uses!r} cannot be loaded: {type(error).__name__}: {error}"}
 
     def _run(self, request: Request) -> Outcome:
         try:

@@ -60,7 +60,7 @@ class Options:
     """What a user may turn. Both move voxels, so both are part of the pipeline hash.
 
     strength
-        Scale of the noise map (0.5 to 1.5); only for networks that take one.
+        Scale of the noise map (0.5 to 1.5); only for cards with `ModelCard.noise_map`, any other takes 1 alone.
     blend
         Part of the denoised image in the output: ``out = (1 - blend)·in + blend·denoised`` (0 to 1).
     """

@@ -20,6 +20,7 @@ from scanner import image
 from dicomnode import denoise as module
 from dicomnode.config import Derivation
 from dicomnode.denoise import MANIFEST, Manifest, Withheld, denoise_series, remove_partial
+from dicomnode.errors import NodeError
 from pipelines.base import Envelope, ModelCard, Options, load, pipeline_hash
 from pipelines.identity import Identity
 from pipelines.volume import SeriesRefused, Volume
@@ -217,7 +218,18 @@ def test_what_killed_attempts_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_options_and_instances_survive_json(series_files: list[Path], tmp_path: Path) -> None:
-    manifest = run(series_files, tmp_path / "job", options=Options(strength=0.8, blend=0.25))
+    pipeline = Counting()
+    pipeline.card = replace(pipeline.card, noise_map=True)
+    manifest = run(series_files, tmp_path / "job", pipeline, options=Options(strength=0.8, blend=0.25))
     again = Manifest.read(tmp_path / "job")
     assert again.options == Options(strength=0.8, blend=0.25)
     assert asdict(again) == asdict(manifest)
+
+
+def test_a_strength_that_changes_nothing_is_refused_before_any_work(series_files: list[Path], tmp_path: Path) -> None:
+    """It would give the same voxels other UIDs."""
+    pipeline = Counting()
+    with pytest.raises(NodeError, match=r"strength 0\.8 changes nothing in identity, which takes no noise map"):
+        run(series_files, tmp_path / "job", pipeline, options=Options(strength=0.8))
+    assert pipeline.calls == 0
+    assert list(tmp_path.iterdir()) == []

@@ -61,12 +61,21 @@ def test_image_type_value_2_is_the_sites(tmp_path: Path) -> None:
 
 def test_derivation_is_told(tmp_path: Path) -> None:
     path, *_ = write_series(tmp_path, phantom(1, 16))
-    ds = derive_one(path, tmp_path / "out", options=Options(strength=0.8, blend=0.9))
+    card = replace(CARD, noise_map=True)
+    ds = derive_one(path, tmp_path / "out", card=card, options=Options(strength=0.8, blend=0.9))
     for part in ("st3d", "1.2", "fp32", "abababab", "strength 0.8", "blend 0.9"):
         assert part in ds.DerivationDescription
     assert len(ds.DerivationDescription) <= 1024
     assert ds.DerivationDescription.isascii()
     assert [dicom_code(item) for item in ds.DerivationCodeSequence] == [("113087", "DCM", "Smoothing")]
+
+
+def test_strength_is_told_only_of_what_takes_one(tmp_path: Path) -> None:
+    path, *_ = write_series(tmp_path, phantom(1, 16))
+    told = derive_one(path, tmp_path / "out").DerivationDescription
+    assert told == "Noise reduction by st3d 1.2 (precision fp32, weights SHA-256 abababababababab): blend 1"
+    told = derive_one(path, tmp_path / "out", card=replace(CARD, noise_map=True)).DerivationDescription
+    assert told.endswith(": strength 1, blend 1")
 
 
 def test_earlier_derivations_stay(tmp_path: Path) -> None:
