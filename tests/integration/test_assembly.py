@@ -202,12 +202,13 @@ def test_the_same_image_again(node: NodeProcess, oracle: StorageOracle, tmp_path
     uid = images[0].series_uid
     send(node.port, images)
     node.wait_series(uid, "DONE")
-    row, derived = node.series(uid), derived_series(oracle, images)
+    jobs, derived = node.jobs(), derived_series(oracle, images)
     copies = {one: list(oracle.received[one]) for one in next(iter(derived.values()))}
 
     send(node.port, images[2:4])
     flush(node, tmp_path, "again")
-    assert node.series(uid) == row
+    wait_for(lambda: node.series(uid)["state"] == "CLOSED", 10, "the series to be judged again")
+    assert (node.jobs(), node.series(uid)["n_instances"]) == (jobs, len(images))
     assert len(list((node.spool / "instances" / uid).iterdir())) == SLICES
     assert not (node.spool / "conflicts" / uid).exists()
     node.wait_series(uid, "DONE")

@@ -143,9 +143,7 @@ def test_a_series_is_one_job(reception: Callable[..., Reception], files: list[Pa
     assert (kept["n_instances"], kept["generation"], kept["n_conflicts"]) == (6, 1, 0)
 
 
-def test_the_same_series_received_twice_is_one_job(
-    reception: Callable[..., Reception], files: list[Path]
-) -> None:
+def test_the_same_series_received_twice_is_one_job(reception: Callable[..., Reception], files: list[Path]) -> None:
     node = reception()
     node.run(*files)
     node.begin()
@@ -419,9 +417,7 @@ def test_an_object_whose_file_was_removed_is_taken_anew_with_other_bytes(
 # ── recovery ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_file_without_a_row_is_indexed_at_start(
-    reception: Callable[..., Reception], files: list[Path]
-) -> None:
+def test_a_file_without_a_row_is_indexed_at_start(reception: Callable[..., Reception], files: list[Path]) -> None:
     node = reception()
     for path in files:
         node.receive(path, tell=False)
