@@ -22,6 +22,7 @@ from demo.progress import Step
 from demo.report import report
 from demo.series import DOSE, Source, find_ct, make_phantom
 from dicomnode.db import JobKind, JobState
+from dicomnode.delivery import Verdict, judge
 from dicomnode.errors import PeerError
 from dicomnode.scu import Answer, Refused, store
 from pipelines import base
@@ -145,7 +146,7 @@ def _send(node: Node, sources: Sequence[Source]) -> set[str]:
         def told(answer: Answer | Refused) -> None:
             if isinstance(answer, Refused):
                 refused.append(f"{answer.sop_instance_uid}: {answer.reason}")
-            elif answer.status != 0:
+            elif judge(answer.status, unanswered_before=False) is not Verdict.ACCEPTED:
                 refused.append(f"{answer.sop_instance_uid}: status 0x{answer.status:04X}")
             else:
                 accepted.add(answer.sop_instance_uid)

@@ -19,7 +19,7 @@ from pydicom.errors import InvalidDicomError
 from dicomnode import jobs as job_table
 from dicomnode.config import Config, load
 from dicomnode.db import JobState, deliveries, job_events, jobs, now, open_database, series, transfers
-from dicomnode.delivery import peer
+from dicomnode.delivery import Verdict, judge, peer
 from dicomnode.denoise import Withheld, denoise_series
 from dicomnode.errors import ConfigError, NodeError, PeerError
 from dicomnode.node import Node
@@ -148,9 +148,11 @@ def _send(arguments: argparse.Namespace) -> int:
         if isinstance(answer, Refused):
             bad += 1
             print(f"{answer.sop_instance_uid}: not sent, {answer.reason}", file=sys.stderr)
-        elif answer.status != 0:
+        elif judge(answer.status, unanswered_before=False) is not Verdict.ACCEPTED:
             bad += 1
             print(f"{answer.sop_instance_uid}: 0x{answer.status:04X}", file=sys.stderr)
+        elif answer.status != 0:
+            print(f"{answer.sop_instance_uid}: accepted with warning 0x{answer.status:04X}", file=sys.stderr)
 
     begun = time.monotonic()
     store(destination, items, told, lambda: False)

@@ -22,6 +22,7 @@ import logging
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection
 from datetime import timedelta
 from enum import Enum
@@ -39,7 +40,8 @@ from dicomnode.scu import Answer, Outgoing, Peer, Refused, store
 
 log = logging.getLogger(__name__)
 
-_ACCEPTED = frozenset({0x0000, 0xB000, 0xB006, 0xB007})
+_WARNINGS = frozenset({0xB000, 0xB006, 0xB007})
+_ACCEPTED = _WARNINGS | {0x0000}
 _REFUSED = frozenset({0x0117, 0x0122, 0x0124})
 _DUPLICATE = 0x0111
 _WRITE_EVERY_S = 0.5
@@ -197,6 +199,8 @@ class Delivery:
             trouble = f"unexpected {type(error).__name__}; see the log"
         finally:
             answers.write()
+        if warned := answers.warned():
+            log.warning("job %s: %s: %s", job_id[:12], destination, warned)
         self._finish(job_id, destination, trouble, rejected, answers)
 
     def _begin(self, job_id: str, destination: str, attempt: int) -> list[Outgoing] | None:
@@ -275,6 +279,8 @@ class Delivery:
             row = connection.execute(sa.select(deliveries).where(*mine)).one()
             if row.state != DeliveryState.SENDING:
                 return
+            if warned := answers.warned():
+                job_table.add_event(connection, job_id, JobState.DISPATCHING, f"{destination}: {warned}")
             failures = 0 if answers.progressed else row.failures + 1
             rejections = row.rejections + 1 if rejected else 0
             state, reason, pause = self._conclude(connection, row, ours, trouble, failures, rejections)
@@ -360,6 +366,7 @@ class _Answers:
         self._unwritten: list[Answer | Refused] = []
         self._written_at = time.monotonic()
         self._looked_at = time.monotonic()
+        self._warnings: Counter[int] = Counter()
         self.expected = ""
         """SOP Instance UID of the request that is on the wire without an answer; empty if none is."""
         self.progressed = False
@@ -371,10 +378,17 @@ class _Answers:
     def take(self, answer: Answer | Refused) -> None:
         self.expected = ""
         self._unwritten.append(answer)
-        if isinstance(answer, Answer) and judge(answer.status, unanswered_before=True) is Verdict.LATER:
-            self.peer_is_full = True
+        if isinstance(answer, Answer):
+            if judge(answer.status, unanswered_before=True) is Verdict.LATER:
+                self.peer_is_full = True
+            if answer.status in _WARNINGS:
+                self._warnings[answer.status] += 1
         if time.monotonic() - self._written_at >= _WRITE_EVERY_S:
             self.write()
+
+    def warned(self) -> str:
+        """What was accepted with a warning, in words; empty if nothing was."""
+        return ", ".join(f"{n} accepted with warning 0x{status:04X}" for status, n in sorted(self._warnings.items()))
 
     def time_to_look(self) -> bool:
         if time.monotonic() - self._looked_at < _CANCEL_LOOK_S:

@@ -115,6 +115,19 @@ def test_send_tells_of_a_refused_image(config: Path, tmp_path: Path, capsys: pyt
     assert f"{refused}: 0xA900" in said.err
 
 
+@pytest.mark.parametrize("status", [0xB000, 0xB006, 0xB007])
+def test_send_counts_a_warning_as_accepted_and_tells_it(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    files = write_series(tmp_path / "ct", phantom(2))
+    warned = dcmread(files[0]).SOPInstanceUID
+    with StorageOracle(Script(status_of={warned: status})) as oracle:
+        assert main(["send", "pacs", str(tmp_path / "ct"), "--config", str(with_peer(config, oracle))]) == OK
+    said = capsys.readouterr()
+    assert "2 of 2 accepted" in said.out
+    assert f"{warned}: accepted with warning 0x{status:04X}" in said.err
+
+
 def test_jobs_list_and_show(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add_job(config, "a" * 40, JobState.SKIPPED, "gap: a slice is missing")
     add_job(config, "b" * 40, JobState.QUEUED, "series closed")

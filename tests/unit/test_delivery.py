@@ -156,6 +156,18 @@ def test_a_warning_is_accepted_and_kept(sender: Sender, oracle: StorageOracle, s
     assert {(one["status"], one["detail"]) for one in kept} == {(status, f"status 0x{status:04X}")}
 
 
+def test_warnings_are_told_once_for_each_attempt(
+    sender: Sender, oracle: StorageOracle, caplog: pytest.LogCaptureFixture
+) -> None:
+    oracle.script = Script(status_of_nth={1: 0xB000, 2: 0xB007, 3: 0xB000, 4: 0xC000})
+    told = "pacs: 2 accepted with warning 0xB000, 1 accepted with warning 0xB007"
+    sender.attempt()
+    sender.attempt()
+    assert sender.row()["state"] == DeliveryState.SENT
+    assert [what for _, what in events(sender.database) if "warning" in what] == [told]
+    assert [record.levelname for record in caplog.records if told in record.getMessage()] == ["WARNING"]
+
+
 def test_only_what_is_missing_is_sent_again(sender: Sender, oracle: StorageOracle) -> None:
     oracle.script = Script(status_of={UIDS[1]: 0xC000})
     again = sender.attempt()
