@@ -19,7 +19,7 @@ from dicomnode.db import OURS, alembic_config, metadata, migrate, now, open_data
 REVIEWED = {
     "series": "series_uid study_uid state generation n_instances n_conflicts evidence first_at last_at",
     "instances": "series_uid sop_instance_uid sop_class_uid study_uid transfer_syntax_uid path size_bytes sha256 "
-    "calling_ae called_ae generation received_at",
+    "calling_ae called_ae received_at",
     "jobs": "id kind series_uid study_uid generation calling_ae route route_reason state reason priority pipeline uses "
     "strength blend pipeline_hash fingerprint derived_series_uid superseded_by runs crashes enqueued next_try_at "
     "cancel_requested worker progress n_in n_out measured created_at started_at finished_at updated_at",
