@@ -109,12 +109,19 @@ def load(name: str) -> Pipeline:
     raise UnknownPipeline(f"no pipeline {name!r}; there are: {', '.join(names())}")
 
 
+VOXEL_REVISION = 1
+"""Revision of the code that every voxel passes, from the file that came to the file that goes: HU and padding of the
+source, safety rails, noise level, units, streaming, stored values. Raise it with any change there that moves a voxel by
+more than float rounding; tests/contract/test_golden_output.py fails until then."""
+
+
 def pipeline_hash(card: ModelCard, options: Options) -> str:
-    """Digest of everything that can move a voxel: name, version, weights, options and the precision that runs.
+    """Digest of everything that can move a voxel: name, version, weights, options, precision that runs, and our code.
 
     It is part of every derived UID (docs/architecture.md): whatever changes a pixel changes the UID.
     """
     what = {
+        "voxel_revision": VOXEL_REVISION,
         "name": card.name,
         "version": card.version,
         "weights_sha256": card.weights_sha256,
