@@ -67,7 +67,6 @@ def add_series(
                 sha256="0" * 64,
                 calling_ae="SCANNER",
                 called_ae="NODE",
-                generation=1,
                 received_at=now(),
             )
         )
