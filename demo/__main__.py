@@ -21,8 +21,8 @@ from demo.processes import HOST, DemoFailed
 from demo.progress import Step
 from demo.report import report
 from demo.series import DOSE, Source, find_ct, make_phantom
+from dicomnode.answers import Verdict, judge
 from dicomnode.db import JobKind, JobState
-from dicomnode.delivery import Verdict, judge
 from dicomnode.errors import PeerError
 from dicomnode.scu import Answer, Refused, store
 from pipelines import base

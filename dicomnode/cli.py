@@ -17,9 +17,10 @@ from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 
 from dicomnode import jobs as job_table
+from dicomnode.answers import Verdict, judge
 from dicomnode.config import Config, load
 from dicomnode.db import JobState, deliveries, job_events, jobs, now, open_database, series, transfers
-from dicomnode.delivery import Verdict, judge, peer
+from dicomnode.delivery import peer
 from dicomnode.denoise import Withheld, denoise_series
 from dicomnode.errors import ConfigError, NodeError, PeerError
 from dicomnode.node import Node

@@ -1,19 +1,6 @@
 """Delivery of one job to one destination: every instance's answer is kept, only what is missing is sent again.
 
-"Delivered" means that the peer answered 0x0000 or a warning for every instance (PS3.4 B.2.3). What a status
-means is decided in one place, `judge`.
-
-======================= ======================================================================================
-answer                  meaning
-======================= ======================================================================================
-0000, B000, B006, B007  accepted
-0111                    accepted if an earlier request for this instance ended without an answer, else refused
-A9xx, 0117, 0122, 0124  refused at once
-Cxxx, 0110, any other   refused after `failure_status_tries`: peers answer them for passing trouble too
-A7xx                    not yet: later again, without a count, until `give_up_after_days`
-no context accepted     refused at once, the transfer syntax named
-no answer               later again; the peer may have it (the UIDs do not change, so a second copy is the same object)
-======================= ======================================================================================
+What an answer means is said in answers.py.
 """
 
 from __future__ import annotations
@@ -21,11 +8,8 @@ from __future__ import annotations
 import logging
 import random
 import threading
-import time
-from collections import Counter
 from collections.abc import Collection
 from datetime import timedelta
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -33,45 +17,13 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from dicomnode import jobs as job_table
+from dicomnode.answers import Answers
 from dicomnode.config import Config
 from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
 from dicomnode.errors import AssociationRejected, NodeError, PeerError
-from dicomnode.scu import Answer, Outgoing, Peer, Refused, store
+from dicomnode.scu import Outgoing, Peer, store
 
 log = logging.getLogger(__name__)
-
-_WARNINGS = frozenset({0xB000, 0xB006, 0xB007})
-_ACCEPTED = _WARNINGS | {0x0000}
-_REFUSED = frozenset({0x0117, 0x0122, 0x0124})
-_DUPLICATE = 0x0111
-_WRITE_EVERY_S = 0.5
-"""Answers are written in batches: a crash between two makes at most this much be sent again."""
-_CANCEL_LOOK_S = 1.0
-
-
-class Verdict(Enum):
-    """What an answer means for one instance."""
-
-    ACCEPTED = "accepted"
-    REFUSED = "refused"
-    COUNTED = "may pass; a few tries"
-    LATER = "may pass; no count"
-
-
-def judge(status: int, *, unanswered_before: bool) -> Verdict:
-    """Meaning of a C-STORE status (PS3.4 table B.2-1, PS3.7 annex C); see the table at the top.
-
-    `unanswered_before`: an earlier request for this instance was sent to this destination and not answered.
-    """
-    if status in _ACCEPTED:
-        return Verdict.ACCEPTED
-    if status == _DUPLICATE:
-        return Verdict.ACCEPTED if unanswered_before else Verdict.REFUSED
-    if status in _REFUSED or status & 0xFF00 == 0xA900:
-        return Verdict.REFUSED
-    if status & 0xFF00 == 0xA700:
-        return Verdict.LATER
-    return Verdict.COUNTED
 
 
 def peer(config: Config, name: str) -> Peer:
@@ -177,7 +129,7 @@ class Delivery:
         begun = self._begin(job_id, destination, attempt)
         if begun is None:
             return
-        answers = _Answers(self._database, job_id, destination, self._config.delivery.failure_status_tries)
+        answers = Answers(self._database, job_id, destination, self._config.delivery.failure_status_tries)
         trouble = ""
         rejected = False
         try:
@@ -256,7 +208,7 @@ class Delivery:
             for item in rows
         ]
 
-    def _should_stop(self, answers: _Answers, job_id: str) -> bool:
+    def _should_stop(self, answers: Answers, job_id: str) -> bool:
         if self._stopping.is_set() or answers.peer_is_full:
             return True
         if not answers.time_to_look():
@@ -264,7 +216,7 @@ class Delivery:
         with self._database.connect() as connection:
             return bool(connection.execute(sa.select(jobs.c.cancel_requested).where(jobs.c.id == job_id)).scalar_one())
 
-    def _finish(self, job_id: str, destination: str, trouble: str, rejected: bool, answers: _Answers) -> None:
+    def _finish(self, job_id: str, destination: str, trouble: str, rejected: bool, answers: Answers) -> None:
         mine = (deliveries.c.job_id == job_id, deliveries.c.destination == destination)
         ours = (transfers.c.job_id == job_id, transfers.c.destination == destination)
         with self._database.begin() as connection:
@@ -353,80 +305,3 @@ class Delivery:
         longest = min(settings.retry_first_s * 2.0 ** min(max(failures - 1, 0), 30), settings.retry_max_s)
         # Jitter, so that a hundred jobs do not knock all at once on a PACS that just came back.
         return timedelta(seconds=longest * random.uniform(0.5, 1.0))  # noqa: S311
-
-
-class _Answers:
-    """Collects the answers of one attempt and writes them in batches."""
-
-    def __init__(self, database: sa.Engine, job_id: str, destination: str, tries: int) -> None:
-        self._database = database
-        self._job_id = job_id
-        self._destination = destination
-        self._tries = tries
-        self._unwritten: list[Answer | Refused] = []
-        self._written_at = time.monotonic()
-        self._looked_at = time.monotonic()
-        self._warnings: Counter[int] = Counter()
-        self.expected = ""
-        """SOP Instance UID of the request that is on the wire without an answer; empty if none is."""
-        self.progressed = False
-        self.peer_is_full = False
-
-    def expect(self, sop_instance_uid: str) -> None:
-        self.expected = sop_instance_uid
-
-    def take(self, answer: Answer | Refused) -> None:
-        self.expected = ""
-        self._unwritten.append(answer)
-        if isinstance(answer, Answer):
-            if judge(answer.status, unanswered_before=True) is Verdict.LATER:
-                self.peer_is_full = True
-            if answer.status in _WARNINGS:
-                self._warnings[answer.status] += 1
-        if time.monotonic() - self._written_at >= _WRITE_EVERY_S:
-            self.write()
-
-    def warned(self) -> str:
-        """What was accepted with a warning, in words; empty if nothing was."""
-        return ", ".join(f"{n} accepted with warning 0x{status:04X}" for status, n in sorted(self._warnings.items()))
-
-    def time_to_look(self) -> bool:
-        if time.monotonic() - self._looked_at < _CANCEL_LOOK_S:
-            return False
-        self._looked_at = time.monotonic()
-        return True
-
-    def write(self) -> None:
-        self._written_at = time.monotonic()
-        if not self._unwritten:
-            return
-        with self._database.begin() as connection:
-            for answer in self._unwritten:
-                self._write_one(connection, answer)
-        self._unwritten.clear()
-
-    def _write_one(self, connection: sa.Connection, answer: Answer | Refused) -> None:
-        mine = (
-            transfers.c.job_id == self._job_id,
-            transfers.c.destination == self._destination,
-            transfers.c.sop_instance_uid == answer.sop_instance_uid,
-        )
-        values: dict[str, object] = {"updated_at": now(), "unanswered": False}
-        if isinstance(answer, Refused):
-            values |= {"state": TransferState.REFUSED, "detail": answer.reason}
-        else:
-            row = connection.execute(sa.select(transfers.c.tries, transfers.c.unanswered).where(*mine)).one()
-            verdict = judge(answer.status, unanswered_before=row.unanswered)
-            detail = f"status 0x{answer.status:04X}"
-            values |= {"status": answer.status, "detail": detail, "state": TransferState.WAITING}
-            if verdict is Verdict.ACCEPTED:
-                values["state"] = TransferState.ACCEPTED
-            elif verdict is Verdict.REFUSED:
-                values["state"] = TransferState.REFUSED
-            elif verdict is Verdict.COUNTED:
-                values["tries"] = row.tries + 1
-                if row.tries + 1 >= self._tries:
-                    values["state"] = TransferState.REFUSED
-        if values["state"] in (TransferState.ACCEPTED, TransferState.REFUSED):
-            self.progressed = True
-        connection.execute(sa.update(transfers).where(*mine).values(**values))

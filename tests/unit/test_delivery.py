@@ -16,10 +16,12 @@ from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 from scanner import image
 from tables import CT, EXPLICIT, add_job, config_of, database_in, events, row, rows
 
+from dicomnode import answers
 from dicomnode import delivery as module
 from dicomnode import jobs as job_table
+from dicomnode.answers import Verdict, judge
 from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
-from dicomnode.delivery import Delivery, Verdict, judge, peer, plan, put_back
+from dicomnode.delivery import Delivery, peer, plan, put_back
 from dicomnode.errors import NodeError
 from dicomnode.scu import Outgoing
 
@@ -306,7 +308,7 @@ def test_a_cancel_between_look_and_begin_wins(sender: Sender, oracle: StorageOra
 
 
 def test_a_cancelled_job_is_not_sent_on(sender: Sender, oracle: StorageOracle, monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "_CANCEL_LOOK_S", 0.0)
+    monkeypatch.setattr(answers, "_CANCEL_LOOK_S", 0.0)
     oracle.script = Script(delay_s=0.2)
     thread = threading.Thread(target=sender.delivery.deliver, args=("job", "pacs", 0))
     thread.start()

@@ -12,9 +12,9 @@ import yaml
 from pynetdicom import AllStoragePresentationContexts
 
 from dicomnode import config, scp, scu
+from dicomnode.answers import Verdict, judge
 from dicomnode.cli import main
 from dicomnode.db import JobState
-from dicomnode.delivery import Verdict, judge
 from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from pipelines.testing import check_pipeline
 
