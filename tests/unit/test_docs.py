@@ -86,7 +86,7 @@ def test_statuses_as_scp() -> None:
 def test_statuses_as_scu() -> None:
     meanings = {
         "accepted": (Verdict.ACCEPTED, Verdict.ACCEPTED),
-        "accepted if an earlier attempt": (Verdict.ACCEPTED, Verdict.REFUSED),
+        "accepted if an earlier request": (Verdict.ACCEPTED, Verdict.REFUSED),
         "refused": (Verdict.REFUSED, Verdict.REFUSED),
         "sent again later": (Verdict.LATER, Verdict.LATER),
         "sent again, at most": (Verdict.COUNTED, Verdict.COUNTED),
