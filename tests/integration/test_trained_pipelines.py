@@ -12,7 +12,7 @@ from ct_builder import write_series
 from node_process import NodeProcess
 from numpy.typing import NDArray
 from peers import orthanc, storescu
-from test_wire_to_wire import check_derived, derived_of, hu
+from test_wire_to_wire import check_derived, derived_of, header, hu
 
 from training.phantom import chest_abdomen, tissue_masks
 from training.simulate import low_dose
@@ -53,9 +53,9 @@ def test_a_quarter_dose_phantom_comes_back_denoised(tmp_path: Path, truth: NDArr
     with orthanc(tmp_path) as pacs, NodeProcess(tmp_path / "node", pacs.port, settings(pipeline)) as node:
         storescu(node.port, sources)
         (job,) = node.wait_jobs("DONE", timeout_s=120)
-        pairs = derived_of(pacs, sources)
-    check_derived(pairs, SLICES, tmp_path)
-    pairs.sort(key=lambda pair: float(pair[0].ImagePositionPatient[2]))
+        pairs = derived_of(pacs, sources, tmp_path / "derived")
+    check_derived(pairs, SLICES)
+    pairs.sort(key=lambda pair: float(header(pair[0]).ImagePositionPatient[2]))
     before = np.stack([hu(source) for source, _ in pairs])
     after = np.stack([hu(derived) for _, derived in pairs])
     gain_db = psnr_db(after, truth) - psnr_db(before, truth)
@@ -77,8 +77,8 @@ def test_a_real_series_comes_back_with_less_noise(
     with orthanc(tmp_path) as pacs, NodeProcess(tmp_path / "node", pacs.port, settings(pipeline)) as node:
         storescu(node.port, sources)
         node.wait_jobs("DONE", timeout_s=120)
-        pairs = derived_of(pacs, sources)
-    check_derived(pairs, len(sources), tmp_path)
+        pairs = derived_of(pacs, sources, tmp_path / "derived")
+    check_derived(pairs, len(sources))
     changed = [hu(derived) - hu(source) for source, derived in pairs]
     assert float(np.std(changed)) > 1.0
     for source, derived in pairs:
