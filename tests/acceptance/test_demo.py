@@ -186,7 +186,8 @@ def test_a_folder_without_orthanc_and_a_second_time(tmp_path: Path) -> None:
 def test_ctrl_c_stops_the_node_and_the_pacs(tmp_path: Path) -> None:
     write_series(tmp_path / "ct", phantom(3))
     process = subprocess.Popen(
-        command("--ct", tmp_path / "ct", "--out", tmp_path / "out"),
+        # What a shell starts in the background ignores SIGINT, and so does whatever that starts.
+        ["env", "--default-signal=INT", *command("--ct", tmp_path / "ct", "--out", tmp_path / "out")],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
