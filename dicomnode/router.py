@@ -37,8 +37,7 @@ from dicomnode.conditions import (
     vr_of,
 )
 from dicomnode.config import Route
-from pipelines import elements
-from pipelines.ct_slice import OWN_MANUFACTURER, PROCESSING_EQUIPMENT
+from pipelines.ct_slice import OWN_MANUFACTURER, is_own_output
 
 Action = Literal["pipeline", "forward", "ignore"]
 
@@ -255,7 +254,7 @@ def header_values(ds: Dataset, keywords: Collection[str]) -> dict[str, object]:
     meets. A sequence or binary attribute gives its number of items or bytes, enough for ``exists``. `OWN_OUTPUT` among
     the keywords asks whether the node derived the object itself.
     """
-    found: dict[str, object] = {OWN_OUTPUT: True} if OWN_OUTPUT in keywords and _is_own_output(ds) else {}
+    found: dict[str, object] = {OWN_OUTPUT: True} if OWN_OUTPUT in keywords and is_own_output(ds) else {}
     for keyword in keywords:
         tag = tag_for_keyword(keyword)
         if tag is None or tag not in ds:
@@ -264,24 +263,6 @@ def header_values(ds: Dataset, keywords: Collection[str]) -> dict[str, object]:
         if values:
             found[keyword] = values[0] if len(values) == 1 else values
     return found
-
-
-def _is_own_output(ds: Dataset) -> bool:
-    """Whether an item of ContributingEquipmentSequence is ours, as `dicomnode.derived_header` writes it."""
-    try:
-        equipment = elements.items(ds, "ContributingEquipmentSequence")
-    except elements.BadElement:
-        return False
-    return any(map(_is_own_equipment, equipment))
-
-
-def _is_own_equipment(item: Dataset) -> bool:
-    try:
-        purposes = {elements.text(code, "CodeValue") for code in elements.items(item, "PurposeOfReferenceCodeSequence")}
-        manufacturer = elements.text(item, "Manufacturer")
-        return manufacturer.casefold() == OWN_MANUFACTURER and PROCESSING_EQUIPMENT in purposes
-    except elements.BadElement:  # this item of another node; ours may follow
-        return False
 
 
 def _element_values(ds: Dataset, tag: int) -> list[Scalar]:

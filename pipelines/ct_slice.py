@@ -287,14 +287,27 @@ def _refuse_other_objects(ds: Dataset, uid: str) -> None:
         raise SeriesRefused("multi-frame", f"{uid} is a multi-frame object ({name}); only single-frame CT is read")
 
 
+def is_own_output(ds: Dataset) -> bool:
+    """Was this derived by a node like this? Says its ContributingEquipmentSequence (PS3.3 C.12.1); never raises."""
+    try:
+        equipment = items(ds, "ContributingEquipmentSequence")
+    except BadElement:
+        return False
+    return any(map(_is_own_equipment, equipment))
+
+
+def _is_own_equipment(item: Dataset) -> bool:
+    try:
+        purposes = {text(code, "CodeValue") for code in items(item, "PurposeOfReferenceCodeSequence")}
+        return text(item, "Manufacturer").casefold() == OWN_MANUFACTURER and PROCESSING_EQUIPMENT in purposes
+    except BadElement:  # this item of another system; ours may follow
+        return False
+
+
 def _refuse_own_output(ds: Dataset, uid: str) -> None:
     """What this node derived may come back from the PACS; denoising it again would smooth it twice."""
-    for item in items(ds, "ContributingEquipmentSequence"):
-        purposes = {text(code, "CodeValue") for code in items(item, "PurposeOfReferenceCodeSequence")}
-        if text(item, "Manufacturer").casefold() == OWN_MANUFACTURER and PROCESSING_EQUIPMENT in purposes:
-            raise SeriesRefused(
-                "own-output", f"{uid} was derived by {OWN_MANUFACTURER} already and is not denoised again"
-            )
+    if is_own_output(ds):
+        raise SeriesRefused("own-output", f"{uid} was derived by {OWN_MANUFACTURER} already and is not denoised again")
 
 
 def _refuse_image_type(ds: Dataset, uid: str) -> None:
