@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from pipelines.base import Options, load
 from pipelines.noise import noise_level
 from pipelines.runtime import WEIGHTS
 from pipelines.volume import Geometry, Volume
+from training.metrics import FULL, SOFT_TISSUE, psnr
 from training.phantom import chest_abdomen, tissue_masks
 from training.simulate import low_dose
 
@@ -23,9 +23,6 @@ Array = NDArray[np.float32]
 DOSE = 0.25
 PIXEL_MM = 0.75
 SPACING_MM = 2.5
-FULL_RANGE_HU = (-1024.0, 3071.0)
-WINDOW_HU = (-160.0, 240.0)
-"""Soft-tissue window: values are clipped to it for the second PSNR."""
 PAGES = Path(__file__).parents[1] / "docs" / "models"
 
 
@@ -43,12 +40,6 @@ def phantom_volume(hu: Array, pixel_mm: float = PIXEL_MM, spacing_mm: float = SP
         slice_paths=(),
         padding=np.zeros(hu.shape, np.bool_),
     )
-
-
-def psnr(image: Array, truth: Array, hu_range: tuple[float, float]) -> float:
-    """``20·log10(range / RMSE)`` in dB of images clipped to `hu_range`."""
-    error = np.clip(image, *hu_range) - np.clip(truth, *hu_range)
-    return 20 * math.log10((hu_range[1] - hu_range[0]) / math.sqrt(float(np.mean(error * error, dtype=np.float64))))
 
 
 def measure(before: Array, after: Array, truth: Array) -> dict[str, Any]:
@@ -73,11 +64,8 @@ def measure(before: Array, after: Array, truth: Array) -> dict[str, Any]:
     nothing = np.zeros(truth.shape, np.bool_)
     return {
         "psnr_db": {
-            f"{low:g} to {high:g} HU": [
-                round(psnr(before, truth, (low, high)), 2),
-                round(psnr(after, truth, (low, high)), 2),
-            ]
-            for low, high in (FULL_RANGE_HU, WINDOW_HU)
+            str(window): [round(psnr(image, truth, window), 2) for image in (before, after)]
+            for window in (FULL, SOFT_TISSUE)
         },
         "noise_level_hu": [round(noise_level(image, nothing, PIXEL_MM), 1) for image in (before, after)],
         "tissues": tissues,
