@@ -252,7 +252,7 @@ def test_back_off_survives_the_death_of_the_node(tmp_path: Path) -> None:
 @pytest.mark.peer
 def test_orthanc_killed_in_the_middle(tmp_path: Path) -> None:
     require_peer("Orthanc", "storescu")
-    slices = 80
+    slices = 240  # sent in two seconds or so: time to see the first and kill it
     paths = write_series(tmp_path / "ct", phantom(slices), name="orthanc killed")
     with orthanc(tmp_path) as pacs, NodeProcess(tmp_path / "node", pacs.port) as node:
         assert storescu(node.port, paths).returncode == 0
