@@ -13,6 +13,9 @@ TORCH    ?= $(if $(filter Linux,$(shell uname -s)),torch==2.13.0+cpu,torch==2.13
 PIPELINE ?= fast-2.5d
 CT       ?=
 
+# More than two cores have: most tests wait for silence or a deadline. Files stay whole, they share fixtures; they run
+# in their order, or xdist would leave those with few and long tests to the end.
+TESTERS      := 3
 TORCH_WHEELS := https://download.pytorch.org/whl/cpu
 PEERS        := Orthanc:orthanc storescu:dcmtk dciodvfy:dicom3tools strace:strace
 # Debian installs Orthanc to /usr/sbin, which is not on every user's path.
@@ -27,7 +30,7 @@ demo: $(VENV)/.for-demo
 	$(BIN)/python -m demo --pipeline '$(PIPELINE)' $(if $(CT),--ct '$(CT)')
 
 test: $(VENV)/.for-tests peers
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.for-tests
 	$(BIN)/ruff check .
