@@ -351,11 +351,13 @@ def _as_read(ds: Dataset, keyword: str) -> _Element | None:
 def _carried(source: _Element | None, written: _Element | None) -> bool:
     """Whether an element came over as it was: absent, or the same bytes under the same value representation.
 
-    The words of a big endian source lie the other way round, and an implicit one says no value representation.
+    The words of a big endian source lie the other way round. An implicit one says no value representation, and where an
+    explicit one says UN, the dictionary knows it.
     """
     if source is None or written is None:
         return source is written
-    if written.VR not in (source.VR or dictionary_VR(source.tag)).split(" or "):
+    known = source.VR not in (None, "UN")
+    if written.VR != source.VR and (known or written.VR not in dictionary_VR(source.tag).split(" or ")):
         return False
     if not isinstance(source, RawDataElement) or not isinstance(written, RawDataElement):
         return source == written or not (source.value or written.value)

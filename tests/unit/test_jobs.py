@@ -438,6 +438,7 @@ def test_retry_sends_again_only_what_was_not_accepted(connection: sa.Connection)
                 sop_class_uid="1",
                 transfer_syntax_uid="1",
                 path=uid,
+                sha256="0" * 64,
                 state=state,
                 tries=5,
                 updated_at=now(),
