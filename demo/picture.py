@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from demo.quality import WINDOW_HU
+from training.metrics import SOFT_TISSUE
 
 Array = NDArray[np.float32]
 
@@ -22,14 +22,15 @@ _MIN_PANEL_PX = 380
 def draw(path: Path, before_hu: Array, after_hu: Array, title: str) -> None:
     """Write the picture of one slice; `before_hu` and `after_hu` are (y, x).
 
-    Both images have the window of `demo.quality`. The difference has a scale of its own, ±3 times its spread, written
+    Both images have the soft-tissue window. The difference has a scale of its own, ±3 times its spread, written
     below it: it should hold noise and no anatomy.
     """
     difference = before_hu - after_hu
     reach = max(10.0, float(np.ceil(3 * difference.std() / 10) * 10))
+    window = (SOFT_TISSUE.low_hu, SOFT_TISSUE.high_hu)
     panels = [
-        ("before", before_hu, WINDOW_HU),
-        (f"after: {title}", after_hu, WINDOW_HU),
+        ("before", before_hu, window),
+        (f"after: {title}", after_hu, window),
         ("difference, before - after", difference, (-reach, reach)),
     ]
     zoom = -(-_MIN_PANEL_PX // before_hu.shape[1])
@@ -37,12 +38,12 @@ def draw(path: Path, before_hu: Array, after_hu: Array, title: str) -> None:
     sheet = Image.new("L", (3 * width + 4 * _MARGIN_PX, _TITLE_PX + height + _SCALE_PX), _PAPER)
     pen = ImageDraw.Draw(sheet)
     font, small = ImageFont.load_default(18), ImageFont.load_default(14)
-    for k, (name, image, window) in enumerate(panels):
+    for k, (name, image, shown) in enumerate(panels):
         left = _MARGIN_PX + k * (width + _MARGIN_PX)
         pen.text((left, 7), name, _INK, font)
-        grey = Image.fromarray(_grey(image, window)).resize((width, height), Image.Resampling.NEAREST)
+        grey = Image.fromarray(_grey(image, shown)).resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(grey, (left, _TITLE_PX))
-        _scale(pen, small, left, _TITLE_PX + height + 8, window)
+        _scale(pen, small, left, _TITLE_PX + height + 8, shown)
     sheet.save(path, optimize=True)
 
 

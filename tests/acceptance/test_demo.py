@@ -94,7 +94,8 @@ def psnr(hu: NDArray[np.float64], truth: NDArray[np.floating]) -> float:
 
 
 def ssim(hu: NDArray[np.float64], truth: NDArray[np.floating]) -> float:
-    pairs = zip(hu.clip(LOW_HU, HIGH_HU), truth.clip(LOW_HU, HIGH_HU).astype(np.float64), strict=True)
+    # From the window's lower end: luminance is part of the index.
+    pairs = zip(hu.clip(LOW_HU, HIGH_HU) - LOW_HU, truth.clip(LOW_HU, HIGH_HU).astype(np.float64) - LOW_HU, strict=True)
     return float(
         np.mean(
             [

@@ -516,6 +516,14 @@ CHEST = {
         ({"SeriesDescription": "Lung screening"}, "chest-low-dose-thin", "pipeline"),
         ({"BodyPartExamined": "LUNG", "SeriesDescription": "ldct"}, "chest-low-dose-thin", "pipeline"),
         ({"SliceThickness": 2.5}, "chest-low-dose", "pipeline"),
+        *(
+            ({"ConvolutionKernel": sharp}, "chest-low-dose", "pipeline")
+            for sharp in ("LUNG", "B70f", "Bl57d", "L", "YA")
+        ),
+        *(
+            ({"ConvolutionKernel": soft}, "chest-low-dose-thin", "pipeline")
+            for soft in ("STANDARD", "B30f", "Br40d", "B")
+        ),
         ({"SliceThickness": "thin"}, "chest-low-dose", "pipeline"),
         ({"SeriesDescription": "CHEST STANDARD"}, "other-ct", "forward"),
         ({"BodyPartExamined": "HEAD"}, "other-ct", "forward"),
