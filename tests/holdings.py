@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from node_process import NodeProcess
-from peers import StorageOracle
+from oracle import StorageOracle
 from pydicom import Dataset
 from scanner import Image, data_set, header
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from peers import HOST, VERIFICATION
+from oracle import VERIFICATION
+from peers import HOST
 from pydicom import Dataset, dcmread
 from pydicom.filereader import _read_file_meta_info, read_dataset, read_preamble
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian

@@ -12,7 +12,8 @@ from conftest import require_peer
 from ct_builder import phantom, write_series
 from holdings import check_holds_one_derived, check_kept, datasets, derived_series
 from node_process import NodeProcess, alive
-from peers import StorageOracle, orthanc, storescu, wait_for
+from oracle import StorageOracle
+from peers import orthanc, storescu, wait_for
 from pydicom import dcmread
 from scanner import Image, Scanner, image, send
 

@@ -19,7 +19,8 @@ from conftest import require_peer
 from ct_builder import phantom, write_series
 from holdings import check_holds_one_derived, check_holds_the_result, check_kept
 from node_process import NodeProcess, alive
-from peers import Script, StorageOracle, orthanc, storescu, wait_for
+from oracle import Script, StorageOracle
+from peers import orthanc, storescu, wait_for
 from pydicom import dcmread
 from scanner import Gone, Image, Scanner, image, send
 

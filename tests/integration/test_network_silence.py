@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from ct_builder import phantom, write_series
 from node_process import NodeProcess
-from peers import HOST, StorageOracle, wait_for
+from oracle import StorageOracle
+from peers import HOST, wait_for
 from scanner import image, send
 
 OUTGOING = re.compile(r"^\d+ +(connect|sendto|sendmsg|sendmmsg)\(")

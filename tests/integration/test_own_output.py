@@ -7,7 +7,7 @@ from pathlib import Path
 from ct_builder import phantom, write_series
 from holdings import check_holds_one_derived, check_kept
 from node_process import NodeProcess
-from peers import StorageOracle
+from oracle import StorageOracle
 from scanner import Image, image, send
 
 SLICES = 4

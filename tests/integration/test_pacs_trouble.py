@@ -12,7 +12,8 @@ from conftest import require_peer
 from ct_builder import phantom, write_series
 from holdings import check_holds_one_derived, check_holds_the_result, derived_series
 from node_process import NodeProcess
-from peers import Script, StorageOracle, orthanc, storescu, wait_for
+from oracle import Script, StorageOracle
+from peers import orthanc, storescu, wait_for
 from scanner import Image, image, send
 
 SLICES = 6

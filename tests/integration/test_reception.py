@@ -13,7 +13,8 @@ from conftest import require_peer
 from ct_builder import phantom, uid, write_series
 from holdings import check_kept
 from node_process import NodeProcess
-from peers import HOST, Script, StorageOracle, dcmsend, echoscu, orthanc, wait_for
+from oracle import Script, StorageOracle
+from peers import HOST, dcmsend, echoscu, orthanc, wait_for
 from pydicom.uid import (
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,

@@ -12,7 +12,8 @@ from conftest import DATA, require_peer
 from ct_builder import uid
 from holdings import check_holds_one_derived, check_kept, derived_series
 from node_process import NodeProcess
-from peers import SYNTAXES, StorageOracle, orthanc, storescu, wait_for
+from oracle import SYNTAXES, StorageOracle
+from peers import orthanc, storescu, wait_for
 from pydicom.uid import JPEG2000, CTImageStorage, JPEGExtended12Bit, MediaStorageDirectoryStorage
 from scanner import Image, Scanner, header, image, renamed, send
 

@@ -9,7 +9,8 @@ import pytest
 import sqlalchemy as sa
 import yaml
 from ct_builder import phantom, write_series
-from peers import HOST, Script, StorageOracle, free_port
+from oracle import Script, StorageOracle
+from peers import HOST, free_port
 from pydicom import dcmread
 
 from dicomnode import jobs as job_table

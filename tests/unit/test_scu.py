@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import require_peer
 from ct_builder import phantom, uid, write_series
-from peers import HOST, Script, StorageOracle, free_port, orthanc, storescp, wait_for
+from oracle import Script, StorageOracle
+from peers import HOST, free_port, orthanc, storescp, wait_for
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
 from pydicom.filereader import _read_file_meta_info, read_dataset, read_preamble

@@ -1,0 +1,72 @@
+"""The weights that ship: they denoise a phantom that no training saw, and do as they are told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipelines.base import Options, Pipeline, load
+from training.evaluate import measure, phantom_volume
+from training.phantom import chest_abdomen
+from training.simulate import low_dose
+
+Array = NDArray[np.float32]
+PIXEL_MM = 0.75
+
+
+@pytest.fixture(scope="module", params=["st3d", "fast-2.5d"])
+def pipeline(request: pytest.FixtureRequest) -> Pipeline:
+    return load(request.param)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Array, Array]:
+    """Truth and quarter dose of a slab that no training saw; the body is wider than the image."""
+    truth = chest_abdomen(6, 256, PIXEL_MM, 2.5, seed=910_001)
+    return truth, low_dose(truth, PIXEL_MM, 0.25, seed=910_001)
+
+
+def _quiet(part: float) -> None:
+    assert 0 <= part <= 1
+
+
+def test_shipped_weights_denoise(pipeline: Pipeline, pair: tuple[Array, Array]) -> None:
+    truth, noisy = pair
+    measured = measure(noisy, pipeline.denoise(phantom_volume(noisy), Options(), _quiet), truth)
+    for before, after in measured["psnr_db"].values():
+        assert after - before > 3
+    for name, tissue in measured["tissues"].items():
+        if tissue["voxels"] > 1000:
+            assert abs(tissue["mean_shift_hu"]) < 1, name
+            assert tissue["error_sd_after_hu"] < tissue["error_sd_before_hu"], name
+
+
+def test_same_input_same_output_and_blend(pipeline: Pipeline, pair: tuple[Array, Array]) -> None:
+    volume = phantom_volume(np.ascontiguousarray(pair[1][:3, 60:151, 40:123]))
+    one, two, none, half = (pipeline.denoise(volume, Options(blend=blend), _quiet) for blend in (1.0, 1.0, 0.0, 0.5))
+    assert np.array_equal(one, two)
+    assert np.array_equal(none, volume.hu)
+    assert np.allclose(half, (one + volume.hu) / 2, atol=1e-3)
+
+
+def test_strength_takes_more_or_less_away(pair: tuple[Array, Array]) -> None:
+    pipeline = load("fast-2.5d")
+    volume = phantom_volume(pair[1][:3])
+    weak, normal, strong = (
+        float(np.std(pipeline.denoise(volume, Options(strength=s), _quiet) - volume.hu)) for s in (0.5, 1.0, 1.5)
+    )
+    assert weak < normal < strong
+
+
+def test_a_clean_image_stays() -> None:
+    y, x = np.mgrid[:128, :128] - 63.5
+    disc = np.where(x * x + y * y < 50**2, 40, -1000).astype(np.float32)[None]
+    out = load("fast-2.5d").denoise(phantom_volume(disc), Options(), _quiet)
+    assert float(np.abs(out - disc)[0, 30:98, 30:98].max()) < 2
+
+
+def test_one_slice(pair: tuple[Array, Array]) -> None:
+    truth, noisy = (np.ascontiguousarray(hu[:1]) for hu in pair)
+    out = load("st3d").denoise(phantom_volume(noisy), Options(), _quiet)
+    assert float(np.std(out - truth)) < 0.9 * float(np.std(noisy - truth))
