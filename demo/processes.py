@@ -93,7 +93,7 @@ class Program:
                 if time.monotonic() > deadline:
                     raise DemoFailed(f"{self.name} is not ready after {self._timeout_s:.0f} s; see {self._log}")
                 time.sleep(_LOOK_EVERY_S)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no program may be left behind
             self.stop()
             raise
         return self

@@ -304,4 +304,4 @@ class Delivery:
         settings = self._config.delivery
         longest = min(settings.retry_first_s * 2.0 ** min(max(failures - 1, 0), 30), settings.retry_max_s)
         # Jitter, so that a hundred jobs do not knock all at once on a PACS that just came back.
-        return timedelta(seconds=longest * random.uniform(0.5, 1.0))  # noqa: S311
+        return timedelta(seconds=longest * random.uniform(0.5, 1.0))  # noqa: S311 - a pause, not a secret

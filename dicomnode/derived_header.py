@@ -144,7 +144,7 @@ def drop_false(header: Dataset) -> None:
     for keyword in FALSE_AFTERWARDS:
         header.pop(_tag(keyword), None)
     pixels = int(header["Rows"].value) * int(header["Columns"].value)
-    for tag in [tag for tag in header.keys() if tag.is_private and not tag.is_private_creator]:  # noqa: SIM118
+    for tag in [tag for tag in header.keys() if tag.is_private and not tag.is_private_creator]:
         creator = _bytes(header, Tag(tag.group, tag.element >> 8)).decode("latin-1").strip(" \0")
         if tag.element & 0xFF in PIXEL_DEPENDENT_PRIVATE.get((creator, tag.group), ()) or _holds_image(
             header, tag, pixels
@@ -161,7 +161,7 @@ def drop_false(header: Dataset) -> None:
 
 
 def _drop_group(header: Dataset, group: int) -> None:
-    for tag in [tag for tag in header.keys() if tag.group == group]:  # noqa: SIM118
+    for tag in [tag for tag in header.keys() if tag.group == group]:
         del header[tag]
 
 
@@ -171,10 +171,7 @@ def _holds_image(header: Dataset, tag: BaseTag, pixels: int) -> bool:
     if element.VR != "SQ":
         return isinstance(element.value, bytes) and len(element.value) >= pixels
     items = Dataset({tag: element})[tag].value or []  # opened in a copy: what stays, stays as bytes
-    return any(
-        "PixelData" in item or any(_holds_image(item, inner, pixels) for inner in item.keys())  # noqa: SIM118
-        for item in items
-    )
+    return any("PixelData" in item or any(_holds_image(item, inner, pixels) for inner in item.keys()) for item in items)
 
 
 def describe(header: Dataset, made: Making, source_uids: Sequence[str], lossy: tuple[bytes, float] | None) -> None:

@@ -208,7 +208,7 @@ class _Association:
         )
         try:
             accepted = self._negotiate()
-        except BaseException as error:
+        except BaseException as error:  # whatever ends the negotiation, the socket must not stay open
             self._drop(error)
             raise
         self._max_pdu = accepted.max_pdu

@@ -59,7 +59,7 @@ class Fast2p5d:
 
     def __init__(self) -> None:
         self.card: ModelCard = read_card("fast-2.5d")
-        network = FFDNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = FFDNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self._network = load_network(network, self.card)
 
     def denoise(self, volume: Volume, options: Options, progress: Progress) -> NDArray[np.float32]:

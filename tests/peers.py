@@ -94,7 +94,7 @@ class _Program:
             if process.poll() is not None:
                 said = self.log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{command[0]} ended at once with {process.returncode}:\n{said}")
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no program may be left behind
             self.stop()
             raise
 

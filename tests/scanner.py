@@ -129,7 +129,7 @@ class Scanner:
                 raise Rejected(*answer[-3:])
             assert kind == pdu.PduType.ASSOCIATE_AC
             self.accepted = pdu.read_associate_ac(answer)
-        except BaseException:
+        except BaseException:  # nobody else holds the socket yet
             self._socket.close()
             raise
         return self

@@ -34,10 +34,16 @@ def database_in(folder: Path) -> sa.Engine:
 def config_of(*, destinations: Mapping[str, int] | None = None, **sections: Any) -> Config:
     """A configuration; `destinations` maps names to ports of this machine."""
     peers = {
-        name: {"ae_title": "ORACLE", "host": "127.0.0.1", "port": port, "connect_timeout_s": 2, "acse_timeout_s": 2,
-               "dimse_timeout_s": 2}
+        name: {
+            "ae_title": "ORACLE",
+            "host": "127.0.0.1",
+            "port": port,
+            "connect_timeout_s": 2,
+            "acse_timeout_s": 2,
+            "dimse_timeout_s": 2,
+        }
         for name, port in (destinations or {}).items()
-    }  # fmt: skip
+    }
     return Config.model_validate({"node": {}, "destinations": peers, **sections})
 
 

@@ -122,7 +122,7 @@ def train(
             with torch.autocast(device, torch.bfloat16):
                 value = loss(network, (noisy, target, level))
             optimizer.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_LIMIT)
             optimizer.step()
             decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))

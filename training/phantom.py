@@ -110,9 +110,15 @@ class _Anatomy:
 
         def blob(cx: float, cy: float, cz: float, a: float, b: float, c: float, hu: float) -> _Ellipsoid:
             return _Ellipsoid(
-                cx + u(-6, 6), cy + u(-5, 5), cz + u(-8, 8),
-                a * u(0.9, 1.1), b * u(0.9, 1.1), c * u(0.9, 1.1), u(-0.25, 0.25), hu,
-            )  # fmt: skip
+                cx + u(-6, 6),
+                cy + u(-5, 5),
+                cz + u(-8, 8),
+                a * u(0.9, 1.1),
+                b * u(0.9, 1.1),
+                c * u(0.9, 1.1),
+                u(-0.25, 0.25),
+                hu,
+            )
 
         self.a, self.b = u(135, 160), u(95, 122)
         self.fat = u(8, 24)
@@ -139,19 +145,31 @@ class _Anatomy:
         liver = self.liver
         self.lesions = [
             _Ellipsoid(
-                liver.cx + liver.a * u(-0.6, 0.6), liver.cy + liver.b * u(-0.6, 0.6), liver.cz + liver.c * u(-0.7, 0.7),
-                r := u(3, 13), r * u(0.8, 1.2), r, 0.0, liver.hu + u(12, 60) * float(rng.choice([-1, 1])),
+                liver.cx + liver.a * u(-0.6, 0.6),
+                liver.cy + liver.b * u(-0.6, 0.6),
+                liver.cz + liver.c * u(-0.7, 0.7),
+                r := u(3, 13),
+                r * u(0.8, 1.2),
+                r,
+                0.0,
+                liver.hu + u(12, 60) * float(rng.choice([-1, 1])),
             )
             for _ in range(24)
-        ]  # fmt: skip
+        ]
         self.nodules = [
             _Ellipsoid(
-                lung.cx + lung.a * u(-0.7, 0.7), lung.cy + lung.b * u(-0.7, 0.7), lung.cz + lung.c * u(-0.4, 0.9),
-                r := u(1.5, 8), r * u(0.8, 1.2), r, 0.0, float(rng.choice([30.0, 45.0, -550.0])),
+                lung.cx + lung.a * u(-0.7, 0.7),
+                lung.cy + lung.b * u(-0.7, 0.7),
+                lung.cz + lung.c * u(-0.4, 0.9),
+                r := u(1.5, 8),
+                r * u(0.8, 1.2),
+                r,
+                0.0,
+                float(rng.choice([30.0, 45.0, -550.0])),
             )
             for lung in self.lungs
             for _ in range(12)
-        ]  # fmt: skip
+        ]
         self.marrow_hu, self.cortical_hu = u(330, 420), u(650, 1000)
         self.vertebra_mm, self.rib_mm = u(31, 37), u(26, 32)
         self.vertebra_z, self.rib_z, self.rib_slope = u(0, 30), u(0, 30), u(50, 75)

@@ -170,7 +170,7 @@ def test_parallel_associations_bring_one_series(node: NodeProcess, oracle: Stora
             with Scanner(node.port, part) as scanner:
                 together.wait(30)
                 assert [scanner.store(one) for one in part] == [0x0000] * len(part)
-        except Exception as error:
+        except Exception as error:  # shown by the test's own thread
             failures.append(error)
 
     # The parts overlap: two associations bring the same image at the same time.

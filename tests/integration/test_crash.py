@@ -81,7 +81,7 @@ def test_during_reception(node: NodeProcess, oracle: StorageOracle, tmp_path: Pa
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     images = series(tmp_path, "reception", 40)
-    moment = random.Random(seed).randrange(1, 30)  # noqa: S311 - a moment, not a secret
+    moment = random.Random(seed).randrange(1, 30)
     acknowledged: list[Image] = []
     reached = threading.Event()
 

@@ -178,8 +178,9 @@ def test_a_pipeline_that_misbehaves_sends_nothing(
     assert not derived.exists() or list(derived.iterdir()) == []
 
 
-def test_a_route_that_left_the_configuration(config: Config, database: sa.Engine, spool: Path, own_spool: Path,
-                                             worker: Worker) -> None:  # fmt: skip
+def test_a_route_that_left_the_configuration(
+    config: Config, database: sa.Engine, spool: Path, own_spool: Path, worker: Worker
+) -> None:
     make_job(database)
     without = config_of(destinations={"a": 104})
     compute_with(without, database, own_spool, worker).process("job", 0)
@@ -305,9 +306,13 @@ def test_what_is_not_due_is_not_computed(config: Config, database: sa.Engine, sp
     ("manifest", "state"), [(None, JobState.QUEUED), ("{", JobState.FAILED), ('{"options": {}}', JobState.FAILED)]
 )
 def test_a_result_that_cannot_be_read_ends_visibly(
-    config: Config, database: sa.Engine, own_spool: Path, caplog: pytest.LogCaptureFixture, manifest: str | None,
+    config: Config,
+    database: sa.Engine,
+    own_spool: Path,
+    caplog: pytest.LogCaptureFixture,
+    manifest: str | None,
     state: JobState,
-) -> None:  # fmt: skip
+) -> None:
     """Not repeated for ever: a fault of ours is a failed job, a folder that went away may come back."""
     make_job(database)
     out = own_spool / "derived" / "job"

@@ -165,9 +165,12 @@ def test_a_locked_database_does_not_stop_reception(
 
 
 def test_a_full_disk_of_the_database_does_not_stop_reception(
-    reception: Callable[..., Reception], files: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    reception: Callable[..., Reception],
+    files: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     """SQLite's own limit on pages gives the very error of a full disk (SQLITE_FULL)."""
     monkeypatch.setattr(module, "_DATABASE_PAUSE_S", 0.05)
     node = reception()

@@ -131,9 +131,25 @@ def test_most_images_must_have_a_position() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [None, "", "x", [], ["1", "2"], ["a", "b", "c"], [1.0] * 99, {}, b"1", 7, [None] * 3, [math.nan] * 3,
-     [1e308, 1e308, 1e308], [1e400, 0.0, 0.0], ["1e999", "0", "0"], [[1], [2], [3]]],
-)  # fmt: skip
+    [
+        None,
+        "",
+        "x",
+        [],
+        ["1", "2"],
+        ["a", "b", "c"],
+        [1.0] * 99,
+        {},
+        b"1",
+        7,
+        [None] * 3,
+        [math.nan] * 3,
+        [1e308, 1e308, 1e308],
+        [1e400, 0.0, 0.0],
+        ["1e999", "0", "0"],
+        [[1], [2], [3]],
+    ],
+)
 @pytest.mark.parametrize("keyword", ["ImagePositionPatient", "ImageOrientationPatient"])
 def test_a_hostile_position_is_none(keyword: str, value: object) -> None:
     several = value * 2 if isinstance(value, list) and keyword == "ImageOrientationPatient" else value

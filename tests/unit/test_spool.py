@@ -310,8 +310,9 @@ def _traced(folder: Path, how: str) -> list[list[str]]:
     require_peer("strace")
     log = folder / "strace"
     command = ["strace", "-f", "-y", "-o", log, "-e", "trace=write,fsync,fdatasync,rename,renameat,renameat2,mkdir"]
-    done = subprocess.run([*command, sys.executable, "-c", _STORE, folder / "spool", how], timeout=60, text=True,
-                          capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        [*command, sys.executable, "-c", _STORE, folder / "spool", how], timeout=60, text=True, capture_output=True
+    )
     if "ptrace" in done.stderr:
         pytest.skip("strace may not trace here")
     assert done.returncode == 0, done.stderr

@@ -129,7 +129,7 @@ class Running:
         def run() -> None:
             try:
                 self.result = worker.run(request, report)
-            except BaseException as error:
+            except BaseException as error:  # handed to the test
                 self.result = error
 
         self.thread = threading.Thread(target=run)

@@ -21,7 +21,7 @@ def loss(network: nn.Module, batch: Batch) -> torch.Tensor:
 
 def network() -> nn.Module:
     """Channels last: several times faster on the CPU."""
-    return FFDNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return FFDNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # no stub
 
 
 RECIPE = Recipe(

@@ -18,7 +18,7 @@ def loss(network: nn.Module, batch: Batch) -> torch.Tensor:
 
 def network() -> nn.Module:
     """Channels last: several times faster on the CPU."""
-    return STResNet().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]
+    return STResNet().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]  # no stub
 
 
 RECIPE = Recipe(
