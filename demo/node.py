@@ -69,8 +69,6 @@ class JobSeen:
     derived_series_uid: str | None
     measured: dict[str, Any]
     """Empty until it is denoised; then seconds per stage and noise before and after, HU."""
-    created_at: datetime
-    started_at: datetime | None
     finished_at: datetime | None
 
     @property
