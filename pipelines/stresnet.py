@@ -45,13 +45,27 @@ class SpatioTemporalConv(nn.Sequential):
         return streaming.temporal(streaming.spatial(stream, plane, across.bias), depth, along.bias)
 
 
+class VolumetricConv(nn.Conv3d):
+    """3×3×3 convolution; zero padding keeps the size."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+
+    def stream(self, stream: Stream) -> Stream:
+        """The same over a stream, as a two-dimensional convolution of three slices."""
+        return streaming.volumetric(stream, self.weight, self.bias)
+
+
+Conv = SpatioTemporalConv | VolumetricConv
+
+
 class Block(nn.Module):
     """``x + conv(relu(conv(x)))``."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, conv: type[Conv], features: int) -> None:
         super().__init__()
-        self.first = SpatioTemporalConv(features, features)
-        self.second = SpatioTemporalConv(features, features)
+        self.first = conv(features, features)
+        self.second = conv(features, features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.second(functional.relu(self.first(x), inplace=True))
@@ -62,16 +76,25 @@ class Block(nn.Module):
         return streaming.residual(stream, lambda x: self.second.stream(streaming.relu(self.first.stream(x))))
 
 
-class STResNet(nn.Module):
-    """Network units in, network units out, (batch, 1, z, y, x); any size."""
+class ResNet3D(nn.Module):
+    """Network units in, network units out, (batch, 1, z, y, x); any size.
 
-    def __init__(self, features: int = FEATURES, blocks: int = BLOCKS) -> None:
+    Parameters
+    ----------
+    conv
+        What stands for each three-dimensional convolution.
+    features, blocks
+        Width and number of the residual blocks.
+    """
+
+    def __init__(self, conv: type[Conv], features: int, blocks: int) -> None:
         super().__init__()
-        self.head = SpatioTemporalConv(1, features)
-        self.blocks = nn.ModuleList(Block(features) for _ in range(blocks))
-        self.body = SpatioTemporalConv(features, features)
-        self.tail = SpatioTemporalConv(features, 1)
-        for parameter in self.tail[1].parameters():  # untrained, the network is the identity
+        self.head = conv(1, features)
+        self.blocks = nn.ModuleList(Block(conv, features) for _ in range(blocks))
+        self.body = conv(features, features)
+        self.tail = conv(features, 1)
+        last = self.tail[1] if isinstance(self.tail, SpatioTemporalConv) else self.tail
+        for parameter in last.parameters():  # untrained, the network is the identity
             nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,6 +119,20 @@ class STResNet(nn.Module):
     def halo(self) -> int:
         """Pixels (and slices) that a result depends on in each direction."""
         return 2 * len(self.blocks) + 3
+
+
+class STResNet(ResNet3D):
+    """Spatial, then temporal convolutions."""
+
+    def __init__(self, features: int = FEATURES, blocks: int = BLOCKS) -> None:
+        super().__init__(SpatioTemporalConv, features, blocks)
+
+
+class SRResNet3D(ResNet3D):
+    """Three-dimensional convolutions: what STResNet is compared with."""
+
+    def __init__(self, features: int = FEATURES, blocks: int = BLOCKS) -> None:
+        super().__init__(VolumetricConv, features, blocks)
 
 
 class St3d:
