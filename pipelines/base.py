@@ -49,7 +49,7 @@ class ModelCard:
     """Digest of the weights file; empty for a pipeline without weights."""
     valid_for: Envelope = field(default_factory=Envelope)
     noise_map: bool = False
-    """True if the network takes a noise map, which `Options.strength` scales."""
+    """True if the network takes a noise map; decides what `Options.strength` means."""
     trained_on: str = ""
     measured: dict[str, Any] = field(default_factory=dict)
     """Its own quality table, with the command that printed it."""
@@ -60,13 +60,43 @@ class Options:
     """What a user may turn. Both move voxels, so both are part of the pipeline hash.
 
     strength
-        Scale of the noise map (0.5 to 1.5); only for cards with `ModelCard.noise_map`, any other takes 1 alone.
+        How much is to be denoised, 1 as trained. With `ModelCard.noise_map` the scale of the noise map (0 to 1.5): the
+        network is told less or more noise than was measured. A network without, which judges the noise by itself, has
+        nothing to be told; there it is the part of its change that is made (0 to 1), as if multiplied into `blend`.
+        0 gives the input to the last bit with every pipeline.
     blend
-        Part of the denoised image in the output: ``out = (1 - blend)·in + blend·denoised`` (0 to 1).
+        Part of the denoised image in the output: ``out = (1 - blend)·in + blend·denoised`` (0 to 1). 0.7 is the setting
+        of Ataei et al. (`pipelines.cascade`): it keeps 30 % of the texture.
     """
 
     strength: float = 1.0
     blend: float = 1.0
+
+
+HIGHEST_STRENGTH = 1.5
+"""Of a network with a noise map: none was trained to be told more than this above the truth."""
+
+
+class OptionRefused(ValueError):
+    """This pipeline cannot take this option."""
+
+
+def check_options(card: ModelCard, options: Options) -> None:
+    """Refuse options that the pipeline of `card` cannot take; see `Options`.
+
+    Raises
+    ------
+    OptionRefused
+        With the range.
+    """
+    highest = HIGHEST_STRENGTH if card.noise_map else 1.0
+    if not 0 <= options.strength <= highest:
+        why = (
+            "" if card.noise_map else ", because it takes no noise map: strength is the part of its change that is made"
+        )
+        raise OptionRefused(f"strength {options.strength:g} is out of range; {card.name} takes 0 to {highest:g}{why}")
+    if not 0 <= options.blend <= 1:
+        raise OptionRefused(f"blend {options.blend:g} is out of range; it is a part, 0 to 1")
 
 
 class Pipeline(Protocol):

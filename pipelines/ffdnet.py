@@ -10,18 +10,14 @@ together. It predicts the noise of the centre slice.
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from pipelines.base import ModelCard, Options, Progress
-from pipelines.noise import noise_level
-from pipelines.runtime import load_network, read_card, run_triples
-from pipelines.safety import network_input, restrained
-from pipelines.volume import Volume
+from pipelines.network import NetworkPipeline
+from pipelines.runtime import WEIGHTS
 
 SLICES = 3
 FEATURES = 64
@@ -54,21 +50,6 @@ class FFDNet(nn.Module):
         return slices[:, SLICES // 2 : SLICES // 2 + 1] - noise
 
 
-class Fast2p5d:
-    """The pipeline: `FFDNet` with its weights and a constant noise map, the noise level of the series."""
-
-    def __init__(self) -> None:
-        self.card: ModelCard = read_card("fast-2.5d")
-        network = FFDNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-        self._network = load_network(network, self.card)
-
-    def denoise(self, volume: Volume, options: Options, progress: Progress) -> NDArray[np.float32]:
-        """Denoised HU, float32, same shape; ``options.strength`` scales the measured noise level."""
-        hu = network_input(volume)
-        noise_hu = noise_level(hu, volume.padding, volume.geometry.spacing_mm[1]) * options.strength
-        return restrained(volume, run_triples(self._network, STRIDE, noise_hu, hu, progress), options.blend)
-
-
-def fast_2p5d() -> Fast2p5d:
-    """Make the pipeline (entry point)."""
-    return Fast2p5d()
+def fast_2p5d(folder: Path = WEIGHTS) -> NetworkPipeline:
+    """Make the pipeline `fast-2.5d` (entry point)."""
+    return NetworkPipeline("fast-2.5d", FFDNet(), stride=STRIDE, noise_map_stride=STRIDE, folder=folder)

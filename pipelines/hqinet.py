@@ -29,10 +29,14 @@ training should be large, 256 or more; the ASPP rates alone reach 18 × 16 pixel
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from pipelines.network import NetworkPipeline
+from pipelines.runtime import WEIGHTS
 
 SLICES = 3
 RATES = (6, 12, 18)
@@ -187,3 +191,8 @@ class HQINet(nn.Module):
             decoded.append(_resized(y, slices))
         image: torch.Tensor = self.reconstruction(self.fuse(torch.cat(decoded, 1)))
         return slices[:, SLICES // 2 : SLICES // 2 + 1] + image if self.residual else image
+
+
+def hqinet_lite(folder: Path = WEIGHTS) -> NetworkPipeline:
+    """Make the pipeline `hqinet-lite` (entry point)."""
+    return NetworkPipeline("hqinet-lite", HQINet.lite(), stride=STRIDE, folder=folder)

@@ -17,13 +17,15 @@ from torch import nn
 
 from pipelines.base import Envelope, ModelCard, Progress
 from pipelines.scaling import to_hu, to_network
-from pipelines.streaming import Stream, slices, strips, triples
+from pipelines.streaming import Stream, slices, strips
 
 Array = NDArray[np.float32]
 
 WEIGHTS = Path(__file__).parent / "weights"
 PIXELS_AT_ONCE = 512 * 128
 """Pixels of a strip of a network that streams in depth: bounds the memory that its layers hold."""
+PLANE_PIXELS_AT_ONCE = 512 * 512
+"""Pixels of a strip of a network that makes one slice at a time: the usual slice as a whole."""
 
 
 class WeightsDamaged(RuntimeError):
@@ -84,30 +86,53 @@ def run_volume(network: Callable[[Stream], Stream], halo: int, hu: Array, progre
     return out
 
 
-def run_triples(network: nn.Module, stride: int, noise_hu: float, hu: Array, progress: Progress) -> Array:
-    """Run a network of three slices and a noise map (constant, at the resolution of the network) over a volume.
+def run_planes(
+    network: Callable[..., torch.Tensor],
+    stack: Callable[[torch.Tensor], Stream],
+    hu: Array,
+    progress: Progress,
+    *,
+    noise_hu: float | None = None,
+    stride: int = 1,
+    noise_map_stride: int = 1,
+    halo: int | None = None,
+) -> Array:
+    """Run a network that makes one slice at a time over a volume.
 
     Parameters
     ----------
     network
-        Takes (batch, 3, y, x) and (batch, 1, y/stride, x/stride), gives (batch, 1, y, x), in network units.
-    stride
-        Rows and columns are reflected up to a multiple of it and cropped after.
-    noise_hu
-        Value of the noise map.
+        Takes (batch, channels, y, x), and with `noise_hu` a noise map (batch, 1, y/noise_map_stride,
+        x/noise_map_stride); gives (batch, 1, y, x). All in network units.
+    stack
+        What of the volume it is given for each slice: `pipelines.streaming.slices` or `triples`.
     hu
         (z, y, x), any size.
     progress
         Called after every slice.
+    noise_hu
+        Value of the constant noise map; None: the network takes none.
+    stride
+        Rows and columns are reflected up to a multiple of it and cropped after.
+    noise_map_stride
+        Pixels of the image per pixel of the noise map.
+    halo
+        Rows that a result depends on above and below: large slices are run in strips. None: always as a whole. Only
+        for a network of stride 1.
     """
     out = np.empty_like(hu)
-    rows, columns = hu.shape[1:]
-    pad = ((0, 0), (0, -rows % stride), (0, -columns % stride))
+    pad = ((0, 0), (0, -hu.shape[1] % stride), (0, -hu.shape[2] % stride))
     with torch.inference_mode():
         volume = to_network(torch.from_numpy(np.pad(hu, pad, mode="symmetric")))
-        noise_map = torch.full((1, 1, volume.shape[1] // stride, volume.shape[2] // stride), to_network(noise_hu))
-        for k, three in enumerate(triples(volume)):
-            result = network(three.contiguous(memory_format=torch.channels_last), noise_map)
-            out[k] = to_hu(result[0, 0, :rows, :columns]).numpy()
+        rows, columns = volume.shape[1:]
+        height = rows if halo is None else max(PLANE_PIXELS_AT_ONCE // columns, 1)
+        for k, plane in enumerate(stack(volume)):
+            for read, keep, where in strips(rows, height, halo or 0):
+                given = [plane[:, :, read].contiguous(memory_format=torch.channels_last)]
+                if noise_hu is not None:
+                    size = (1, 1, given[0].shape[2] // noise_map_stride, columns // noise_map_stride)
+                    given.append(torch.full(size, to_network(noise_hu)))
+                place = out[k, where]
+                place[...] = to_hu(network(*given)[0, 0, keep])[: place.shape[0], : place.shape[1]].numpy()
             progress((k + 1) / len(hu))
     return out

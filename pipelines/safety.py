@@ -72,8 +72,8 @@ def low_frequencies(change: Array, where: NDArray[np.bool_]) -> Array:
     return np.asarray(mean[0, 0, :rows, :columns].numpy())
 
 
-def restrained(volume: Volume, denoised: Array, blend: float) -> Array:
-    """What leaves the pipeline: ``hu + blend·(denoised − hu)`` without the low frequencies of the difference.
+def restrained(volume: Volume, denoised: Array, part: float) -> Array:
+    """What leaves the pipeline: ``hu + part·(denoised − hu)`` without the low frequencies of the difference.
 
     Noise of a scanner has next to no power at low frequencies, so what the network changes there is an error in HU.
 
@@ -83,8 +83,8 @@ def restrained(volume: Volume, denoised: Array, blend: float) -> Array:
         The series as it came.
     denoised
         Output of the network for `network_input`, (z, y, x) HU; overwritten.
-    blend
-        Part of the denoised image, 0 to 1.
+    part
+        Part of the difference that is made, 0 to 1: `Options.blend`, times the strength of a network without noise map.
     """
     given = network_input(volume)
     with torch.inference_mode():
@@ -92,5 +92,5 @@ def restrained(volume: Volume, denoised: Array, blend: float) -> Array:
             fixed = _untouchable(volume.hu[k], volume.padding[k])
             change = denoised[k] - given[k]
             change -= low_frequencies(change, ~fixed)
-            denoised[k] = np.where(fixed, volume.hu[k], volume.hu[k] + np.float32(blend) * change)
+            denoised[k] = np.where(fixed, volume.hu[k], volume.hu[k] + np.float32(part) * change)
     return denoised

@@ -13,7 +13,8 @@ import torch
 
 from pipelines import runtime
 from pipelines.ffdnet import FFDNet
-from pipelines.runtime import WeightsDamaged, load_network, read_card, run_triples, run_volume
+from pipelines.runtime import WeightsDamaged, load_network, read_card, run_planes, run_volume
+from pipelines.streaming import triples
 from pipelines.stresnet import STResNet
 
 NAMES = ("st3d", "fast-2.5d")
@@ -73,7 +74,7 @@ def test_odd_sizes_pass_through_the_stride() -> None:
         for parameter in network.parameters():
             parameter.mul_(3)
     hu = np.random.default_rng(0).normal(0, 300, (3, 31, 45)).astype(np.float32)
-    out = run_triples(network, 2, 20.0, hu, lambda part: None)
+    out = run_planes(network, triples, hu, lambda part: None, noise_hu=20.0, stride=2, noise_map_stride=2)
     even = np.concatenate([hu, hu[:, -1:]], 1)
     even = np.concatenate([even, even[:, :, -1:]], 2)
     slices = torch.from_numpy(np.stack([even[0], even[1], even[2]])[None] / 1000)
