@@ -3,138 +3,68 @@
 The method is that of Naziroglu et al., Phys Med 2017;36:12-23 (virtual sinogram, bow-tie, noise image added back):
 
 1. HU become attenuation, and attenuation becomes parallel line integrals p(θ, t) (coarse: only for the variance).
-2. A ray counts N = N0·B(t)·exp(−p) photons; B is a bow-tie filter. The variance of −ln of a Poisson count is 1/N.
-3. A noise sinogram with that variance is reconstructed by filtered back-projection with an apodised ramp
-   ``|f|·exp(−ln2·(f/f50)^2.5)``; anatomy is never reconstructed, so it is never blurred.
+2. A ray counts N = N0·B(t)·m(θ, t)·exp(−p) photons; B is a bow-tie filter, m the tube current. See `training.counts`.
+3. A noise sinogram with the variance of −ln of that count is reconstructed by filtered back-projection with the ramp
+   times the kernel's apodisation (`training.projection.Kernel`); anatomy is never reconstructed, so it is never blurred.
 
-The variance is proportional to 1/dose: one unit noise image (full dose) scales exactly to every other dose. The Poisson
-count is taken as Gaussian, which holds above some 30 counts; starvation streaks and electronic noise are not modelled.
+Without electronic noise the variance is proportional to 1/dose: one unit noise image (full dose) scales exactly to
+every other dose. The physics and its limits: docs/simulation.md.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
+
+from training.counts import N0, Beam, Draw, added, added_poisson, full_dose, poisson_streams
+from training.projection import MU_WATER_PER_MM, Grid, Kernel, line_integrals, reconstruct
 
 Array = NDArray[np.float32]
 
-MU_WATER_PER_MM = 0.0193
-"""Linear attenuation of water at 70 keV, the mean energy of a 120 kVp beam (1/mm)."""
-N0 = 8.0e6
-"""Unattenuated photons on the axis per mm of detector and degree of rotation."""
 F50 = 0.5
 """Frequency (1/mm) at which the apodisation of the ramp is one half: a soft-tissue kernel."""
-APODISATION_ORDER = 2.5
-_VARIANCE_LIMIT = 4.0
-"""Largest variance of one line integral: beyond it the logarithm of a count has no normal distribution."""
-_BOWTIE_MM = 60.0
-_BOWTIE_AT_MM = 130.0
-_BOWTIE_MAX_MM = 120.0
-"""Water-equivalent path of the bow-tie: ``min(120, 60·(t/130)²)`` mm at distance t from the axis."""
 _VIEWS = 240
 """Views over 180°. The noise of each view is independent, so more views change no variance, only the spokes of the
 noise spectrum, which are finer than 1/(60 mm) with this number."""
-_COARSE_VIEWS = 90
-_OVERSAMPLING = 2
-"""Samples of a filtered view per detector bin."""
 _SLICES_AT_ONCE = 32
-_VIEWS_AT_ONCE = 8
+_DEVIATES_AT_ONCE = 32
 
 
-def apodised_ramp(frequency: NDArray[np.floating], f50: float) -> NDArray[np.floating]:
-    """The reconstruction filter ``|f|·exp(−ln2·(|f|/f50)^2.5)``, f in 1/mm."""
-    f = np.abs(frequency)
-    return np.asarray(f * np.exp(-math.log(2) * (f / f50) ** APODISATION_ORDER))
-
-
-def _project(mu: torch.Tensor, pixel_mm: float, views: int) -> torch.Tensor:
-    """Parallel line integrals over 180° of `mu` (z, y, x) in 1/mm by rotating and adding, (z, views, x)."""
-    n = mu.shape[-1]
-    out = mu.new_empty((mu.shape[0], views, n))
-    for k in range(views):
-        theta = math.pi * k / views
-        cos, sin = math.cos(theta), math.sin(theta)
-        grid = functional.affine_grid(
-            torch.tensor([[[cos, -sin, 0.0], [sin, cos, 0.0]]]), [1, 1, n, n], align_corners=False
-        )
-        turned = functional.grid_sample(mu[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        out[:, k] = turned[0].sum(1) * pixel_mm
-    return out
-
-
-def _variance(hu: torch.Tensor, pixel_mm: float, bins: int, views: int, n0: float) -> torch.Tensor:
-    """Variance of each line integral at full dose, (z, views, bins); bins are one pixel wide."""
-    mu = (MU_WATER_PER_MM * (1 + hu / 1000)).clamp_min(0)
-    factor = max(hu.shape[-1] // 128, 1)
-    coarse = functional.avg_pool2d(mu[:, None], factor)[:, 0] if factor > 1 else mu
-    p = _project(coarse, pixel_mm * factor, _COARSE_VIEWS)
-    p = torch.cat([p, p[:, :1].flip(-1)], 1)  # the view at 180° is the one at 0°, mirrored
-    t_mm = (torch.arange(bins) - (bins - 1) / 2) * pixel_mm
-    # grid_sample with align_corners: −1 and +1 are the centres of the first and the last sample
-    column = t_mm / (pixel_mm * factor) / ((p.shape[-1] - 1) / 2)
-    row = torch.arange(views) / views * 2 - 1
-    grid = torch.stack([column[None, :].expand(views, bins), row[:, None].expand(views, bins)], -1)[None]
-    p = functional.grid_sample(p[None], grid, mode="bilinear", padding_mode="zeros", align_corners=True)[0]
-    bowtie_mm = (_BOWTIE_MM * (t_mm / _BOWTIE_AT_MM) ** 2).clamp_max(_BOWTIE_MAX_MM)
-    photons = n0 * pixel_mm * (180.0 / views) * torch.exp(-p - MU_WATER_PER_MM * bowtie_mm)
-    return (1 / photons).clamp_max(_VARIANCE_LIMIT)
-
-
-def _filter(sinogram: torch.Tensor, bin_mm: float, f50: float) -> torch.Tensor:
-    """Convolve each view (last axis) with the apodised ramp and sample the result `_OVERSAMPLING` times finer.
-
-    The response is divided by that of the linear interpolation that follows, sinc²(f·d) for samples d apart.
-    """
-    length = 1 << math.ceil(math.log2(2 * sinogram.shape[-1]))
-    f = np.fft.rfftfreq(length, bin_mm)
-    response = torch.from_numpy(apodised_ramp(f, f50) / np.sinc(f * bin_mm / _OVERSAMPLING) ** 2).float()
-    spectrum = torch.fft.rfft(sinogram, length, dim=-1) * response
-    fine = torch.fft.irfft(spectrum, length * _OVERSAMPLING, dim=-1) * _OVERSAMPLING
-    return torch.narrow(fine, -1, 0, sinogram.shape[-1] * _OVERSAMPLING)
-
-
-def _back_project(filtered: torch.Tensor, n: int) -> torch.Tensor:
-    """Back-project (z, views, samples) to (z, n, n) by linear interpolation, times π/views.
-
-    All slices share the geometry, so each (view, sample) is one row of slices and the sum over views is a weighted sum
-    of rows of a table. Sample ``_OVERSAMPLING·i`` lies at bin i, and the bins are as wide as pixels.
-    """
-    slices, views, samples = filtered.shape
-    centre = (samples // _OVERSAMPLING - 1) / 2 * _OVERSAMPLING
-    axis = (torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * _OVERSAMPLING
-    out = torch.zeros((n * n, slices))
-    for first in range(0, views, _VIEWS_AT_ONCE):
-        theta = torch.arange(first, min(first + _VIEWS_AT_ONCE, views)) * (math.pi / views)
-        table = filtered[:, first : first + len(theta)].permute(1, 2, 0).reshape(-1, slices).contiguous()
-        t = axis[None, :, None] * torch.cos(theta) + axis[:, None, None] * torch.sin(theta) + centre
-        low = t.floor()
-        part = (t - low).reshape(n * n, -1)
-        index = low.reshape(n * n, -1).int() + torch.arange(len(theta), dtype=torch.int32) * samples
-        rows = torch.cat([index, index + 1], 1)
-        weights = torch.cat([1 - part, part], 1)
-        out += functional.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
-    return (out.T.reshape(slices, n, n) * (math.pi / views)).contiguous()
-
-
-def unit_noise(truth_hu: Array, pixel_mm: float, seed: int, n0: float = N0, f50: float = F50) -> Array:
-    """Noise of a full-dose scan of `truth_hu`, independent from slice to slice.
+def unit_noise(
+    truth_hu: Array,
+    pixel_mm: float,
+    seed: int,
+    n0: float = N0,
+    f50: float = F50,
+    boost: float = 0.0,
+    overlap: float = 1.0,
+    device: str = "cpu",
+) -> Array:
+    """Noise of a full-dose scan of `truth_hu`.
 
     Parameters
     ----------
     truth_hu
         (z, y, x) HU, square slices. Padding must be air (−1000 or less) already.
     pixel_mm
-        Pixel size, which is also the width of a detector bin.
+        Pixel size, which is also the width of a detector bin, unless the kernel needs finer ones.
     seed
         Same seed, same noise.
     n0
         Unattenuated photons per mm of detector and degree of rotation.
-    f50
-        Half-value frequency of the kernel, 1/mm.
+    f50, boost
+        The kernel, see `training.projection.Kernel`: half-value frequency in 1/mm; 0 for soft kernels, about 2 for
+        sharp ones.
+    overlap
+        Slice thickness over increment. Above 1, neighbouring slices share part of their noise, as `slice_weights` says.
+    device
+        Of torch.
 
     Returns
     -------
@@ -142,20 +72,49 @@ def unit_noise(truth_hu: Array, pixel_mm: float, seed: int, n0: float = N0, f50:
         float32 HU, (z, y, x). At the dose fraction d the noise is this divided by √d; what must be added to an image
         that holds full-dose noise already is this times √(1/d − 1).
     """
-    if truth_hu.ndim != 3 or truth_hu.shape[1] != truth_hu.shape[2]:
-        raise ValueError(f"expected square slices (z, n, n), got {truth_hu.shape}")
-    n = truth_hu.shape[-1]
-    bins = 2 * math.ceil(n * math.sqrt(0.5)) + 2
-    generator = torch.Generator().manual_seed(seed)
-    out = np.empty(truth_hu.shape, np.float32)
-    with torch.inference_mode():
-        for first in range(0, len(truth_hu), _SLICES_AT_ONCE):
-            hu = torch.from_numpy(np.ascontiguousarray(truth_hu[first : first + _SLICES_AT_ONCE], np.float32))
-            variance = _variance(hu, pixel_mm, bins, _VIEWS, n0)
-            noise = torch.randn(variance.shape, generator=generator) * variance.sqrt()
-            image = _back_project(_filter(noise, pixel_mm, f50), n)
-            out[first : first + len(hu)] = (image * (1000 / MU_WATER_PER_MM)).numpy()
-    return out
+    scan = _Scan(truth_hu, pixel_mm, Kernel(f50, boost), Beam(n0), overlap, device)
+    return scan.noise(full_dose(scan.beam, scan.grid), 1, seed)
+
+
+def added_noise(
+    hu: Array,
+    pixel_mm: float,
+    dose: float,
+    seed: int,
+    kernel: Kernel,
+    beam: Beam,
+    overlap: float = 1.0,
+    poisson: bool = False,
+    device: str = "cpu",
+) -> Array:
+    """What must be added to a full-dose image to make it one of the fraction `dose`.
+
+    Parameters
+    ----------
+    hu
+        (z, y, x) HU that hold full-dose noise already, square slices, padding as air.
+    dose
+        Fraction of full dose, 0 < dose ≤ 1.
+    poisson
+        Draw counts instead of Gaussian noise of the same variance. It differs where hardly any photons arrive: streaks,
+        and line integrals that are too high on average.
+    pixel_mm, seed, overlap, device
+        As in `unit_noise`.
+    kernel, beam
+        Of the scanner; `training.calibration` finds them.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 HU, (z, y, x).
+    """
+    _check_dose(dose)
+    scan = _Scan(hu, pixel_mm, kernel, beam, overlap, device)
+    if dose == 1:
+        return np.zeros(hu.shape, np.float32)
+    if poisson:
+        return scan.noise(added_poisson(beam, scan.grid, dose), poisson_streams(beam, scan.grid), seed)
+    return scan.noise(added(beam, scan.grid, dose), 1, seed)
 
 
 def mix(noise_a: Array, noise_b: Array, angle: float) -> Array:
@@ -163,7 +122,9 @@ def mix(noise_a: Array, noise_b: Array, angle: float) -> Array:
     return np.float32(math.cos(angle)) * noise_a + np.float32(math.sin(angle)) * noise_b
 
 
-def low_dose(truth_hu: Array, pixel_mm: float, dose: float, seed: int, n0: float = N0, f50: float = F50) -> Array:
+def low_dose(
+    truth_hu: Array, pixel_mm: float, dose: float, seed: int, n0: float = N0, f50: float = F50, boost: float = 0.0
+) -> Array:
     """A scan of the noise-free `truth_hu` at the fraction `dose` of full dose.
 
     Parameters
@@ -174,7 +135,7 @@ def low_dose(truth_hu: Array, pixel_mm: float, dose: float, seed: int, n0: float
         Pixel size.
     dose
         Fraction of full dose, 0 < dose ≤ 1; the noise holds everything, that of the full dose too.
-    seed, n0, f50
+    seed, n0, f50, boost
         As in `unit_noise`.
 
     Returns
@@ -182,8 +143,76 @@ def low_dose(truth_hu: Array, pixel_mm: float, dose: float, seed: int, n0: float
     numpy.ndarray
         float32 HU, (z, y, x).
     """
+    _check_dose(dose)
+    noise = unit_noise(truth_hu, pixel_mm, seed, n0, f50, boost)
+    return np.asarray(truth_hu + noise / np.float32(math.sqrt(dose)), np.float32)
+
+
+def slice_weights(slices: int, overlap: float) -> NDArray[np.float64]:
+    """How the noise of each slice is made of its own and its predecessors' deviates, (slices, reach).
+
+    A slice of thickness `overlap` (in increments) averages what lies in it: two slices k apart share ``1 − k/overlap``
+    of it, which is the correlation of their noise. The rows are those of the Cholesky factor of that correlation;
+    column j belongs to slice k − j. Each row has the norm 1: no slice gets more or less noise.
+    """
+    if overlap <= 1:
+        return np.ones((slices, 1))
+    reach = min(math.ceil(overlap - 1e-6), slices)
+    distance = np.abs(np.subtract.outer(np.arange(slices), np.arange(slices)))
+    factor = np.linalg.cholesky(np.maximum(1 - distance / overlap, 0))
+    weights = np.zeros((slices, reach))
+    for j in range(reach):
+        weights[j:, j] = factor.diagonal(-j)
+    return weights
+
+
+def _check_dose(dose: float) -> None:
     if not 0 < dose <= 1:
         raise ValueError(f"dose is a fraction of full dose, 0 < dose <= 1, got {dose}")
-    return np.asarray(
-        truth_hu + unit_noise(truth_hu, pixel_mm, seed, n0, f50) / np.float32(math.sqrt(dose)), np.float32
-    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """A virtual scan of `hu` (z, n, n)."""
+
+    hu: Array
+    pixel_mm: float
+    kernel: Kernel
+    beam: Beam
+    overlap: float
+    device: str
+
+    def __post_init__(self) -> None:
+        if self.hu.ndim != 3 or self.hu.shape[1] != self.hu.shape[2]:
+            raise ValueError(f"expected square slices (z, n, n), got {self.hu.shape}")
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.hu.shape[-1], self.pixel_mm, _VIEWS, self.kernel.bins_per_pixel(self.pixel_mm))
+
+    def noise(self, draw: Draw, streams: int, seed: int) -> Array:
+        """Reconstruct the noise that `draw` makes of `streams` deviates for each line integral; float32 HU."""
+        out = np.empty(self.hu.shape, np.float32)
+        deviates = self._deviates(streams, seed)
+        at_once = max(1, min(_SLICES_AT_ONCE, _DEVIATES_AT_ONCE // streams))
+        with torch.inference_mode():
+            for first in range(0, len(out), at_once):
+                part = np.ascontiguousarray(self.hu[first : first + at_once], np.float32)
+                p = line_integrals(torch.from_numpy(part).to(self.device), self.grid)
+                drawn = torch.stack([next(deviates) for _ in part], 1).to(self.device)
+                noise = draw(self.beam.photons(p, self.grid), list(drawn))
+                image = reconstruct(noise, self.grid, self.kernel)
+                out[first : first + len(part)] = (image * (1000 / MU_WATER_PER_MM)).cpu().numpy()
+        return out
+
+    def _deviates(self, streams: int, seed: int) -> Iterator[torch.Tensor]:
+        """Standard normal deviates (streams, views, bins) of one slice after the other, drawn on the CPU.
+
+        So the same seed gives the same noise on every device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        weights = slice_weights(len(self.hu), self.overlap)
+        recent: deque[torch.Tensor] = deque(maxlen=weights.shape[1])
+        for row in weights:
+            recent.appendleft(torch.randn((streams, self.grid.views, self.grid.bins), generator=generator))
+            yield torch.stack([float(w) * drawn for w, drawn in zip(row, recent, strict=False)]).sum(0)

@@ -9,7 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from training import simulate
-from training.simulate import F50, MU_WATER_PER_MM, N0, apodised_ramp, low_dose, mix, unit_noise
+from training.counts import N0
+from training.projection import MU_WATER_PER_MM, Kernel
+from training.simulate import F50, low_dose, mix, unit_noise
 
 Array = NDArray[np.float32]
 
@@ -46,7 +48,7 @@ def test_noise_in_the_centre_is_that_of_the_formula(noise: Array) -> None:
     """Var = (1000/μ)²·(π²/views)·Var(p)·d·∫A²df (Kak and Slaney 1988, 5.3): one ray through the centre in each view."""
     views, photons = 240, N0 * PIXEL_MM * 180 / 240 * math.exp(-MU_WATER_PER_MM * 2 * RADIUS_MM)
     f = np.linspace(-0.5 / PIXEL_MM, 0.5 / PIXEL_MM, 20001)
-    power = float(np.mean(apodised_ramp(f, F50) ** 2)) / PIXEL_MM
+    power = float(np.mean(Kernel(F50).ramp(f) ** 2)) / PIXEL_MM
     expected = 1000 / MU_WATER_PER_MM * math.sqrt(math.pi**2 / views * PIXEL_MM / photons * power)
     assert float(noise[:, 118:138, 118:138].std()) == pytest.approx(expected, rel=0.04)
 
@@ -67,7 +69,7 @@ def test_spectrum_is_that_of_the_filter(disc: Array) -> None:
     power = (np.abs(np.fft.fft2(rois - rois.mean((1, 2), keepdims=True))) ** 2).mean(0)
     axis = np.fft.fftfreq(64, PIXEL_MM)
     f = np.hypot(*np.meshgrid(axis, axis))
-    expected = np.where(f > 0, apodised_ramp(f, f50) ** 2 / np.maximum(f, 1e-9), 0)
+    expected = np.where(f > 0, Kernel(f50).ramp(f) ** 2 / np.maximum(f, 1e-9), 0)
     band = f < 0.5 / PIXEL_MM
     mean_f = [float((f * p)[band].sum() / p[band].sum()) for p in (power, expected)]
     assert mean_f[0] == pytest.approx(mean_f[1], rel=0.03)
