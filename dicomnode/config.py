@@ -196,7 +196,7 @@ class PipelineOptions(_Section):
 
     uses: Text
     """Name of an installed pipeline; in the file the name of the entry, unless given."""
-    strength: Annotated[float, Strict(), Field(ge=0.5, le=1.5)] = 1.0
+    strength: Annotated[float, Strict(), Field(ge=0.0, le=base.HIGHEST_STRENGTH)] = 1.0
     blend: Annotated[float, Strict(), Field(ge=0.0, le=1.0)] = 1.0
 
     @field_validator("uses")

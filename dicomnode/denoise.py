@@ -21,7 +21,7 @@ from dicomnode.derive import DerivedInstance, derive_series
 from dicomnode.errors import NodeError
 from dicomnode.spool import PART_SUFFIX, sync_folder
 from pipelines import gate, guard
-from pipelines.base import ModelCard, Options, Pipeline, pipeline_hash
+from pipelines.base import ModelCard, OptionRefused, Options, Pipeline, check_options, pipeline_hash
 from pipelines.volume import read_volume
 
 MANIFEST = "manifest.json"
@@ -92,13 +92,12 @@ def identify(card: ModelCard, options: Options) -> str:
     Raises
     ------
     NodeError
-        If an option changes no voxel with this pipeline: the same image would get another UID.
+        If the pipeline cannot take an option.
     """
-    if options.strength != 1 and not card.noise_map:
-        raise NodeError(
-            f"strength {options.strength:g} changes nothing in {card.name}, which takes no noise map; remove it from "
-            "config.yaml (blend works with every pipeline)"
-        )
+    try:
+        check_options(card, options)
+    except OptionRefused as error:
+        raise NodeError(f"{error}; change it in config.yaml") from error
     return pipeline_hash(card, options)
 
 

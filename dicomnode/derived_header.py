@@ -257,7 +257,7 @@ def _equipment(made: Making, moment: datetime) -> Dataset:
 def _derivation_description(made: Making) -> str:
     card, options = made.card, made.options
     weights = f", weights SHA-256 {card.weights_sha256[:16]}" if card.weights_sha256 else ""
-    strength = f"strength {options.strength:g}, " if card.noise_map else ""
+    strength = f"strength {options.strength:g}, " if card.noise_map or options.strength != 1 else ""
     return _plain(
         f"Noise reduction by {card.name} {card.version} (precision {card.precision}{weights}): "
         f"{strength}blend {options.blend:g}",

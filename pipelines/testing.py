@@ -42,6 +42,7 @@ def check_pipeline(pipeline: str | Pipeline) -> None:
         _repeats_itself_and_leaves_its_input,
         _leaves_padding,
         _blends,
+        _obeys_strength,
         _reports_progress,
         _takes_one_slice,
         _takes_odd_matrix,
@@ -136,6 +137,12 @@ def _blends(pipeline: Pipeline) -> None:
     volume = water_volume((_slices(pipeline, 3), 48, 48))
     out = _run(pipeline, volume, Options(blend=0.0))
     _demand(np.array_equal(out, volume.hu), "blend 0 is not the input to the last bit")
+
+
+def _obeys_strength(pipeline: Pipeline) -> None:
+    volume = water_volume((_slices(pipeline, 3), 48, 48))
+    out = _run(pipeline, volume, Options(strength=0.0))
+    _demand(np.array_equal(out, volume.hu), "strength 0 is not the input to the last bit")
 
 
 def _reports_progress(pipeline: Pipeline) -> None:

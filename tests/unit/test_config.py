@@ -295,8 +295,8 @@ REFUSALS = [
     ),
     ("pipelines: {identity: {blend: 70}}\n", r"pipelines\.identity\.blend: 70 is out of range; .* at most 1"),
     (
-        "pipelines: {identity: {strength: 0.1}}\n",
-        r"pipelines\.identity\.strength: 0\.1 is out of range; .* at least 0\.5",
+        "pipelines: {identity: {strength: 1.6}}\n",
+        r"pipelines\.identity\.strength: 1\.6 is out of range; .* at most 1\.5",
     ),
     ("pipelines: {identity: {uses: st3d}}\n", r"identity is the name of an installed pipeline; choose another"),
     # routes

@@ -226,10 +226,9 @@ def test_options_and_instances_survive_json(series_files: list[Path], tmp_path: 
     assert asdict(again) == asdict(manifest)
 
 
-def test_a_strength_that_changes_nothing_is_refused_before_any_work(series_files: list[Path], tmp_path: Path) -> None:
-    """It would give the same voxels other UIDs."""
+def test_a_strength_out_of_range_is_refused_before_any_work(series_files: list[Path], tmp_path: Path) -> None:
     pipeline = Counting()
-    with pytest.raises(NodeError, match=r"strength 0\.8 changes nothing in identity, which takes no noise map"):
-        run(series_files, tmp_path / "job", pipeline, options=Options(strength=0.8))
+    with pytest.raises(NodeError, match=r"strength 1\.2 is out of range; identity takes 0 to 1, .*config\.yaml"):
+        run(series_files, tmp_path / "job", pipeline, options=Options(strength=1.2))
     assert pipeline.calls == 0
     assert list(tmp_path.iterdir()) == []

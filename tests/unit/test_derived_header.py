@@ -70,12 +70,15 @@ def test_derivation_is_told(tmp_path: Path) -> None:
     assert [dicom_code(item) for item in ds.DerivationCodeSequence] == [("113087", "DCM", "Smoothing")]
 
 
-def test_strength_is_told_only_of_what_takes_one(tmp_path: Path) -> None:
+def test_strength_is_told_where_it_says_something(tmp_path: Path) -> None:
     path, *_ = write_series(tmp_path, phantom(1, 16))
     told = derive_one(path, tmp_path / "out").DerivationDescription
     assert told == "Noise reduction by st3d 1.2 (precision fp32, weights SHA-256 abababababababab): blend 1"
     told = derive_one(path, tmp_path / "out", card=replace(CARD, noise_map=True)).DerivationDescription
     assert told.endswith(": strength 1, blend 1")
+    assert derive_one(path, tmp_path / "out", options=Options(strength=0.5)).DerivationDescription.endswith(
+        ": strength 0.5, blend 1"
+    )
 
 
 def test_earlier_derivations_stay(tmp_path: Path) -> None:

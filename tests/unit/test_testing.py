@@ -34,7 +34,8 @@ def good(volume: Volume, options: Options, progress: Progress) -> Any:
     hu = np.where(volume.padding, np.float32(-1000), volume.hu)
     padded = np.concatenate([hu[:1], hu, hu[-1:]])
     mean = (padded[:-2] + padded[1:-1] + padded[2:]) / np.float32(3)
-    out = volume.hu if options.blend == 0 else volume.hu + np.float32(options.blend) * (mean - volume.hu)
+    part = options.strength * options.blend
+    out = volume.hu if part == 0 else volume.hu + np.float32(part) * (mean - volume.hu)
     progress(1.0)
     return np.where(volume.padding, volume.hu, out)
 
@@ -66,7 +67,7 @@ class Dice:
 def leaky(volume: Volume, options: Options, progress: Progress) -> Any:
     out = good(replace(volume, padding=np.zeros_like(volume.padding)), options, progress)
     mean = np.float32(1e-3) * volume.hu.mean(dtype=np.float64)
-    return np.where(volume.padding | (options.blend == 0), volume.hu, out + np.float32(mean))
+    return np.where(volume.padding | (options.strength * options.blend == 0), volume.hu, out + np.float32(mean))
 
 
 def silent(volume: Volume, options: Options, progress: Progress) -> Any:
@@ -94,6 +95,10 @@ BROKEN: list[tuple[Act, str]] = [
     (Dice(), "the same input gave two outputs"),
     (leaky, "the padding value moved tissue"),
     (lambda volume, options, progress: good(volume, Options(), progress), "blend 0 is not the input"),
+    (
+        lambda volume, options, progress: good(volume, Options(blend=options.blend), progress),
+        "strength 0 is not the input",
+    ),
     (silent, "progress ended at nothing"),
     (backwards, "progress went backwards"),
     (shares, "the output is the memory of the input"),

@@ -167,10 +167,11 @@ def test_what_describe_says_is_the_hash_of_card_and_options(worker: Worker) -> N
     assert worker.describe("identity", Options()) != worker.describe("identity", options)
 
 
-def test_a_strength_that_changes_nothing_is_refused_when_the_node_starts(worker: Worker) -> None:
-    with pytest.raises(NodeError, match=r"^pipeline 'st3d': strength 0\.7 changes nothing in st3d"):
-        worker.describe("st3d", Options(strength=0.7))
-    assert worker.describe("fast-2.5d", Options(strength=0.7)) != worker.describe("fast-2.5d", Options())
+def test_a_strength_out_of_range_is_refused_when_the_node_starts(worker: Worker) -> None:
+    with pytest.raises(NodeError, match=r"^pipeline 'st3d': strength 1\.2 is out of range; st3d takes 0 to 1"):
+        worker.describe("st3d", Options(strength=1.2))
+    for name, strength in (("st3d", 0.7), ("fast-2.5d", 1.2)):
+        assert worker.describe(name, Options(strength=strength)) != worker.describe(name, Options())
 
 
 @pytest.mark.parametrize(
