@@ -1,183 +1,140 @@
-"""Measure a pipeline on a phantom that no training saw, and write the table into its card and its page."""
+"""Measure pipelines and classical filters on phantoms, on real series with simulated low dose, and on real pairs.
+
+Writes one report: report.md with pictures, and numbers.csv. Without --series and --pairs it measures on the phantom.
+The truth of a real image is its full-dose image, which has noise of its own; only the phantom's truth has none.
+"""
 
 from __future__ import annotations
 
-import json
-import time
+import argparse
+import shlex
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from pipelines.base import Options, Pipeline, load, names
+from training import bar, classical, model_page, rods
+from training.cases import PHANTOM_PIXEL_MM, Trial, pair_trials, phantom_trials, simulated_trials
+from training.lpips import lpips
+from training.metrics import LUNG
+from training.report import Measurement, markdown, write_csv
+from training.scores import INPUT, rod_rows, score
 
-from pipelines.base import Options, load
-from pipelines.noise import noise_level
-from pipelines.runtime import WEIGHTS
-from pipelines.volume import Geometry, Volume
-from training.metrics import FULL, SOFT_TISSUE, psnr
-from training.phantom import chest_abdomen, tissue_masks
-from training.simulate import low_dose
-
-Array = NDArray[np.float32]
-
-DOSE = 0.25
-PIXEL_MM = 0.75
-SPACING_MM = 2.5
-PAGES = Path(__file__).parents[1] / "docs" / "models"
+HELP = "measure pipelines on phantoms, series and pairs, and write a report with tables and pictures"
 
 
-def phantom_volume(hu: Array, pixel_mm: float = PIXEL_MM, spacing_mm: float = SPACING_MM) -> Volume:
-    """`hu` as a regular axial volume without padding."""
-    return Volume(
-        hu=hu,
-        geometry=Geometry(
-            origin_mm=(0.0, 0.0, 0.0),
-            spacing_mm=(spacing_mm, pixel_mm, pixel_mm),
-            direction=((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)),
-            frame_of_reference_uid="",
-        ),
-        slice_uids=(),
-        slice_paths=(),
-        padding=np.zeros(hu.shape, np.bool_),
+def _dose(text: str) -> float:
+    dose = float(text)
+    if not 0 < dose < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no part of the full dose: give a number between 0 and 1")
+    return dose
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add = parser.add_argument
+    add("pipelines", nargs="+", metavar="PIPELINE", help=f"what to measure, of: {', '.join(names())}")
+    add(
+        "--series",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FOLDER",
+        help="full-dose CT series; low dose is simulated",
     )
+    add("--pairs", type=Path, metavar="ROOT", help="folder with real pairs of full and low dose")
+    add("--phantom", action="store_true", help="measure on the phantom too (always without --series and --pairs)")
+    add("--doses", type=_dose, nargs="+", default=[0.25, 0.1], help="parts of the full dose (default: 0.25 0.1)")
+    add("--classical", nargs="*", default=[], choices=sorted(classical.METHODS), help="filters to compare with")
+    add("--blend", type=float, default=1.0, help="part of the denoised image in the output, 0 to 1 (default: 1)")
+    add("--strength", type=float, default=1.0, help="scale of the noise level that a pipeline is told (default: 1)")
+    add("--slices", type=int, default=12, help="slices of each series, from its middle (default: %(default)s)")
+    add("--out", type=Path, default=Path("evaluation"), help="folder of the report (default: %(default)s)")
+    add("--title", default="Measured image quality", help="heading of the report (default: %(default)s)")
+    add("--lpips", type=Path, metavar="WEIGHTS", help="weights of LPIPS; without them it is left out")
+    add("--bar", action="store_true", help="judge each demand on a pipeline by pass or fail; needs --series or --pairs")
+    add("--card", action="store_true", help="only write the phantom's table into each pipeline's card and page")
+    parser.set_defaults(run=run)
 
 
-def measure(before: Array, after: Array, truth: Array) -> dict[str, Any]:
-    """PSNR, and mean shift and noise of each tissue that is there, of an image before and after denoising.
-
-    Parameters
-    ----------
-    before, after, truth
-        (z, y, x) HU; the tissue masks are taken from the truth.
-    """
-    tissues = {}
-    for name, mask in tissue_masks(truth).items():
-        if not mask.any():
-            continue
-        errors = before[mask] - truth[mask], after[mask] - truth[mask]
-        tissues[name] = {
-            "voxels": int(mask.sum()),
-            "mean_shift_hu": round(float(errors[1].mean(dtype=np.float64)), 3),
-            "error_sd_before_hu": round(float(errors[0].std(dtype=np.float64)), 2),
-            "error_sd_after_hu": round(float(errors[1].std(dtype=np.float64)), 2),
-        }
-    nothing = np.zeros(truth.shape, np.bool_)
-    return {
-        "psnr_db": {
-            str(window): [round(psnr(image, truth, window), 2) for image in (before, after)]
-            for window in (FULL, SOFT_TISSUE)
-        },
-        "noise_level_hu": [round(noise_level(image, nothing, PIXEL_MM), 1) for image in (before, after)],
-        "tissues": tissues,
-    }
+def _trials(args: argparse.Namespace) -> Iterator[Trial]:
+    if args.phantom or args.bar or not (args.series or args.pairs):
+        yield from phantom_trials(args.doses, args.slices)
+    yield from chain.from_iterable(simulated_trials(folder, args.doses, args.slices) for folder in args.series)
+    if args.pairs:
+        yield from pair_trials(args.pairs, args.slices)
 
 
-def table(measured: dict[str, Any]) -> str:
-    """The measurement as Markdown."""
-    before, after = measured["noise_level_hu"]
-    lines = [
-        "| | before | after |",
-        "|---|---|---|",
-        *(f"| PSNR, {span} (dB) | {a:.2f} | {b:.2f} |" for span, (a, b) in measured["psnr_db"].items()),
-        f"| noise level (HU) | {before:.1f} | {after:.1f} |",
-        "",
-        "| tissue | mean shift (HU) | error SD before (HU) | error SD after (HU) |",
-        "|---|---|---|---|",
-        *(
-            f"| {name} | {t['mean_shift_hu']:+.2f} | {t['error_sd_before_hu']:.1f} | {t['error_sd_after_hu']:.1f} |"
-            for name, t in measured["tissues"].items()
-        ),
-    ]
-    return "\n".join(lines)
+def command_line(args: argparse.Namespace) -> str:
+    """The command, with the last part of each path only: where the folders lay is nobody's business."""
+    paths = (args.out, args.pairs, args.lpips, *args.series)
+    short = {str(path): path.name for path in paths if path is not None}
+    return "python -m training " + shlex.join(short.get(word, word) for word in args.words)
 
 
-def page(card: dict[str, Any]) -> str:
-    """The page of a model in docs/models, from its card."""
-    training, measured = card["training"], card["measured"]
-    envelope = card["valid_for"]
-    sources = [
-        f"- {source['name']} ({source['licence']}): {source['attribution']} Licence status: {source['licence_status']}"
-        for source in training["series"]
-    ] or ["- none"]
-    return "\n".join(
-        [
-            f"# {card['name']}",
-            "",
-            f"{card['paper']}" + (f" doi:{card['doi']}" if card["doi"] else ""),
-            "",
-            f"Version {card['version']}, weights SHA-256 `{card['weights_sha256']}`, runs in {card['precision']}. "
-            f"Input: {card['input']}. Noise map: {'yes, scaled by `strength`' if card['noise_map'] else 'no'}.",
-            "",
-            "Valid for slice spacing {:g} to {:g} mm and pixels of {:g} to {:g} mm.".format(
-                *envelope["slice_spacing_mm"], *envelope["pixel_spacing_mm"]
-            ),
-            "",
-            "## Measured",
-            "",
-            f"On a phantom at {measured['dose']:g} of full dose, {measured['slices']} slices of 512×512, seed "
-            f"{measured['seed']}, which no training saw:",
-            "",
-            table(measured),
-            "",
-            "PSNR is taken over all voxels, clipped to the stated range. Masks come from the noise-free truth, eroded.",
-            "",
-            f"    {measured['command']}",
-            "",
-            "## Trained",
-            "",
-            card["trained_on"],
-            "",
-            f"{training['steps']} steps in {training['hours']:g} h on {training['hardware']}, seed {training['seed']}:",
-            "",
-            f"    {training['command']}",
-            "",
-            "Real series:",
-            "",
-            *sources,
-            "",
-            "## Known limits",
-            "",
-            card["limits"],
-            "",
-            "## Never measured against a truth",
-            "",
-            card["never_tried_on"],
-            "",
-        ]
-    )
+def _entrants(
+    args: argparse.Namespace, networks: dict[str, Pipeline], trial: Trial, measured: Measurement
+) -> Iterator[tuple[str, Pipeline | None, Options]]:
+    """What runs on a trial: nothing, the networks, the filters with the parameter that suits it best."""
+    yield INPUT, None, Options()
+    for name, pipeline in networks.items():
+        # a blind network takes no strength
+        yield name, pipeline, Options(args.strength if pipeline.card.noise_map else 1.0, args.blend)
+    for name in args.classical:
+        chosen = classical.tuned(name, trial)
+        method = classical.METHODS[name]
+        measured.parameters.append(
+            f"| {method.label} | {trial.case} | {trial.dose:g} | {method.parameter} | {chosen.parameter:.3g} |"
+        )
+        yield name, chosen, Options()
 
 
-def evaluate(name: str, seed: int, slices: int, command: str) -> str:
-    """Measure the installed pipeline `name`, write its card and page, return the table.
+def _rods(measured: Measurement, networks: dict[str, Pipeline], args: argparse.Namespace) -> None:
+    for dose in args.doses:
+        scan = rods.phantom(dose, args.slices)
+        before = rods.measured(None, Options(), scan)
+        measured.rows += rod_rows(before, before, dose, INPUT)
+        measured.spectra.setdefault(dose, {})["rods"] = {INPUT: before.nps}
+        for name, pipeline in networks.items():
+            options = Options(args.strength if pipeline.card.noise_map else 1.0, args.blend)
+            after = rods.measured(pipeline, options, scan)
+            measured.rows += rod_rows(after, before, dose, name)
+            measured.spectra[dose]["rods"][name] = after.nps
 
-    Parameters
-    ----------
-    name
-        As in `pipelines.base.names`.
-    seed
-        Of the phantom and its noise.
-    slices
-        Of the phantom.
-    command
-        The command line, for the card.
-    """
-    truth = chest_abdomen(slices, 512, PIXEL_MM, SPACING_MM, seed)
-    before = low_dose(truth, PIXEL_MM, DOSE, seed)
-    pipeline = load(name)
-    start = time.monotonic()
-    after = pipeline.denoise(phantom_volume(before), Options(), lambda part: None)
-    seconds = time.monotonic() - start
-    measured = {
-        "command": command,
-        "dose": DOSE,
-        "seed": seed,
-        "slices": slices,
-        **measure(before, after, truth),
-    }
-    path = WEIGHTS / f"{name}.json"
-    card = json.loads(path.read_text(encoding="utf-8"))
-    card["measured"] = measured
-    path.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    PAGES.mkdir(parents=True, exist_ok=True)
-    (PAGES / f"{name}.md").write_text(page(card), encoding="utf-8")
-    return f"{table(measured)}\n\n{seconds / slices:.2f} s per slice"
+
+def measure(args: argparse.Namespace) -> Measurement:
+    """Run everything that `args` names."""
+    networks = {name: load(name) for name in args.pipelines}
+    measured = Measurement(command_line(args), args.title)
+    perceptual = None if args.lpips is None else partial(lpips, window=LUNG, weights=args.lpips)
+    if args.bar and bar.OPPONENT not in args.classical:
+        args.classical = [*args.classical, bar.OPPONENT]
+    for trial in _trials(args):
+        measured.begin(trial)
+        for name, pipeline, options in _entrants(args, networks, trial, measured):
+            result = score(trial, name, pipeline, options, perceptual)
+            measured.add(trial, name, result)
+            print(f"{trial.case} at {trial.dose:g}: {name}", flush=True)
+        if args.bar and trial.kind == "phantom" and not measured.steady:
+            judged = partial(bar.steadiness, clean=trial.truth, noisy=trial.low.hu, pixel_mm=PHANTOM_PIXEL_MM)
+            measured.steady = {
+                name: judged(pipeline, Options(args.strength if pipeline.card.noise_map else 1.0, args.blend))
+                for name, pipeline in networks.items()
+            }
+    _rods(measured, networks, args)
+    return measured
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, write the report, print the bar."""
+    if args.card:
+        for name in args.pipelines:
+            print(model_page.write(name, command_line(args)))
+        return
+    measured = measure(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "report.md").write_text(markdown(measured, args.out), encoding="utf-8")
+    write_csv(measured.rows, args.out / "numbers.csv")
+    if measured.steady:
+        print(bar.table(bar.judge(measured.rows, measured.steady)))

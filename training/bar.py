@@ -1,0 +1,193 @@
+"""The bar that a pipeline must clear before it is shipped: one line for each demand, passed or failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.base import Options, Pipeline
+from training.cases import volume_of
+from training.metrics import SOFT_TISSUE
+from training.scores import Row
+
+Array = NDArray[np.float32]
+
+OPPONENT = "nlm"
+YARDSTICK = "red-cnn"
+GAIN_DB = {0.25: 0.3, 0.1: 1.0}
+"""What the mean PSNR must be above the opponent's, by dose."""
+YARDSTICK_DB = 0.3
+"""How much better the yardstick may be."""
+SHIFT_HU = {"soft": 1.0, "lung": 5.0, "bone": 5.0}
+NPS_FALL_PERCENT = 25.0
+CONTRAST = 0.95
+CLEAN_MEAN_HU, CLEAN_WITHIN_HU, CLEAN_PERCENT = 1.0, 5.0, 99.9
+"""Of a noise-free image: mean change, and how many voxels may change by how much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A demand, and how it was met."""
+
+    pipeline: str
+    demand: str
+    measured: str
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Steadiness:
+    """What a pipeline does to an image without noise, and to any image when it is turned off."""
+
+    mean_change_hu: float
+    within_percent: float
+    """Voxels that change by no more than `CLEAN_WITHIN_HU`."""
+    turned_off: str
+    """The option that turns it off."""
+    off_change_hu: float
+    """Largest change then."""
+
+
+def steadiness(pipeline: Pipeline, options: Options, clean: Array, noisy: Array, pixel_mm: float) -> Steadiness:
+    """Run `pipeline` on a noise-free image, and on a noisy one at strength 0 (blend 0 where it takes no strength)."""
+    change = np.abs(pipeline.denoise(volume_of(clean, pixel_mm, 2.5), options, lambda part: None) - clean)
+    off = Options(strength=0.0) if pipeline.card.noise_map else Options(blend=0.0)
+    unchanged = pipeline.denoise(volume_of(noisy, pixel_mm, 2.5), off, lambda part: None)
+    return Steadiness(
+        float(change.mean(dtype=np.float64)),
+        100 * float((change <= CLEAN_WITHIN_HU).mean()),
+        "strength 0" if pipeline.card.noise_map else "blend 0",
+        float(np.abs(unchanged - noisy).max()),
+    )
+
+
+def psnr_of(rows: Sequence[Row], pipeline: str, dose: float) -> dict[str, float]:
+    """PSNR in the soft-tissue window by real case: the mean over its slices."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if (
+            row.pipeline == pipeline
+            and row.dose == dose
+            and row.metric == "PSNR (dB)"
+            and row.window == str(SOFT_TISSUE)
+            and row.kind in ("simulated", "pair")
+        ):
+            found.setdefault(row.case, []).append(row.value)
+    return {case: float(np.mean(numbers)) for case, numbers in found.items()}
+
+
+def _against_opponent(rows: Sequence[Row], name: str, dose: float) -> list[Line]:
+    mine, other = psnr_of(rows, name, dose), psnr_of(rows, OPPONENT, dose)
+    gains = {case: mine[case] - other[case] for case in mine if case in other}
+    if not gains:
+        return []
+    worst = min(gains, key=lambda case: gains[case])
+    lines = [
+        Line(
+            name,
+            f"never below {OPPONENT} at {dose:g} of full dose, {SOFT_TISSUE}",
+            f"{gains[worst]:+.2f} dB in {worst}",
+            gains[worst] >= 0,
+        )
+    ]
+    if dose in GAIN_DB:
+        mean = float(np.mean(list(gains.values())))
+        lines.append(
+            Line(
+                name,
+                f"mean at least {GAIN_DB[dose]:+g} dB above {OPPONENT} at {dose:g} of full dose",
+                f"{mean:+.2f} dB over {len(gains)}",
+                mean >= GAIN_DB[dose],
+            )
+        )
+    return lines
+
+
+def _against_yardstick(rows: Sequence[Row], name: str, dose: float) -> list[Line]:
+    mine, other = psnr_of(rows, name, dose), psnr_of(rows, YARDSTICK, dose)
+    both = [other[case] - mine[case] for case in mine if case in other]
+    if name == YARDSTICK or not both:
+        return []
+    ahead = float(np.mean(both))
+    demand = f"{YARDSTICK} at most {YARDSTICK_DB:g} dB better at {dose:g} of full dose"
+    return [Line(name, demand, f"{ahead:+.2f} dB", ahead <= YARDSTICK_DB)]
+
+
+def _worst(
+    rows: Sequence[Row], name: str, metric: str, badness: Callable[[float], float], kinds: tuple[str, ...]
+) -> Row | None:
+    found = [row for row in rows if row.pipeline == name and row.metric == metric and row.kind in kinds]
+    return max(found, key=lambda row: badness(row.value), default=None)
+
+
+def _limits(rows: Sequence[Row], name: str) -> list[Line]:
+    """The demands whose worst case counts."""
+    images = ("simulated", "pair", "phantom")
+    lines = []
+    for tissue, limit in SHIFT_HU.items():
+        worst = _worst(rows, name, f"shift of {tissue} (HU)", abs, images)
+        if worst:
+            measured = f"{worst.value:+.2f} HU in {worst.case} at {worst.dose:g}"
+            lines.append(
+                Line(name, f"mean of {tissue} moves by at most {limit:g} HU", measured, abs(worst.value) <= limit)
+            )
+    worst = _worst(rows, name, "NPS mean shift (%)", lambda shift: -shift, (*images, "rods"))
+    if worst:
+        measured = f"{worst.value:+.1f} % in {worst.case} at {worst.dose:g}"
+        demand = f"mean frequency of the NPS falls by at most {NPS_FALL_PERCENT:g} %"
+        lines.append(Line(name, demand, measured, worst.value >= -NPS_FALL_PERCENT))
+    worst = _worst(rows, name, "contrast recovery", lambda recovery: -recovery, images)
+    if worst:
+        measured = f"{worst.value:.3f} in {worst.case} at {worst.dose:g}"
+        demand = f"contrast recovery of 6 mm, 30 HU at least {CONTRAST:g}"
+        lines.append(Line(name, demand, measured, worst.value >= CONTRAST))
+    return lines
+
+
+def judge(rows: Sequence[Row], steady: dict[str, Steadiness]) -> list[Line]:
+    """Every line of the bar for every pipeline of `steady`.
+
+    Parameters
+    ----------
+    rows
+        Of all pipelines, the opponent's with them.
+    steady
+        By pipeline.
+    """
+    doses = sorted({row.dose for row in rows}, reverse=True)
+    lines = []
+    for name, one in steady.items():
+        for dose in doses:
+            lines += _against_opponent(rows, name, dose)
+            lines += _against_yardstick(rows, name, dose)
+        lines += _limits(rows, name)
+        lines += [
+            Line(
+                name,
+                f"noise-free phantom: mean change at most {CLEAN_MEAN_HU:g} HU",
+                f"{one.mean_change_hu:.2f} HU",
+                one.mean_change_hu <= CLEAN_MEAN_HU,
+            ),
+            Line(
+                name,
+                f"noise-free phantom: {CLEAN_PERCENT:g} % of voxels within {CLEAN_WITHIN_HU:g} HU",
+                f"{one.within_percent:.2f} %",
+                one.within_percent >= CLEAN_PERCENT,
+            ),
+            Line(name, f"identical at {one.turned_off}", f"{one.off_change_hu:g} HU", one.off_change_hu == 0),
+        ]
+    return lines
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The bar as Markdown."""
+    return "\n".join(
+        [
+            "| pipeline | demand | measured | |",
+            "|---|---|---|---|",
+            *(f"| {x.pipeline} | {x.demand} | {x.measured} | {'pass' if x.passed else '**fail**'} |" for x in lines),
+        ]
+    )

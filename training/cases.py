@@ -1,0 +1,216 @@
+"""Images to measure with: a noise-free phantom, real series with simulated low dose, real pairs; each with its truth.
+
+The truth of a real series is its full-dose image, which has noise of its own: a denoiser that removes noise as well as
+can be removes the truth's noise too and is punished for it. Only the phantom tells how near an image is to the object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt, gaussian_filter
+
+from pipelines.noise import noise_level
+from pipelines.safety import network_input
+from pipelines.volume import Geometry, Volume, read_volume
+from training.layouts import find
+from training.pairs import load_pair
+from training.phantom import chest_abdomen, tissue_masks
+from training.physics import lesion, smoothed_masks
+from training.simulate import F50, unit_noise
+
+Array = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM = 0.75, 2.5
+PHANTOM_SEED = 900_001
+"""Trainings use seeds far below."""
+CONTEXT = 3
+"""Slices on each side of the measured ones, for networks that look along z; not measured."""
+_SECOND = 500_000
+"""Added to a seed for the second realisation of the noise."""
+_SITE_MARGIN_MM = 6.0
+"""Distance of a lesion's centre from the border of soft tissue, at least: twice its radius."""
+_SITE_DISTANCE_MM = 25.0
+_SITES_PER_SLICE = 4
+_PATCH_MM = 10.0
+"""Half the size of the box around a lesion; its blurred edge has ended there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A low-dose volume, what it should become, and the same scan again with other noise."""
+
+    case: str
+    """Name of the series or phantom, without its folder."""
+    kind: Literal["phantom", "simulated", "pair"]
+    dose: float
+    """Fraction of full dose."""
+    low: Volume
+    again: Volume | None
+    """Independent noise of the same dose; there is none of a real pair."""
+    truth: Array
+    """(z, y, x) HU."""
+    scored: slice
+    """Slices that are measured."""
+    truth_noise_hu: float
+    """Noise level of the truth; 0 of a phantom."""
+    f50: float
+    """Half-value frequency of the kernel, 1/mm: the band that an inserted lesion is blurred to."""
+
+    @property
+    def pixel_mm(self) -> float:
+        """Size of square pixels."""
+        return self.low.geometry.spacing_mm[1]
+
+    def masks(self) -> dict[str, Mask]:
+        """Tissues of the measured slices, from the noise-free truth or from a smoothed one."""
+        truth = self.truth[self.scored]
+        return tissue_masks(truth) if self.kind == "phantom" else smoothed_masks(truth, self.pixel_mm)
+
+
+def volume_of(hu: Array, pixel_mm: float, spacing_mm: float, padding: Mask | None = None) -> Volume:
+    """`hu` (z, y, x) as a regular axial volume."""
+    return Volume(
+        hu=hu,
+        geometry=Geometry(
+            origin_mm=(0.0, 0.0, 0.0),
+            spacing_mm=(spacing_mm, pixel_mm, pixel_mm),
+            direction=((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)),
+            frame_of_reference_uid="",
+        ),
+        slice_uids=(),
+        slice_paths=(),
+        padding=np.zeros(hu.shape, np.bool_) if padding is None else padding,
+    )
+
+
+def _block(count: int, wanted: int) -> tuple[slice, slice]:
+    """The middle `wanted` of `count` slices with their context, and where the wanted ones lie in it."""
+    wanted = min(wanted, count)
+    first = (count - wanted) // 2
+    start, stop = max(first - CONTEXT, 0), min(first + wanted + CONTEXT, count)
+    return slice(start, stop), slice(first - start, first - start + wanted)
+
+
+def phantom_trials(doses: Sequence[float], slices: int, seed: int = PHANTOM_SEED, matrix: int = 512) -> Iterator[Trial]:
+    """A chest-and-abdomen phantom at each dose; the noise is all of that dose, the truth has none."""
+    pixel_mm, spacing_mm = PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM
+    truth = chest_abdomen(slices + 2 * CONTEXT, matrix, pixel_mm, spacing_mm, seed)
+    noises = [unit_noise(truth, pixel_mm, s) for s in (seed, seed + _SECOND)]
+    for dose in doses:
+        low, again = (truth + noise * np.float32(dose**-0.5) for noise in noises)
+        yield Trial(
+            "phantom",
+            "phantom",
+            dose,
+            volume_of(low, pixel_mm, spacing_mm),
+            volume_of(again, pixel_mm, spacing_mm),
+            truth,
+            slice(CONTEXT, CONTEXT + slices),
+            0.0,
+            F50,
+        )
+
+
+def _full_dose_noise(hu: Array, pixel_mm: float, f50: float, level_hu: float, seed: int) -> Array:
+    """Simulated noise of `hu` with the noise level `level_hu`, measured in the same way as that of the series."""
+    nothing = np.zeros(hu.shape, np.bool_)
+    noise = unit_noise(hu, pixel_mm, seed, f50=f50)
+    noise *= np.float32(level_hu / noise.std())
+    # three times the noise, so that the structure of the image adds little to the measured level
+    added = math.sqrt(max(noise_level(hu + 3 * noise, nothing, pixel_mm) ** 2 - level_hu**2, 0)) / 3
+    return noise * np.float32(level_hu / added)
+
+
+def simulated_trials(
+    folder: Path, doses: Sequence[float], slices: int, f50: float = F50, seed: int = PHANTOM_SEED
+) -> Iterator[Trial]:
+    """The middle of a real full-dose series at each dose: the noise that the lower dose adds is simulated.
+
+    Raises
+    ------
+    pipelines.volume.SeriesRefused
+        If the folder is no series that may be denoised.
+    ValueError
+        If the slices are not square, or there is nothing in which noise can be measured.
+    """
+    volume = read_volume(sorted(folder.glob("*.dcm")))
+    read, scored = _block(len(volume.hu), slices)
+    spacing_mm, pixel_mm, _ = volume.geometry.spacing_mm
+    padding = np.ascontiguousarray(volume.padding[read])
+    truth = network_input(volume_of(np.ascontiguousarray(volume.hu[read]), pixel_mm, spacing_mm, padding))
+    level_hu = noise_level(truth, padding, pixel_mm)
+    if level_hu == 0:
+        raise ValueError(f"{folder.name} has no noise to be measured: leave it out")
+    noises = [_full_dose_noise(truth, pixel_mm, f50, level_hu, s) for s in (seed, seed + _SECOND)]
+    for dose in doses:
+        scale = np.float32(math.sqrt(1 / dose - 1))
+        low, again = (np.where(padding, truth, truth + noise * scale) for noise in noises)
+        yield Trial(
+            folder.name,
+            "simulated",
+            dose,
+            volume_of(low, pixel_mm, spacing_mm, padding),
+            volume_of(again, pixel_mm, spacing_mm, padding),
+            truth,
+            scored,
+            level_hu,
+            f50,
+        )
+
+
+def lesions(trial: Trial) -> Array | None:
+    """Lesions of 6 mm and 30 HU for the places in soft tissue that are farthest from its border; (z, y, x) HU.
+
+    At most four in a slice, 25 mm apart; None where nothing is wide enough. They are blurred in the plane to the band
+    of the image.
+    """
+    spacing_mm, pixel_mm = trial.low.geometry.spacing_mm[0], trial.pixel_mm
+    soft = trial.masks()["soft"]
+    step = max(math.ceil(_SITE_DISTANCE_MM / spacing_mm), 1)
+    half_z, half = math.ceil(_PATCH_MM / 2 / spacing_mm), math.ceil(_PATCH_MM / pixel_mm)
+    ball = lesion((2 * half_z + 1, 2 * half + 1, 2 * half + 1), (spacing_mm, pixel_mm, pixel_mm))
+    sigma_px = math.sqrt(math.log(2) / 2) / (math.pi * trial.f50 * pixel_mm)
+    ball = gaussian_filter(ball, (0, sigma_px, sigma_px)).astype(np.float32)
+    # a frame around everything, so that no box leaves the image
+    out = np.zeros([n + 2 * h for n, h in zip(trial.truth.shape, (half_z, half, half), strict=True)], np.float32)
+    middle = len(soft) // 2
+    for k in range(middle % step, len(soft), step):
+        distance = distance_transform_edt(soft[k], sampling=pixel_mm)
+        rows, columns = np.mgrid[: distance.shape[0], : distance.shape[1]]
+        for _ in range(_SITES_PER_SLICE):
+            y, x = np.unravel_index(int(distance.argmax()), distance.shape)
+            if distance[y, x] < _SITE_MARGIN_MM:
+                break
+            z = trial.scored.start + k
+            out[z : z + len(ball), y : y + ball.shape[1], x : x + ball.shape[2]] += ball
+            distance[np.hypot(rows - y, columns - x) * pixel_mm < _SITE_DISTANCE_MM] = 0
+    inserted = out[half_z:-half_z, half:-half, half:-half]
+    return np.ascontiguousarray(inserted) if inserted.any() else None
+
+
+def with_inserted(volume: Volume, inserted: Array) -> Volume:
+    """`volume` with `inserted` added."""
+    return replace(volume, hu=volume.hu + inserted)
+
+
+def pair_trials(root: Path, slices: int) -> Iterator[Trial]:
+    """The middle of each real pair below `root`; there is no second realisation of its noise."""
+    for case in find(root):
+        if case.low is None or case.dose is None:
+            continue
+        pair = load_pair(case)
+        read, scored = _block(len(pair.full), slices)
+        padding = np.zeros(pair.full[read].shape, np.bool_)
+        truth = np.ascontiguousarray(pair.full[read], np.float32)
+        low = volume_of(np.ascontiguousarray(pair.low[read], np.float32), pair.pixel_mm, pair.spacing_mm, padding)
+        yield Trial(
+            case.name, "pair", case.dose, low, None, truth, scored, noise_level(truth, padding, pair.pixel_mm), F50
+        )

@@ -1,0 +1,120 @@
+"""Pictures of a report: images and differences, noise power spectra, box plots. Names depend on the data alone."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from training.metrics import SOFT_TISSUE, Window, psnr
+from training.physics import Curve
+
+Array = NDArray[np.float32]
+
+MAX_BYTES = 300_000
+"""Of one picture: a report is read over the network."""
+DIFFERENCE_HU = 100.0
+"""Differences are shown from minus to plus this."""
+_SHOWN_PART = 0.6
+"""Part of a slice, around its middle, that is shown: the body without the air around it."""
+_COLUMNS = 4
+_INCH = 2.6
+
+
+def slug(name: str) -> str:
+    """`name` as a part of a file name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def _save(figure: Figure, path: Path, dpi: int = 110) -> Path:
+    """Write as JPEG of the best quality that stays below `MAX_BYTES`, or as PNG."""
+    if path.suffix == ".png":
+        figure.savefig(path, dpi=dpi, metadata={"Software": None})
+        return path
+    for quality in range(90, 20, -5):
+        memory = io.BytesIO()
+        figure.savefig(memory, dpi=dpi, format="jpeg", pil_kwargs={"quality": quality, "optimize": True})
+        if memory.tell() < MAX_BYTES:
+            break
+    path.write_bytes(memory.getvalue())
+    return path
+
+
+def _middle(image: Array) -> Array:
+    """The shown part of a slice."""
+    rows, columns = (int(n * (1 - _SHOWN_PART) / 2) for n in image.shape)
+    return image[rows : image.shape[0] - rows, columns : image.shape[1] - columns]
+
+
+def images(
+    folder: Path, case: str, dose: float, truth: Array, results: Mapping[str, Array], window: Window = SOFT_TISSUE
+) -> Path:
+    """The truth and each result in one window, and below each its difference from the truth.
+
+    Parameters
+    ----------
+    folder
+        Where the picture goes.
+    truth, results
+        (y, x) HU.
+    """
+    shown = {"truth": truth, **results}
+    columns = min(len(shown), _COLUMNS)
+    bands = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(_INCH * columns, (2 * _INCH + 0.35) * bands), layout="constrained")
+    axes = figure.subplots(2 * bands, columns, squeeze=False)
+    for place in axes.flat:
+        place.set_axis_off()
+    for k, (name, image) in enumerate(shown.items()):
+        above, below = axes[k // columns * 2, k % columns], axes[k // columns * 2 + 1, k % columns]
+        title = name if image is truth else f"{name}, {psnr(image, truth, window):.2f} dB"
+        above.set_title(title, fontsize=8)
+        above.imshow(_middle(image), "gray", vmin=window.low_hu, vmax=window.high_hu, interpolation="nearest")
+        if image is not truth:
+            below.imshow(
+                _middle(image - truth), "gray", vmin=-DIFFERENCE_HU, vmax=DIFFERENCE_HU, interpolation="nearest"
+            )
+    return _save(figure, folder / f"images-{slug(case)}-{dose:g}.jpg")
+
+
+def spectra(folder: Path, dose: float, curves: Mapping[str, Mapping[str, Curve]]) -> Path:
+    """Radial NPS of each pipeline, one plot for each case, each curve over its own area: the shape is what counts.
+
+    Parameters
+    ----------
+    curves
+        By case, then by pipeline.
+    """
+    figure = Figure(figsize=(4.2 * len(curves), 3.4), layout="constrained")
+    for place, (case, by_pipeline) in zip(
+        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
+    ):
+        for name, curve in by_pipeline.items():
+            area = float(np.trapezoid(curve.value, curve.frequency))
+            place.plot(curve.frequency, curve.value / area if area else curve.value, label=name, linewidth=1.2)
+        place.set_title(case, fontsize=8)
+        place.set_xlabel("spatial frequency (1/mm)", fontsize=8)
+        place.set_ylabel("NPS / its area (mm)", fontsize=8)
+        place.tick_params(labelsize=7)
+        place.legend(fontsize=6)
+    return _save(figure, folder / f"nps-{dose:g}.png")
+
+
+def boxes(folder: Path, dose: float, by_case: Mapping[str, Mapping[str, list[float]]], window: Window) -> Path:
+    """PSNR of each slice: median, quartiles, and whiskers to the last slice within 1.5 interquartile ranges."""
+    figure = Figure(figsize=(4.2 * len(by_case), 3.6), layout="constrained")
+    for place, (case, by_pipeline) in zip(
+        figure.subplots(1, len(by_case), squeeze=False)[0], by_case.items(), strict=True
+    ):
+        place.boxplot(list(by_pipeline.values()), tick_labels=list(by_pipeline))
+        place.set_title(case, fontsize=8)
+        place.set_ylabel(f"PSNR of a slice (dB), {window}", fontsize=8)
+        place.tick_params(labelsize=7)
+        place.tick_params(axis="x", rotation=60)
+    return _save(figure, folder / f"psnr-{dose:g}.png")

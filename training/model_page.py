@@ -1,0 +1,165 @@
+"""The phantom's table in a model's card, and the model's page in docs/models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.base import Options, load
+from pipelines.noise import noise_level
+from pipelines.runtime import WEIGHTS
+from training.cases import PHANTOM_PIXEL_MM, PHANTOM_SEED, PHANTOM_SPACING_MM, volume_of
+from training.metrics import FULL, SOFT_TISSUE, psnr
+from training.phantom import chest_abdomen, tissue_masks
+from training.simulate import low_dose
+
+Array = NDArray[np.float32]
+
+DOSE = 0.25
+SLICES = 32
+PAGES = Path(__file__).parents[1] / "docs" / "models"
+
+
+def measure(before: Array, after: Array, truth: Array) -> dict[str, Any]:
+    """PSNR, and mean shift and noise of each tissue that is there, of an image before and after denoising.
+
+    Parameters
+    ----------
+    before, after, truth
+        (z, y, x) HU; the tissue masks are taken from the truth.
+    """
+    tissues = {}
+    for name, mask in tissue_masks(truth).items():
+        if not mask.any():
+            continue
+        errors = before[mask] - truth[mask], after[mask] - truth[mask]
+        tissues[name] = {
+            "voxels": int(mask.sum()),
+            "mean_shift_hu": round(float(errors[1].mean(dtype=np.float64)), 3),
+            "error_sd_before_hu": round(float(errors[0].std(dtype=np.float64)), 2),
+            "error_sd_after_hu": round(float(errors[1].std(dtype=np.float64)), 2),
+        }
+    nothing = np.zeros(truth.shape, np.bool_)
+    return {
+        "psnr_db": {
+            str(window): [round(psnr(image, truth, window), 2) for image in (before, after)]
+            for window in (FULL, SOFT_TISSUE)
+        },
+        "noise_level_hu": [round(noise_level(image, nothing, PHANTOM_PIXEL_MM), 1) for image in (before, after)],
+        "tissues": tissues,
+    }
+
+
+def table(measured: dict[str, Any]) -> str:
+    """The measurement as Markdown."""
+    before, after = measured["noise_level_hu"]
+    lines = [
+        "| | before | after |",
+        "|---|---|---|",
+        *(f"| PSNR, {span} (dB) | {a:.2f} | {b:.2f} |" for span, (a, b) in measured["psnr_db"].items()),
+        f"| noise level (HU) | {before:.1f} | {after:.1f} |",
+        "",
+        "| tissue | mean shift (HU) | error SD before (HU) | error SD after (HU) |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {t['mean_shift_hu']:+.2f} | {t['error_sd_before_hu']:.1f} | {t['error_sd_after_hu']:.1f} |"
+            for name, t in measured["tissues"].items()
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def page(card: dict[str, Any]) -> str:
+    """The page of a model in docs/models, from its card."""
+    training, measured = card["training"], card["measured"]
+    envelope = card["valid_for"]
+    sources = [
+        f"- {source['name']} ({source['licence']}): {source['attribution']} Licence status: {source['licence_status']}"
+        for source in training["series"]
+    ] or ["- none"]
+    return "\n".join(
+        [
+            f"# {card['name']}",
+            "",
+            f"{card['paper']}" + (f" doi:{card['doi']}" if card["doi"] else ""),
+            "",
+            f"Version {card['version']}, weights SHA-256 `{card['weights_sha256']}`, runs in {card['precision']}. "
+            f"Input: {card['input']}. Noise map: {'yes, scaled by `strength`' if card['noise_map'] else 'no'}.",
+            "",
+            "Valid for slice spacing {:g} to {:g} mm and pixels of {:g} to {:g} mm.".format(
+                *envelope["slice_spacing_mm"], *envelope["pixel_spacing_mm"]
+            ),
+            "",
+            "## Measured",
+            "",
+            f"On a phantom at {measured['dose']:g} of full dose, {measured['slices']} slices of 512×512, seed "
+            f"{measured['seed']}, which no training saw:",
+            "",
+            table(measured),
+            "",
+            "PSNR is taken over all voxels, clipped to the stated range. Masks come from the noise-free truth, eroded.",
+            "",
+            f"    {measured['command']}",
+            "",
+            "## Trained",
+            "",
+            card["trained_on"],
+            "",
+            f"{training['steps']} steps in {training['hours']:g} h on {training['hardware']}, seed {training['seed']}:",
+            "",
+            f"    {training['command']}",
+            "",
+            "Real series:",
+            "",
+            *sources,
+            "",
+            "## Known limits",
+            "",
+            card["limits"],
+            "",
+            "## Never measured against a truth",
+            "",
+            card["never_tried_on"],
+            "",
+        ]
+    )
+
+
+def write(name: str, command: str, slices: int = SLICES, seed: int = PHANTOM_SEED) -> str:
+    """Measure the installed pipeline `name` on the phantom, write its card and page, return the table.
+
+    Parameters
+    ----------
+    name
+        As in `pipelines.base.names`.
+    command
+        The command line, for the card.
+    slices, seed
+        Of the phantom.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the pipeline has no card in pipelines/weights.
+    """
+    path = WEIGHTS / f"{name}.json"
+    card = json.loads(path.read_text(encoding="utf-8"))
+    truth = chest_abdomen(slices, 512, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM, seed)
+    before = low_dose(truth, PHANTOM_PIXEL_MM, DOSE, seed)
+    volume = volume_of(before, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM)
+    after = load(name).denoise(volume, Options(), lambda part: None)
+    card["measured"] = {
+        "command": command,
+        "dose": DOSE,
+        "seed": seed,
+        "slices": slices,
+        **measure(before, after, truth),
+    }
+    path.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGES.mkdir(parents=True, exist_ok=True)
+    (PAGES / f"{name}.md").write_text(page(card), encoding="utf-8")
+    return table(card["measured"])
