@@ -17,7 +17,6 @@ import hashlib
 import logging
 import os
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from pydicom.uid import UID
 
 from pipelines.ct_slice import CTSlice, SeriesRefused, read_slice
 from pipelines.elements import text
+from pipelines.volume import _pydicom_silent
 
 _log = logging.getLogger(__name__)
 
@@ -202,8 +202,7 @@ def find(root: Path) -> list[Case]:
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is no folder")
     found = _Found()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's quote values, which may be names
+    with _pydicom_silent():
         for folder, files in _folders(root):
             places = (root.resolve().name, *folder.relative_to(root).parts)
             subject = next((place for place in reversed(places) if SUBJECT.fullmatch(place)), None)
