@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import save
 from torch import nn
 
-from training.data import CLEAN_DOSE, HU_RANGE, NOISY_DOSE
+from training.data import CLEAN_DOSE, NOISY_DOSE
+from training.layouts import Case
+from training.scans import HU_RANGE
 
 NEVER_TRIED = (
     "Head, neck, limbs, children; iterative or network reconstructions; dual-energy, cone-beam; sharp (lung, bone) "
@@ -22,6 +25,10 @@ UNCHECKED = (
     "Given here as known to us, not checked against the collection's own page; check there before redistributing."
 )
 """What the card says of licence, DOI and attribution whose status in ``SOURCE.txt`` begins with UNVERIFIED."""
+
+PLATEAU_DB = 0.05
+"""A network that gains less in a third of its training has reached its plateau."""
+_CHECKS_OF_A_LINE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,27 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Plateau:
+    """Did the network still learn when its learning rate began to fall?"""
+
+    gain_db: float
+    """Rise of the validated PSNR over the last third of the constant part, from a straight line through it."""
+    reached: bool
+
+    @classmethod
+    def of(cls, log: Path, decay_from: int) -> Plateau:
+        """From the log of a training; not reached while there are fewer than `_CHECKS_OF_A_LINE` validations."""
+        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        checks = [(row["step"], row["validation_psnr_db"]) for row in rows if "validation_psnr_db" in row]
+        last = [(step, value) for step, value in checks if decay_from * 2 / 3 <= step <= decay_from]
+        if len(last) < _CHECKS_OF_A_LINE:
+            return cls(float("nan"), False)
+        steps, values = np.array(last).T
+        gain = float(np.polyfit(steps, values, 1)[0] * decay_from / 3)
+        return cls(round(gain, 3), gain < PLATEAU_DB)
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingRecord:
     """How a network came to be."""
 
@@ -43,31 +71,33 @@ class TrainingRecord:
     seed: int
     hours: float
     steps: int
+    samples: int
     hardware: str
     phantoms: int
     series: tuple[Source, ...]
+    plateau: Plateau
 
 
-def source_of(folder: Path) -> Source:
-    """Licence, its status and attribution of a series, from the ``SOURCE.txt`` in its folder.
+def source_of(case: Case) -> Source:
+    """Licence, its status and attribution of a series, from ``SOURCE.txt`` in the folder of its first file.
+
+    Without that file nothing is known of them, and the card says so.
 
     Raises
     ------
     ValueError
-        If the file is missing or does not name all three: data without attribution are not used.
+        If the file does not name all three.
     """
-    path = folder / "SOURCE.txt"
+    path = case.full[0].parent / "SOURCE.txt"
     if not path.exists():
-        raise ValueError(
-            f"{folder.name} has no SOURCE.txt with licence and attribution: write one or leave the series out"
-        )
+        return Source(case.name, "not stated", "no SOURCE.txt lay beside the images", "not stated")
     lines = (line.partition(": ") for line in path.read_text(encoding="utf-8").splitlines())
     fields = {key: value.strip() for key, _, value in lines}
     missing = [key for key in ("licence", "licence status", "attribution") if not fields.get(key)]
     if missing:
-        raise ValueError(f"SOURCE.txt of {folder.name} does not name {' and '.join(missing)}")
+        raise ValueError(f"SOURCE.txt of {path.parent.name} does not name {' and '.join(missing)}")
     status = UNCHECKED if fields["licence status"].startswith("UNVERIFIED") else fields["licence status"]
-    return Source(folder.name, fields["licence"], status, fields["attribution"])
+    return Source(path.parent.name, fields["licence"], status, fields["attribution"])
 
 
 def _trained_on(record: TrainingRecord) -> str:
@@ -85,7 +115,10 @@ def write_network(out: Path, card: Mapping[str, Any], network: nn.Module, record
     The card starts without measurements; ``python -m training evaluate`` adds them once both files are installed in
     pipelines/weights.
     """
-    state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in network.state_dict().items()}
+    state = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in network.state_dict().items()
+    }
     weights = save(state)
     digest = hashlib.sha256(weights).hexdigest()
     (out / f"{card['name']}.safetensors").write_bytes(weights)

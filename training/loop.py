@@ -1,142 +1,259 @@
-"""The training loop: one function, AdamW on a Charbonnier loss, cosine schedule, moving average of the weights."""
+"""The training loop: one function, from batches to averaged weights; resumes exactly where it was stopped."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+from training.data import Batch, Sampler
 
-CHARBONNIER_EPSILON = 1e-3
-"""1 HU: quadratic below, linear above."""
-WARM_UP_STEPS = 100
 GRADIENT_LIMIT = 1.0
 AVERAGE_DECAY = 0.998
-FINAL_RATE = 0.01
-"""Learning rate at the end, as a part of the highest."""
+CHECK_EVERY, LOG_EVERY = 500, 50
+"""Steps between two validations, and between two lines of the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """When a training ends: after so many steps, or after so many minutes of training, whichever comes first."""
+    """Steps and rates of a training: warm-up, constant, and at the end a linear decay to nothing.
+
+    During the constant part the loss shows whether the network still learns (the plateau), and the part can be made
+    longer later: a run that ended is taken up where its decay began.
+    """
 
     steps: int
-    minutes: float = math.inf
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.99)
+    warm_up: int = 100
+    decay_part: float = 0.2
+    """Last part of the steps, in which the rate falls; 0 for a fixed rate."""
 
-    def progress(self, step: int, seconds: float) -> float:
-        """Part done, 0 to 1."""
-        return min(max(step / self.steps, seconds / 60 / self.minutes), 1.0)
+    @property
+    def decay_from(self) -> int:
+        """Step at which the decay begins."""
+        return round(self.steps * (1 - self.decay_part))
+
+    def until(self, steps: int) -> Schedule:
+        """The same with another number of steps."""
+        return replace(self, steps=steps)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        left = (self.steps - step) / max(self.steps - self.decay_from, 1)
+        return self.learning_rate * min(1.0, (step + 1) / max(self.warm_up, 1), left)
 
 
-def charbonnier(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """``mean(sqrt((output − target)² + ε²)) − ε``."""
-    error = (output - target).float()
-    return (error * error + CHARBONNIER_EPSILON**2).sqrt().mean() - CHARBONNIER_EPSILON
+@dataclass(frozen=True, slots=True)
+class Adversary:
+    """The critic of a Wasserstein training.
+
+    critic
+        Makes it.
+    critic_loss
+        Of critic, denoised and target patches; the step seeds what it draws.
+    generator_loss
+        Of critic and denoised patches; added to the loss of the recipe.
+    critic_steps
+        Steps of the critic for each of the network.
+    """
+
+    critic: Callable[[], nn.Module]
+    critic_loss: Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
+    generator_loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    critic_steps: int
+    learning_rate: float
+    betas: tuple[float, float]
 
 
-def _rate(peak: float, step: int, progress: float) -> float:
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * min(1.0, (step + 1) / WARM_UP_STEPS) * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+Predict = Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
+"""Denoised patches and what they should be."""
+Loss = Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor]
 
 
-def train(
-    network: nn.Module,
-    loss: Callable[[nn.Module, Batch], torch.Tensor],
-    batch: Callable[[int], Batch],
-    schedule: Schedule,
-    learning_rate: float,
-    out: Path,
-    save: Callable[[nn.Module, int, float], None],
-    checkpoint_minutes: float = 3.0,
-    device: str = "cpu",
-) -> nn.Module:
-    """Train `network`; resume from ``out/checkpoint.pt`` if it is there.
+class Run:
+    """A training in a folder: ``checkpoint.pt``, ``before-decay.pt`` and ``log.jsonl``.
 
     Parameters
     ----------
     network
-        Trained in place, on `device`.
-    loss
-        Makes the loss of one batch.
-    batch
-        Batch number `step`; it must depend on the number alone, so that a resumed run sees the same batches.
-    schedule, learning_rate
-        When to end, and the highest learning rate.
+        Trained in place; parameters that need no gradient stay as they are.
+    predict, loss
+        Of the recipe.
+    batches
+        Batch number `step`.
+    schedule, adversary
+        Of the recipe.
+    validate
+        Measures the averaged network: names and values for the log.
     out
-        Folder of ``checkpoint.pt`` and of the log, ``log.jsonl`` (one object per line: step, loss, rate, seconds).
-    save
-        Called with the averaged network, the steps and the seconds at every checkpoint and at the end.
-    checkpoint_minutes
-        Minutes between checkpoints.
+        The folder.
     device
-        Where to train; the autocast format is bfloat16 everywhere.
-
-    Returns
-    -------
-    torch.nn.Module
-        The network with averaged weights.
+        ``cpu`` or ``cuda``; computes in bfloat16 where that is safe (autocast) and float32 elsewhere.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    network.to(device).train()
-    average = copy.deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    step, before, checkpoint = 0, 0.0, out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, before = state["step"], state["seconds"]
 
-    start = saved = time.monotonic()
+    def __init__(
+        self,
+        network: nn.Module,
+        predict: Predict,
+        loss: Loss,
+        batches: Sampler,
+        schedule: Schedule,
+        validate: Callable[[nn.Module], dict[str, float]],
+        out: Path,
+        adversary: Adversary | None = None,
+        device: str = "cpu",
+        workers: int = 0,
+    ) -> None:
+        self.predict, self.loss, self.batches, self.schedule = predict, loss, batches, schedule
+        self.validate, self.out, self.adversary, self.device, self.workers = validate, out, adversary, device, workers
+        if isinstance(loss, nn.Module):
+            loss.to(device)
+        self.network = network.to(device).train()
+        self.average = copy.deepcopy(network).requires_grad_(False).eval()
+        learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(learning, lr=schedule.learning_rate, betas=schedule.betas)
+        self.critic: nn.Module | None = None
+        if adversary:
+            self.critic = adversary.critic().to(device).train()
+            self.critic_optimizer = torch.optim.Adam(
+                self.critic.parameters(), lr=adversary.learning_rate, betas=adversary.betas
+            )
+        self.step, self.seconds = 0, 0.0
+        out.mkdir(parents=True, exist_ok=True)
+        self._resume()
 
-    def checkpoint_now() -> None:
-        seconds = before + time.monotonic() - start
-        state = {
-            "network": network.state_dict(),
-            "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "seconds": seconds,
-        }
-        partial = checkpoint.with_suffix(".part")
-        torch.save(state, partial)
-        partial.replace(checkpoint)
-        save(average, step, seconds)
+    def _resume(self) -> None:
+        path = self.out / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        before = self.out / "before-decay.pt"
+        if state["steps"] != self.schedule.steps and before.exists():  # longer than planned then: forget that decay
+            state = torch.load(before, map_location=self.device, weights_only=True)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step, self.seconds = state["step"], state["seconds"]
+        log = self.out / "log.jsonl"  # what came after the checkpoint comes again
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= self.step]
+        log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
-    total, since = 0.0, 0
-    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
-        while (progress := schedule.progress(step, before + time.monotonic() - start)) < 1:
-            rate = _rate(learning_rate, step, progress)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            noisy, target, level = (t.to(device) for t in batch(step))
-            with torch.autocast(device, torch.bfloat16):
-                value = loss(network, (noisy, target, level))
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_LIMIT)
-            optimizer.step()
-            decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for mean, now in zip(average.parameters(), network.parameters(), strict=True):
+    def _parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"network": self.network, "average": self.average, "optimizer": self.optimizer}
+        if isinstance(self.loss, nn.Module):
+            parts["loss"] = self.loss
+        if self.critic is not None:
+            parts |= {"critic": self.critic, "critic_optimizer": self.critic_optimizer}
+        return parts
+
+    def save(self, name: str = "checkpoint.pt") -> None:
+        """Write everything that the next step depends on."""
+        state = {key: part.state_dict() for key, part in self._parts().items()}
+        partial = self.out / f"{name}.part"
+        torch.save({**state, "step": self.step, "seconds": self.seconds, "steps": self.schedule.steps}, partial)
+        partial.replace(self.out / name)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device, torch.bfloat16)
+
+    def _teach_critic(self, batch: Batch, number: int) -> None:
+        assert self.critic is not None
+        assert self.adversary is not None
+        with torch.no_grad(), self._autocast():
+            denoised, target = self.predict(self.network, batch)
+        value = self.adversary.critic_loss(self.critic, denoised.float(), target.float(), number)
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.critic_optimizer.step()
+
+    def _teach(self, batch: Batch) -> torch.Tensor:
+        with self._autocast():
+            denoised, target = self.predict(self.network, batch)
+            value = self.loss(denoised, target, batch)
+            if self.critic is not None and self.adversary is not None:
+                value = value + self.adversary.generator_loss(self.critic, denoised)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.rate(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_LIMIT)
+        self.optimizer.step()
+        decay = min(AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for mean, now in zip(_values(self.average), _values(self.network), strict=True):
+                if mean.is_floating_point():
                     mean.lerp_(now, 1 - decay)
-            step, total, since = step + 1, total + value.item(), since + 1
-            if step % 20 == 0:
-                seconds = round(before + time.monotonic() - start, 1)
-                log.write(json.dumps({"step": step, "loss": total / since, "rate": rate, "seconds": seconds}) + "\n")
+                else:
+                    mean.copy_(now)
+        return value.detach()
+
+    def train(self, saved_too: Callable[[], None], checkpoint_minutes: float = 3.0) -> nn.Module:
+        """Go on to the last step.
+
+        Parameters
+        ----------
+        saved_too
+            Called after every checkpoint.
+        checkpoint_minutes
+            Minutes between checkpoints.
+
+        Returns
+        -------
+        torch.nn.Module
+            The network with averaged weights.
+        """
+        begun = start = saved = time.monotonic()
+        first = self.step
+        each = self.adversary.critic_steps if self.adversary else 0  # batches of the critic per step of the network
+        numbers = range(self.step * (1 + each), self.schedule.steps * (1 + each))
+        loader = torch.utils.data.DataLoader(self.batches, batch_size=None, sampler=numbers, num_workers=self.workers)
+        losses: list[torch.Tensor] = []
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
+
+            def write(**values: float) -> None:
+                log.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **values}) + "\n")
                 log.flush()
-                total, since = 0.0, 0
-            if time.monotonic() - saved > 60 * checkpoint_minutes:
-                checkpoint_now()
-                saved = time.monotonic()
-    checkpoint_now()
-    return average
+
+            for number, cpu in zip(numbers, loader, strict=True):
+                batch = Batch(*(tensor.to(self.device, non_blocking=True) for tensor in cpu))
+                if number % (1 + each) < each:
+                    self._teach_critic(batch, number)
+                    continue
+                losses.append(self._teach(batch))
+                self.step += 1
+                now = time.monotonic()
+                self.seconds, start = self.seconds + now - start, now
+                if self.step % LOG_EVERY == 0:
+                    mean = float(torch.stack(losses).mean())
+                    losses.clear()
+                    write(loss=mean, rate=self.schedule.rate(self.step - 1), samples=self.step * self.batches.size)
+                    left = (now - begun) / (self.step - first) * (self.schedule.steps - self.step)
+                    print(f"step {self.step}/{self.schedule.steps}  loss {mean:.5f}  ETA {left / 60:.0f} min", end="\r")
+                    sys.stdout.flush()
+                if self.step % CHECK_EVERY == 0 or self.step == self.schedule.steps:
+                    measured = self.validate(self.average)
+                    write(**measured)
+                    words = "  ".join(f"{name} {value:.3f}" for name, value in measured.items())
+                    print(f"step {self.step}/{self.schedule.steps}  {words}{' ' * 20}")
+                if self.step == self.schedule.decay_from:
+                    self.save("before-decay.pt")
+                if time.monotonic() - saved > 60 * checkpoint_minutes:
+                    self.save()
+                    saved_too()
+                    saved = time.monotonic()
+        if self.step > first:
+            self.save()
+        return self.average
+
+
+def _values(network: nn.Module) -> Sequence[torch.Tensor]:
+    return [*network.parameters(), *network.buffers()]

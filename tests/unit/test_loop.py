@@ -1,9 +1,9 @@
-"""The training loop: loss, schedule, resuming, learning; and the patches it is fed."""
+"""The training loop: schedule, resuming, learning, and a critic that learns beside the network."""
 
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,88 +11,142 @@ import pytest
 import torch
 from torch import nn
 
-from training.data import Sampler, Scan
-from training.loop import CHARBONNIER_EPSILON, Batch, Schedule, charbonnier, train
+from training.card import Plateau
+from training.data import Batch, Sampler
+from training.loop import Adversary, Run, Schedule
+from training.losses import charbonnier
+from training.scans import Scan
 
 
-def _scan(name: str, own_noise: float, base: float) -> Scan:
-    rng = np.random.default_rng(len(name))
+class _Network(nn.Module):
+    """Normalisation included: its running statistics are a part of what is averaged and kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, 1:2] - self.layers(x)
+
+
+def _sampler() -> Sampler:
+    rng = np.random.default_rng(1)
     shape = (6, 40, 40)
+    flat = np.full(shape, 50, np.float16)
     noises = tuple(rng.normal(0, sd, shape).astype(np.float16) for sd in (8.0, 16.0))
-    return Scan(name, np.full(shape, base, np.float16), (noises[0], noises[1]), own_noise, (8.0, 16.0))
+    return Sampler([Scan("phantom", "phantom", flat, flat, noises, 0.0, 0.0, (8.0, 16.0))], (3, 16, 16), 4, 0.3, 3)
 
 
-def _sampler(seed: int = 3, real_part: float = 0.3) -> Sampler:
-    return Sampler([_scan("phantom", 0.0, 50.0), _scan("real one", 5.0, -80.0)], (3, 16, 16), 4, real_part, seed)
+def _predict(network: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    return network(batch.noisy), batch.target[:, 1:2]
 
 
-def _network() -> nn.Module:
+def _loss(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return charbonnier(denoised, target)
+
+
+CRITIC = Adversary(
+    critic=lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 1)),
+    critic_loss=lambda critic, denoised, target, number: (critic(denoised) - critic(target)).mean(),
+    generator_loss=lambda critic, denoised: -critic(denoised).mean(),
+    critic_steps=2,
+    learning_rate=1e-2,
+    betas=(0.5, 0.9),
+)
+STEADY = Schedule(9, 1e-3, warm_up=2, decay_part=0)
+
+
+def _run(out: Path, schedule: Schedule, adversary: Adversary | None = None) -> Run:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1))
+    network = _Network()
+    validate = lambda network: {"validation_psnr_db": 30.0}  # noqa: E731  # a measure of no interest here
+    return Run(network, _predict, _loss, _sampler(), schedule, validate, out, adversary)
 
 
-def _loss(network: nn.Module, batch: Batch) -> torch.Tensor:
-    noisy, target, _ = batch
-    return charbonnier(noisy - network(noisy), target)
+def _weights(run: Run) -> dict[str, torch.Tensor]:
+    parts = {"average": run.average, "network": run.network}
+    if run.critic is not None:
+        parts["critic"] = run.critic
+    return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
 
 
-def _run(out: Path, steps: int) -> dict[str, torch.Tensor]:
-    average = train(
-        _network(), _loss, _sampler().batch, Schedule(steps), 1e-3, out, lambda network, step, seconds: None
+@pytest.mark.parametrize("adversary", [None, CRITIC])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, adversary: Adversary | None) -> None:
+    whole = _run(tmp_path / "whole", STEADY, adversary)
+    whole.train(lambda: None)
+
+    class Stopped(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stopped
+
+    parts = _run(tmp_path / "parts", STEADY, adversary)
+    with pytest.raises(Stopped):
+        parts.train(stop, checkpoint_minutes=0)
+    assert 0 < parts.step < STEADY.steps
+    parts = _run(tmp_path / "parts", STEADY, adversary)
+    assert parts.step > 0
+    parts.train(lambda: None)
+    ours, theirs = _weights(whole), _weights(parts)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    untrained = _weights(_run(tmp_path / "none", STEADY, adversary))
+    assert not any(torch.equal(ours[name], untrained[name]) for name in ours if name.endswith("weight"))
+
+
+def test_a_longer_run_forgets_the_decay_of_the_shorter_one(tmp_path: Path) -> None:
+    short = Schedule(10, 1e-3, warm_up=0, decay_part=0.4)
+    _run(tmp_path / "parts", short).train(lambda: None)
+    again = _run(tmp_path / "parts", replace(short, steps=20))
+    assert again.step == 6
+    again.train(lambda: None)
+    whole = _run(tmp_path / "whole", replace(short, steps=20))
+    whole.train(lambda: None)
+    ours, theirs = _weights(whole), _weights(again)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert steps == [20]  # the last validation of the short run is gone with its decay
+
+
+def test_rates_warm_up_stay_and_fall() -> None:
+    schedule = Schedule(100, 1.0, warm_up=10, decay_part=0.2)
+    assert [schedule.rate(step) for step in (0, 4, 9, 50, 80, 90, 99)] == pytest.approx(
+        [0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.05]
     )
-    return {name: tensor.clone() for name, tensor in average.state_dict().items()}
-
-
-def test_charbonnier_is_quadratic_then_linear() -> None:
-    e = CHARBONNIER_EPSILON
-    zero = torch.zeros(1)
-    assert charbonnier(zero, zero).item() == 0
-    assert charbonnier(zero + e / 10, zero).item() == pytest.approx(e / 200, rel=0.01)
-    assert charbonnier(zero + 100 * e, zero).item() == pytest.approx(99.005 * e, rel=1e-4)
-
-
-def test_schedule_ends_by_steps_or_minutes() -> None:
-    assert Schedule(100).progress(50, 1e9) == 0.5
-    assert Schedule(100, minutes=2).progress(10, 60) == 0.5
-    assert Schedule(100, minutes=2).progress(100, 60) == 1
-
-
-def test_resumed_run_is_the_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.loop._rate", lambda peak, step, progress: peak)  # both runs have the same end
-    whole = _run(tmp_path / "whole", 9)
-    _run(tmp_path / "parts", 4)
-    parts = _run(tmp_path / "parts", 9)
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert not torch.equal(whole["0.weight"], _network().state_dict()["0.weight"])
+    assert {Schedule(100, 0.01, warm_up=0, decay_part=0).rate(step) for step in range(100)} == {0.01}
 
 
 def test_it_learns_and_logs(tmp_path: Path) -> None:
-    _run(tmp_path, 160)
+    _run(tmp_path, Schedule(200, 3e-3, warm_up=10)).train(lambda: None)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(20, 161, 20))
-    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
-    assert lines[-1]["rate"] < lines[4]["rate"]
+    logged = [line for line in lines if "loss" in line]
+    assert [(line["step"], line["samples"]) for line in logged] == [(50, 200), (100, 400), (150, 600), (200, 800)]
+    assert logged[-1]["loss"] < 0.7 * logged[0]["loss"]
+    assert logged[-1]["rate"] < logged[1]["rate"]
+    assert [line["step"] for line in lines if "validation_psnr_db" in line] == [200]
 
 
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    one, again = _sampler().batch(5), _sampler().batch(5)
-    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
-    assert not torch.equal(one[0], _sampler().batch(6)[0])
-    assert not torch.equal(one[0], _sampler(seed=4).batch(5)[0])
+def test_frozen_weights_stay(tmp_path: Path) -> None:
+    run = _run(tmp_path, STEADY)
+    run.network.layers[0].requires_grad_(False)  # type: ignore[index]  # it is a Sequential
+    before = run.network.state_dict()["layers.0.weight"].clone()
+    run.train(lambda: None)
+    assert torch.equal(run.network.state_dict()["layers.0.weight"], before)
 
 
-def test_noise_level_is_that_of_the_noise() -> None:
-    """Ratio of what was added to what the network is told; the jitter of 10 % averages out."""
-    sampler = _sampler(real_part=0.0)
-    ratios = []
-    for step in range(60):
-        noisy, target, level = sampler.batch(step)
-        added = (noisy - target).std((1, 2, 3))
-        ratios += [math.log(a / b) for a, b in zip(added.tolist(), level.tolist(), strict=True) if a > 0]
-    assert float(np.mean(ratios)) == pytest.approx(0, abs=0.03)
-    assert float(np.std(ratios)) == pytest.approx(0.1, abs=0.04)
+def test_plateau_is_a_rise_below_the_bar_in_the_last_third(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
 
+    def plateau(values: list[float]) -> Plateau:
+        rows = [{"step": 100 * (k + 1), "validation_psnr_db": value} for k, value in enumerate(values)]
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return Plateau.of(log, 100 * len(values))
 
-def test_real_targets_come_as_often_as_told() -> None:
-    targets = torch.cat([_sampler().batch(step)[1] for step in range(100)])
-    assert float((targets.mean((1, 2, 3)) < 0).float().mean()) == pytest.approx(0.3, abs=0.07)
+    rising = plateau([30 + 0.02 * k for k in range(12)])
+    assert rising.gain_db == pytest.approx(0.02 * 4, abs=0.002)
+    assert not rising.reached
+    assert plateau([30.0, 33.0, 34.0, 34.5, 34.8, *[35.0, 35.01] * 4]).reached
+    assert not plateau([30.0, 30.0]).reached  # too few to say

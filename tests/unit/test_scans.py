@@ -1,0 +1,67 @@
+"""What networks learn from: phantoms seen through a kernel, thick slices, and scans that are made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training import scans
+from training.projection import Kernel
+from training.scans import Scan, kept, phantom_scan, seen_through, thick_to_thin
+
+
+def _ramp() -> Scan:
+    z = np.arange(9, dtype=np.float32)[:, None, None] * np.ones((9, 4, 4), np.float32)
+    noise = np.random.default_rng(0).normal(0, 10, (9, 256, 256)).astype(np.float16)
+    half = (z * 8).astype(np.float16)
+    return Scan("ramp", "ramp", half, half, (noise, noise), 0.0, 0.0, (10.0, 10.0))
+
+
+def test_a_kernel_is_the_transfer_function_of_what_it_shows() -> None:
+    """A wave of frequency f comes out with its amplitude times the apodisation at f."""
+    pixel_mm, kernel = 0.5, Kernel(0.6, 2.0)
+    x = np.arange(256) * pixel_mm
+    for cycles in (0, 16, 40, 77, 100):
+        f = cycles / (256 * pixel_mm)
+        wave = np.broadcast_to(100 * np.cos(2 * np.pi * f * x), (1, 256, 256)).astype(np.float32)
+        seen = seen_through(wave, pixel_mm, kernel)
+        assert np.allclose(seen, wave * kernel.apodisation(np.array(f)), atol=1e-3)
+
+
+def test_thick_slices_show_the_same_with_less_noise() -> None:
+    thick = thick_to_thin(_ramp())
+    assert np.array_equal(thick.target, _ramp().target)
+    assert np.allclose(thick.source[1:7], _ramp().target[1:7])  # a ramp is kept by averaging and interpolation
+    # between two thick slices of weight 3/4 and 1/4, each the mean of two slices
+    expected = 10 * np.sqrt((0.75**2 + 0.25**2) / 2)
+    assert thick.noises[0][3].astype(np.float32).std() == pytest.approx(expected, rel=0.02)
+
+
+def test_a_scan_is_made_once(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> Scan:
+        made.append(1)
+        return _ramp()
+
+    first, again = (kept(tmp_path, {"what": 1}, make) for _ in range(2))
+    other = kept(tmp_path, {"what": 2}, make)
+    assert len(made) == 2
+    for scan in (first, again, other):
+        assert np.array_equal(scan.target, _ramp().target)
+        assert np.array_equal(scan.source, _ramp().source)
+        assert all(np.array_equal(a, b) for a, b in zip(scan.noises, _ramp().noises, strict=True))
+        assert (scan.name, scan.noise_hu, scan.source_noise_hu) == ("ramp", (10.0, 10.0), 0.0)
+
+
+def test_a_phantom_comes_with_the_noise_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scans, "PHANTOM_SLICES", 3)
+    scan = phantom_scan(5)
+    assert scan.target.shape == (3, 512, 512)
+    assert scan.target_noise_hu == 0
+    body = scan.target > -200
+    for noise, level in zip(scan.noises, scan.noise_hu, strict=True):
+        assert noise.astype(np.float32)[body].std() == pytest.approx(level, rel=0.35)  # the middle is noisier
+    assert np.corrcoef(*(n.astype(np.float32)[body] for n in scan.noises))[0, 1] == pytest.approx(0, abs=0.05)

@@ -1,0 +1,112 @@
+"""The cascade (Ataei et al.): DRL with a perceptual loss, then DRL with MSE on what is still wrong; and its parts.
+
+The paper states Adam at 1e-3, batches of 32 patches of 64×64, 15 epochs of the first and 10 of the second stage (of
+281,660 patches: 132,000 and 88,000 steps), and a perceptual loss of four levels of VGG16 beside the MSE. Without those
+weights (training.features) the levels are those of our own auto-encoder of CT images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from pipelines.cascade import CNN10_HALO, DRL, DRL_HALO, Cascade, WuCNN10
+from pipelines.runtime import load_network, read_card
+from training.data import Batch
+from training.features import FeatureLoss, PerceptualLoss, ShareWeight
+from training.loop import Loss, Schedule
+from training.losses import mse
+from training.recipes import ENVELOPE, Recipe, flat, plane
+
+PERCEPTUAL_SHARE = 0.5
+"""Part of the perceptual term in the loss; the paper's λ = 0.1 belongs to VGG16."""
+PERCEPTUAL = "Trained with a perceptual loss: texture counts as well as values."
+
+
+class Perceptual(nn.Module):
+    """MSE and the difference of features; its weight is a part of the checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = PerceptualLoss(FeatureLoss(), ShareWeight(PERCEPTUAL_SHARE))
+
+    def forward(self, denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+        value: torch.Tensor = self.both(denoised, target)
+        return value
+
+
+def _mse(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return mse(denoised, target)
+
+
+def _after(name: str) -> Callable[[nn.Module, Path], None]:
+    """Fill all stages but the last with the weights of `name`: a cascade of one stage less, or DRL alone."""
+
+    def start(network: nn.Module, folder: Path) -> None:
+        stages = cast(Cascade, network).stages[:-1]
+        if len(stages) == 1:
+            load_network(stages[0], read_card(name, folder), folder)
+        else:
+            before = Cascade(len(stages))
+            load_network(before, read_card(name, folder), folder)
+            stages.load_state_dict(before.stages.state_dict())
+
+    return start
+
+
+def _card(name: str, halo: int, limits: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "paper": "Ataei S., Alirezaie J., Babyn P. Cascaded Convolutional Neural Networks with Perceptual Loss for Low "
+        "Dose CT Denoising. IJCNN 2020.",
+        "doi": "",
+        "input": "slice",
+        "patch_zyx": [1, 64, 64],
+        "overlap_zyx": [0, halo, halo],
+        "valid_for": ENVELOPE,
+        "noise_map": False,
+        "limits": f"Blind to the noise level; sees one slice at a time. {limits}".strip(),
+    }
+
+
+def _recipe(
+    name: str,
+    network: Callable[[], nn.Module],
+    loss: Callable[[], Loss],
+    steps: int,
+    start: Callable[[nn.Module, Path], None] | None = None,
+    halo: int = DRL_HALO,
+    limits: str = "",
+) -> Recipe:
+    return Recipe(
+        card=_card(name, halo, limits),
+        network=lambda: flat(network()),
+        predict=plane,
+        loss=loss,
+        patch_zyx=(1, 64, 64),
+        batch=32,
+        schedule=Schedule(steps=steps, learning_rate=1e-3, betas=(0.9, 0.999)),
+        start=start,
+    )
+
+
+RECIPES = {
+    "drl": _recipe("drl", DRL, Perceptual, 12_000, limits=PERCEPTUAL),
+    "drl-mse": _recipe("drl-mse", DRL, lambda: _mse, 12_000),
+    "cnn10": _recipe("cnn10", WuCNN10, lambda: _mse, 12_000, halo=CNN10_HALO),
+    "cascade": _recipe("cascade", Cascade, lambda: _mse, 8_000, _after("drl"), 2 * DRL_HALO, PERCEPTUAL),
+    "cascade-mse": _recipe("cascade-mse", Cascade, lambda: _mse, 8_000, _after("drl-mse"), 2 * DRL_HALO),
+    "cascade-3": _recipe(
+        "cascade-3",
+        lambda: Cascade(3),
+        lambda: _mse,
+        8_000,
+        _after("cascade"),
+        3 * DRL_HALO,
+        PERCEPTUAL,
+    ),
+}

@@ -1,0 +1,119 @@
+"""DCSCN and DCSWGAN, and the plain networks they were compared with (You et al.): L1, and Wasserstein with L1.
+
+The paper states 80×80 patches, L1 for DCSCN and CNN-L1, and the Wasserstein distance with gradient penalty for the
+others. It states no weights, optimiser, rate, batch or number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipelines.dcscn import DCSCN, HALO, PLAIN_HALO, PlainCNN
+from pipelines.runtime import load_network, read_card
+from training.critic import Critic
+from training.data import Batch
+from training.loop import Adversary, Loss, Schedule
+from training.losses import l1, wgan_critic_loss, wgan_generator_loss
+from training.recipes import ENVELOPE, Recipe, flat, plane
+
+PATCH = 80
+L1_WEIGHT = 100.0
+"""λ1 of DCSWGAN; not stated."""
+ADVERSARIAL = "Adversarial training makes texture that looks right; it may make structure that is not there."
+
+
+def _critic_loss(critic: nn.Module, denoised: torch.Tensor, target: torch.Tensor, number: int) -> torch.Tensor:
+    generator = torch.Generator(target.device).manual_seed(number)
+    return wgan_critic_loss(critic, target, denoised, generator)
+
+
+def _l1(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return l1(denoised, target)
+
+
+def _weighted_l1(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return L1_WEIGHT * l1(denoised, target)
+
+
+def _nothing(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return denoised.new_zeros(())
+
+
+ADVERSARY = Adversary(
+    critic=lambda: Critic(PATCH),
+    critic_loss=_critic_loss,
+    generator_loss=lambda critic, denoised: wgan_generator_loss(critic, denoised, denoised, 0.0),
+    critic_steps=1,  # not stated; 1 is what Eulig et al. (Med Phys 2024) found for WGAN-VGG
+    learning_rate=1e-4,  # not stated
+    betas=(0.5, 0.9),  # not stated
+)
+
+
+def _from(name: str) -> Callable[[nn.Module, Path], None]:
+    """Begin with the weights of `name`, the same network trained without a critic."""
+
+    def start(network: nn.Module, folder: Path) -> None:
+        load_network(network, read_card(name, folder), folder)
+        network.requires_grad_(True)
+
+    return start
+
+
+def _card(name: str, halo: int, limits: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "paper": "You C., Yang L., Zhang Y., Wang G. Low-dose CT via deep CNN with skip connection and network in "
+        "network. Proc. SPIE 11113, Developments in X-Ray Tomography XII, 2019.",
+        "doi": "",
+        "input": "slice",
+        "patch_zyx": [1, PATCH, PATCH],
+        "overlap_zyx": [0, halo, halo],
+        "valid_for": ENVELOPE,
+        "noise_map": False,
+        "limits": f"Blind to the noise level; sees one slice at a time. {limits}".strip(),
+    }
+
+
+def _alone(name: str, network: Callable[[], nn.Module], halo: int) -> Recipe:
+    return Recipe(
+        card=_card(name, halo, ""),
+        network=lambda: flat(network()),
+        predict=plane,
+        loss=lambda: _l1,
+        patch_zyx=(1, PATCH, PATCH),
+        batch=32,  # not stated
+        schedule=Schedule(steps=20_000, learning_rate=1e-3),  # not stated
+    )
+
+
+def _adversarial(
+    name: str,
+    begun_with: str,
+    network: Callable[[], nn.Module],
+    halo: int,
+    loss: Loss,
+) -> Recipe:
+    return Recipe(
+        card=_card(name, halo, ADVERSARIAL),
+        network=lambda: flat(network()),
+        predict=plane,
+        loss=lambda: loss,
+        patch_zyx=(1, PATCH, PATCH),
+        batch=16,  # not stated
+        schedule=Schedule(steps=4_000, learning_rate=1e-4, betas=(0.5, 0.9), warm_up=0),  # not stated
+        adversary=ADVERSARY,
+        start=_from(begun_with),
+    )
+
+
+RECIPES = {
+    "dcscn": _alone("dcscn", DCSCN, HALO),
+    "cnn-l1": _alone("cnn-l1", PlainCNN, PLAIN_HALO),
+    "dcswgan": _adversarial("dcswgan", "dcscn", DCSCN, HALO, _weighted_l1),
+    "wgan": _adversarial("wgan", "cnn-l1", PlainCNN, PLAIN_HALO, _nothing),
+}

@@ -1,0 +1,189 @@
+"""What a network learns from: phantoms, real series with simulated noise, real pairs; kept on disk once made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.noise import noise_level
+from pipelines.volume import read_volume
+from training.layouts import Case
+from training.pairs import load_pair
+from training.phantom import chest_abdomen
+from training.projection import Kernel
+from training.simulate import unit_noise
+
+Array = NDArray[np.float32]
+Half = NDArray[np.float16]
+
+PHANTOM_SLICES = 24
+HU_RANGE = (-1024.0, 4000.0)
+"""Targets are clipped to this: padding becomes air, metal stays metal."""
+SOFT_F50, SHARP_F50, SHARP_BOOST = (0.35, 0.8), (0.5, 1.1), (0.5, 3.0)
+"""Kernels for soft tissue, and for lung and bone: see `training.projection.Kernel`."""
+SHARP_PART = 0.3
+"""Part of the phantoms that were reconstructed with a sharp kernel."""
+DETECTOR_F50 = 1.2
+"""Frequency (1/mm) that focal spot and detector halve, before any kernel."""
+STORE_REVISION = 1
+"""Raise it when a stored scan would come out otherwise today."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """A target, what a network is shown of it, and noise to add; all (z, y, x) float16 HU."""
+
+    name: str
+    subject: str
+    target: Half
+    source: Half
+    """What the noise is added to: the target, or a thicker or a real low-dose image of it."""
+    noises: tuple[Half, ...]
+    """Full-dose noise of two kernels, independent; none for a real low-dose image."""
+    target_noise_hu: float
+    """Noise level of the target; 0 for a phantom."""
+    source_noise_hu: float
+    """Noise level of the source."""
+    noise_hu: tuple[float, ...]
+    """Noise level of each noise image, measured as it will be measured at inference."""
+
+
+def _measured(hu: Array, pixel_mm: float) -> float:
+    return noise_level(hu, np.zeros(hu.shape, np.bool_), pixel_mm)
+
+
+def _with_noise(
+    name: str, subject: str, target: Array, pixel_mm: float, clean: bool, kernels: tuple[Kernel, Kernel], seed: int
+) -> Scan:
+    noises = [
+        unit_noise(target, pixel_mm, seed + 7919 * (i + 1), f50=kernel.f50, boost=kernel.boost)
+        for i, kernel in enumerate(kernels)
+    ]
+    own = _measured(target, pixel_mm)
+    # three times the noise, so that the structure of the target adds little to the measured level
+    levels = [math.sqrt(max(_measured(target + 3 * n, pixel_mm) ** 2 - own**2, 0)) / 3 for n in noises]
+    half = target.astype(np.float16)
+    level = 0.0 if clean else own
+    return Scan(
+        name, subject, half, half, tuple(n.astype(np.float16) for n in noises), level, level, (levels[0], levels[1])
+    )
+
+
+def _near(kernel: Kernel, rng: np.random.Generator) -> Kernel:
+    """A kernel whose band is near that of `kernel`: noise and edges of an image have passed the same one, about."""
+    return Kernel(kernel.f50 * rng.uniform(0.85, 1.2), kernel.boost * rng.uniform(0.8, 1.25))
+
+
+def seen_through(hu: Array, pixel_mm: float, kernel: Kernel) -> Array:
+    """`hu` (z, y, x) with the apodisation of `kernel` as its modulation transfer function."""
+    rows, columns = (np.fft.fftfreq(n, pixel_mm) for n in hu.shape[1:])
+    transfer = kernel.apodisation(np.hypot(rows[:, None], columns[None, : hu.shape[2] // 2 + 1]))
+    return np.stack([np.fft.irfft2(np.fft.rfft2(image) * transfer, image.shape) for image in hu]).astype(np.float32)
+
+
+def phantom_scan(seed: int) -> Scan:
+    """A phantom reconstructed with a kernel, with the noise of two kernels like it."""
+    rng = np.random.default_rng((seed, 1))
+    pixel_mm, spacing_mm = rng.uniform(0.65, 0.95), rng.uniform(1, 5)
+    if rng.random() < SHARP_PART:
+        kernel = Kernel(rng.uniform(*SHARP_F50), rng.uniform(*SHARP_BOOST))
+    else:
+        kernel = Kernel(rng.uniform(*SOFT_F50))
+    target = chest_abdomen(PHANTOM_SLICES, 512, pixel_mm, spacing_mm, seed, DETECTOR_F50)
+    target = np.clip(seen_through(target, pixel_mm, kernel), *HU_RANGE)
+    kernels = _near(kernel, rng), _near(kernel, rng)
+    return _with_noise(f"phantom {seed}", f"phantom {seed}", target, pixel_mm, True, kernels, seed)
+
+
+def real_scan(case: Case, seed: int) -> Scan:
+    """A real series as target, with simulated noise to add.
+
+    Raises
+    ------
+    pipelines.volume.SeriesRefused
+        If the series is none that may be denoised.
+    ValueError
+        If its slices are not square.
+    """
+    volume = read_volume(case.full)
+    rng = np.random.default_rng((seed, 2))
+    target = np.clip(np.where(volume.padding, HU_RANGE[0], volume.hu), *HU_RANGE).astype(np.float32)
+    kernels = Kernel(rng.uniform(*SOFT_F50)), Kernel(rng.uniform(*SOFT_F50))
+    return _with_noise(case.name, case.subject, target, volume.geometry.spacing_mm[1], False, kernels, seed)
+
+
+def paired_scan(case: Case, z_target_mm: float | None = None) -> Scan:
+    """A real series at full dose as target, and its real low-dose image.
+
+    Raises
+    ------
+    pipelines.volume.SeriesRefused
+        If a series is none that may be denoised.
+    ValueError
+        If the two do not show the same slices.
+    """
+    pair = load_pair(case, z_target_mm)
+    target, source = (np.clip(hu, *HU_RANGE).astype(np.float32) for hu in (pair.full, pair.low))
+    levels = _measured(target, pair.pixel_mm), _measured(source, pair.pixel_mm)
+    return Scan(case.name, case.subject, target.astype(np.float16), source.astype(np.float16), (), *levels, ())
+
+
+def thick_to_thin(scan: Scan) -> Scan:
+    """`scan` with a source twice as thick as its target: two slices averaged, then interpolated to the slices again.
+
+    Wei and Hsu (MIDL 2021) learn 1.0 mm from 2.0 mm. The noise is that of the thick slices.
+    """
+
+    def averaged(hu: Half) -> Half:
+        pairs = hu[: len(hu) // 2 * 2].astype(np.float32).reshape(-1, 2, *hu.shape[1:]).mean(1)
+        # slice k lies at (k - 1/2)/2 between the thick slices
+        place = np.clip((np.arange(len(hu)) - 0.5) / 2, 0, len(pairs) - 1)
+        low = np.minimum(place.astype(int), len(pairs) - 2)
+        part = (place - low).astype(np.float32)[:, None, None]
+        thick: Half = ((1 - part) * pairs[low] + part * pairs[low + 1]).astype(np.float16)
+        return thick
+
+    return replace(
+        scan, name=f"{scan.name}, thick", source=averaged(scan.source), noises=tuple(averaged(n) for n in scan.noises)
+    )
+
+
+def kept(store: Path, what: dict[str, Any], make: Callable[[], Scan]) -> Scan:
+    """The scan that `make` makes, from `store` if it is there; arrays are mapped, not read.
+
+    Parameters
+    ----------
+    store
+        Folder that keeps the scans.
+    what
+        Everything the scan depends on.
+    make
+        Makes it.
+    """
+    key = hashlib.sha256(json.dumps({"revision": STORE_REVISION, **what}, sort_keys=True).encode()).hexdigest()[:16]
+    folder = store / key
+    if not folder.exists():
+        scan = make()
+        partial = store / f"{key}.part"
+        partial.mkdir(parents=True, exist_ok=True)
+        np.save(partial / "target.npy", scan.target)
+        if scan.source is not scan.target:
+            np.save(partial / "source.npy", scan.source)
+        for k, noise in enumerate(scan.noises):
+            np.save(partial / f"noise{k}.npy", noise)
+        values = {f.name: getattr(scan, f.name) for f in fields(scan) if f.name not in ("target", "source", "noises")}
+        (partial / "scan.json").write_text(json.dumps(values), encoding="utf-8")
+        partial.rename(folder)
+    values = json.loads((folder / "scan.json").read_text(encoding="utf-8"))
+    target = np.load(folder / "target.npy", mmap_mode="r")
+    source = np.load(folder / "source.npy", mmap_mode="r") if (folder / "source.npy").exists() else target
+    noises = tuple(np.load(path, mmap_mode="r") for path in sorted(folder.glob("noise*.npy")))
+    return Scan(**{**values, "noise_hu": tuple(values["noise_hu"])}, target=target, source=source, noises=noises)

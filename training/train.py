@@ -1,0 +1,186 @@
+"""Train a network from phantoms, from DICOM series with simulated noise, or from real pairs of low and full dose.
+
+Without --data it learns from phantoms alone. With --data it finds series by itself: the LDCT-and-Projection-data
+collection, the AAPM Grand Challenge, or any folders of CT images; where a low-dose image lies beside the full-dose one,
+the two are a pair, elsewhere noise is simulated. Subjects are never divided between training and validation. OUT gets
+the weights, their card, the log and its curve; started again, the training goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipelines.runtime import WEIGHTS
+from pipelines.scaling import to_hu
+from training.card import Plateau, TrainingRecord, source_of, write_network
+from training.curve import draw
+from training.data import Batch, Sampler
+from training.layouts import Case, find
+from training.loop import Run
+from training.metrics import SOFT_TISSUE, psnr
+from training.recipes import MODULES, Recipe, recipe
+from training.scans import Scan, kept, paired_scan, phantom_scan, real_scan, thick_to_thin
+from training.splits import role, split
+
+HELP = "train a network; started again, it goes on where it was stopped"
+VALIDATION_BATCHES = 6
+VALIDATION_PHANTOMS = 4
+VALIDATION_SEED = 800_000
+"""Phantoms of the validation have this seed and the following ones, those of a training the thousandfold of its own."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add = parser.add_argument
+    add("recipe", choices=sorted(MODULES), help="name of the network and its training")
+    add("--out", type=Path, required=True, help="folder of the training: checkpoint, log, curve, weights, card")
+    add("--data", type=Path, nargs="*", default=[], help="folders with CT: a collection, or series of your own")
+    add("--phantoms", type=int, default=40, help="number of phantoms to learn from as well (default %(default)s)")
+    add("--steps", type=int, help="steps in all (default: the recipe's); more than before makes a training longer")
+    add("--leave-out", nargs="*", default=[], metavar="SUBJECT", help="subjects that validate instead of teaching")
+    add("--leave-one-out", action="store_true", help="one training for each subject, which it never sees (folder each)")
+    add("--z-target-mm", type=float, help="learn slices of this thickness from thicker ones (thick to thin)")
+    add("--start", type=Path, default=WEIGHTS, help="folder with the weights of the network that this one begins with")
+    add("--store", type=Path, help="folder that keeps prepared data for the next training (default: OUT/store)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
+    add("--workers", type=int, default=0, help="processes that prepare batches; use some beside a GPU")
+    add("--seed", type=int, default=1, help="of everything random (default %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s), bfloat16"
+
+
+def _scan(case: Case, args: argparse.Namespace, store: Path, seed: int) -> Scan:
+    what = {"full": [str(path) for path in case.full], "seed": seed, "z_target_mm": args.z_target_mm}
+    if case.low is None:
+        return kept(store, what, lambda: real_scan(case, seed))
+    return kept(store, {**what, "low": [str(path) for path in case.low]}, lambda: paired_scan(case, args.z_target_mm))
+
+
+def _phantom(seed: int, args: argparse.Namespace, store: Path) -> Scan:
+    scan = kept(store, {"phantom": seed}, lambda: phantom_scan(seed))
+    return thick_to_thin(scan) if args.z_target_mm else scan
+
+
+def _roles(cases: Sequence[Case], left_out: Sequence[str]) -> tuple[list[Case], list[Case]]:
+    """Cases to learn from and cases to validate on; a series that the split table keeps for tests is neither."""
+    taught = [case for case in cases if role(case.name) in (None, "train")]
+    for case in cases:
+        if case not in taught:
+            print(f"{case.name}: left out, the split table says {role(case.name)}")
+    if left_out:
+        validating = set(left_out)
+    else:
+        validating = set(split(sorted({case.subject for case in taught if role(case.name) is None}))["validation"])
+    return (
+        [case for case in taught if case.subject not in validating],
+        [case for case in taught if case.subject in validating],
+    )
+
+
+def validation(
+    predict: Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]], batches: Sequence[Batch]
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Measure of a network on fixed batches: PSNR in the soft-tissue window, before and after (dB)."""
+
+    def measure(network: nn.Module) -> dict[str, float]:
+        device = next(network.parameters()).device
+        before, after = [], []
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+            for batch in batches:
+                denoised, target = predict(network, Batch(*(tensor.to(device) for tensor in batch)))
+                middle = batch.noisy.shape[1] // 2
+                noisy = batch.noisy[:, None] if target.ndim == 5 else batch.noisy[:, middle : middle + 1]
+                truth = to_hu(target.float()).cpu().numpy()
+                before.append(psnr(to_hu(noisy).numpy(), truth, SOFT_TISSUE))
+                after.append(psnr(to_hu(denoised.float()).cpu().numpy(), truth, SOFT_TISSUE))
+        return {
+            "validation_psnr_db": sum(after) / len(after),
+            "validation_gain_db": (sum(after) - sum(before)) / len(after),
+        }
+
+    return measure
+
+
+def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: Sequence[Case], out: Path) -> float:
+    """Train into `out`; the last validated PSNR (dB)."""
+    store = args.store or args.out / "store"
+    torch.manual_seed(args.seed)
+    scans = [_phantom(args.seed * 1000 + k, args, store) for k in range(args.phantoms)]
+    scans += [_scan(case, args, store, args.seed) for case in teach]
+    held = [_scan(case, args, store, args.seed) for case in check]
+    held = held or [_phantom(VALIDATION_SEED + k, args, store) for k in range(VALIDATION_PHANTOMS)]
+    print(f"{len(scans)} scans to learn from, {len(held)} to validate on")
+
+    schedule = how.schedule if args.steps is None else how.schedule.until(args.steps)
+    network = how.network()
+    if how.start:
+        how.start(network, args.start)
+    checks = Sampler(held, how.patch_zyx, how.batch, how.real_part, VALIDATION_SEED)
+    training = Run(
+        network,
+        how.predict,
+        how.loss(),
+        Sampler(scans, how.patch_zyx, how.batch, how.real_part, args.seed),
+        schedule,
+        validation(how.predict, [checks[k] for k in range(VALIDATION_BATCHES)]),
+        out,
+        how.adversary,
+        _device(),
+        args.workers,
+    )
+    # last part of each path only: where the folders lay on this machine is nobody's business
+    folders = {str(path): path.name for path in (args.out, args.start, args.store, *args.data) if path}
+    command = shlex.join(folders.get(word, word) for word in args.words)
+
+    def write(average: nn.Module) -> None:
+        record = TrainingRecord(
+            command=f"python -m training {command}",
+            seed=args.seed,
+            hours=round(training.seconds / 3600, 2),
+            steps=training.step,
+            samples=training.step * how.batch,
+            hardware=_hardware(),
+            phantoms=args.phantoms,
+            series=tuple(source_of(case) for case in teach),
+            plateau=Plateau.of(out / "log.jsonl", schedule.decay_from),
+        )
+        write_network(out, how.card, average, record)
+
+    write(training.train(partial(write, training.average)))
+    draw({args.recipe: out / "log.jsonl"}, out / "curve.png")
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    measured: list[float] = [v["validation_psnr_db"] for v in map(json.loads, lines) if "validation_psnr_db" in v]
+    return measured[-1]
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command."""
+    how = recipe(args.recipe)
+    torch.set_num_threads(args.threads)
+    cases = [case for root in args.data for case in find(root)]
+    if not args.leave_one_out:
+        teach, check = _roles(cases, args.leave_out)
+        _train(args, how, teach, check, args.out)
+        return
+    for subject in sorted({case.subject for case in cases}):
+        teach, check = _roles(cases, [subject])
+        value = _train(args, how, teach, check, args.out / subject)
+        print(f"without {subject}: {value:.2f} dB on {subject}")
