@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
 
-from pipelines.safety import AIR_HU, LOWEST_HU
+from pipelines.safety import AIR_HU
 from pipelines.volume import ORIENTATION_TOLERANCE, SAME_POSITION_MM, SPACING_TOLERANCE_MM, Volume, read_volume
 from training.layouts import Case
 
@@ -53,7 +53,7 @@ class _Stack:
     """One series."""
 
     hu: Array
-    unmeasured: NDArray[np.bool_]
+    padding: NDArray[np.bool_]
     positions: NDArray[np.float64]
     """Place of each slice along the normal, mm, ascending."""
     step_mm: float
@@ -61,18 +61,18 @@ class _Stack:
     def at(self, places: NDArray[np.float64], snap_mm: float) -> _Stack:
         """Slices at `places` (mm, ascending), interpolated linearly; within `snap_mm` of a slice, that slice itself."""
         hu = np.empty((len(places), *self.hu.shape[1:]), np.float32)
-        unmeasured = np.empty(hu.shape, np.bool_)
+        padding = np.empty(hu.shape, np.bool_)
         for k, place in enumerate(places.clip(self.positions[0], self.positions[-1])):
             nearest = int(np.abs(self.positions - place).argmin())
             if abs(self.positions[nearest] - place) <= snap_mm:
-                hu[k], unmeasured[k] = self.hu[nearest], self.unmeasured[nearest]
+                hu[k], padding[k] = self.hu[nearest], self.padding[nearest]
                 continue
             above = int(np.searchsorted(self.positions, place))
             below = above - 1
             part = np.float32((place - self.positions[below]) / (self.positions[above] - self.positions[below]))
             hu[k] = (1 - part) * self.hu[below] + part * self.hu[above]
-            unmeasured[k] = self.unmeasured[below] | self.unmeasured[above]
-        return _Stack(hu, unmeasured, places, self.step_mm)
+            padding[k] = self.padding[below] | self.padding[above]
+        return _Stack(hu, padding, places, self.step_mm)
 
     def has(self, places: NDArray[np.float64]) -> NDArray[np.bool_]:
         """At which places there is a slice."""
@@ -136,8 +136,10 @@ def load_pair(case: Case, z_target_mm: float | None = None) -> Pair:
     same = z_target_mm is None and _same_spacing(full, low)
     snap_mm = POSITION_TOLERANCE_MM if same else SAME_POSITION_MM
     full, low = full.at(places, snap_mm), low.at(places, snap_mm)
-    unmeasured = full.unmeasured | low.unmeasured  # a voxel that one series lacks would teach to erase or to invent
-    full.hu[unmeasured] = low.hu[unmeasured] = AIR_HU
+    # A voxel that one series lacks would teach to erase or to invent. What is merely low is kept: in the lungs of a
+    # low-dose image, noise goes below -1024 HU, and air in its place would bias the target.
+    padding = full.padding | low.padding
+    full.hu[padding] = low.hu[padding] = AIR_HU
     return Pair(
         subject=case.subject,
         name=case.name,
@@ -150,11 +152,9 @@ def load_pair(case: Case, z_target_mm: float | None = None) -> Pair:
 
 
 def _stack(volume: Volume) -> _Stack:
-    unmeasured = volume.padding | (volume.hu < LOWEST_HU)
-    volume.hu[unmeasured] = AIR_HU  # before slices are mixed: -3024 HU must not leak
     positions = np.asarray(volume.positions_mm)
     step = float(np.median(np.diff(positions))) if len(positions) > 1 else volume.geometry.spacing_mm[0]
-    return _Stack(volume.hu, unmeasured, positions, step)
+    return _Stack(volume.hu, volume.padding, positions, step)
 
 
 def _same_spacing(full: _Stack, low: _Stack) -> bool:

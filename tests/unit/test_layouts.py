@@ -97,6 +97,20 @@ def test_nothing_pairs_where_there_is_a_choice_or_the_kernel_differs(tmp_path: P
     assert [(case.subject, case.low) for case in find(tmp_path)] == [("C002", None), ("C003", None)]
 
 
+def test_pairs_stay_within_a_study_and_a_thickness(tmp_path: Path) -> None:
+    expected = set()
+    for study in "12":
+        for mm in (1, 3):
+            elements = {"StudyInstanceUID": uid(study), "SliceThickness": mm}
+            folder = tmp_path / "L004" / study
+            full, low = (
+                series(folder / f"{mm}.0-{dose} Dose Images-{mm}", f"{dose} {study} {mm}", **elements)
+                for dose in ("Full", "Low")
+            )
+            expected.add((frozenset(full), frozenset(low)))
+    assert {tuple(frozenset(files or ()) for files in as_sets(case)) for case in find(tmp_path)} == expected
+
+
 def test_challenge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Two thicknesses and two kernels of each dose; the second subject has no sharp ones."""
     expected = {}

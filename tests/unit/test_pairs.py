@@ -91,11 +91,12 @@ def test_thick_low_dose_slices_are_interpolated_to_thin_full_dose_ones(tmp_path:
     assert pair.spacing_mm == 1.0
 
 
-def test_nothing_is_interpolated_across_a_missing_slice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("z_target_mm", [None, 1.0])
+def test_nothing_is_interpolated_across_a_missing_slice(tmp_path: Path, z_target_mm: float | None) -> None:
     full = write(tmp_path / "full", stack(LEVELS))
     low = write(tmp_path / "low", stack([500, -120, 80, 940, 10]), step_mm=2.0)
     low.pop(2).unlink()  # that of -96 mm
-    pair = load_pair(case(full, low))
+    pair = load_pair(case(full, low), z_target_mm)
     np.testing.assert_array_equal(pair.full, stack(LEVELS[[0, 1, 2, 6, 7, 8]]))
     np.testing.assert_array_equal(pair.low, stack([500, 190, -120, 940, 475, 10]))
 
@@ -139,16 +140,24 @@ def test_padding_is_air_in_both_and_does_not_leak_into_interpolated_slices(tmp_p
     np.testing.assert_array_equal(pair.low[:, ~outside], stack(expected)[:, ~outside])
 
 
+def test_noise_below_air_is_a_measurement(tmp_path: Path) -> None:
+    full_hu, low_hu = stack(LEVELS), stack(LEVELS + EXCESS)
+    full_hu[6, 2, 2], low_hu[6, 2, 2] = -870, -1190
+    pair = load_pair(case(*(write(tmp_path / n, hu, intercept=-2000.0) for n, hu in (("f", full_hu), ("l", low_hu)))))
+    np.testing.assert_array_equal(pair.full, full_hu)
+    np.testing.assert_array_equal(pair.low, low_hu)
+
+
 def test_a_tilted_gantry_shifts_the_slices_of_both(tmp_path: Path) -> None:
-    """The low-dose series begins two slices later, so that its first corner lies elsewhere in the plane too."""
+    """The low-dose series begins four slices later, so that its first corner lies elsewhere in the plane too."""
     tilt = np.radians(18)
     plane = (1, 0, 0, 0, float(np.cos(tilt)), float(-np.sin(tilt)))
-    low_origin = (-22.0, -22.0, FIRST_MM + 2)
+    low_origin = (-22.0, -22.0, FIRST_MM + 4)
     full = write(tmp_path / "full", stack(LEVELS), orientation=plane)
-    low = write(tmp_path / "low", stack(LEVELS[2:] + EXCESS), orientation=plane, origin_mm=low_origin)
+    low = write(tmp_path / "low", stack(LEVELS[4:] + EXCESS), orientation=plane, origin_mm=low_origin)
     pair = load_pair(case(full, low))
-    np.testing.assert_array_equal(pair.full, stack(LEVELS[2:]))
-    np.testing.assert_array_equal(pair.low, stack(LEVELS[2:] + EXCESS))
+    np.testing.assert_array_equal(pair.full, stack(LEVELS[4:]))
+    np.testing.assert_array_equal(pair.low, stack(LEVELS[4:] + EXCESS))
 
 
 @pytest.mark.parametrize(
