@@ -10,7 +10,8 @@ them. The shipped weights, ``training/weights/ct-ae.safetensors``, come from::
 with folders of full-dose DICOM series. Its card, ``ct-ae.json``, has the exact command.
 
 128 features at a quarter of the resolution are eight values per pixel: nothing is squeezed, so the reconstruction error
-says that the features keep what is in the image, not that they understand it.
+says that the features keep what is in the image, not that they understand it. On a phantom, quarter-dose noise, blur
+and a shift of equal mean square error have an L_P of 1.8, 1.4 and 1.0; of the random network 1.2, 1.3 and 1.0.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from training.phantom import chest_abdomen
 Half = NDArray[np.float16]
 
 STEPS = 5000
-BATCH = 16
+BATCH = 8
 PATCH_PX = 64
 LEARNING_RATE = 1e-3
 FINAL_RATE = 0.01

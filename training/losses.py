@@ -114,8 +114,8 @@ def l1_ssim(output: torch.Tensor, target: torch.Tensor, window: Window = SOFT_TI
 
     The equation is printed with statistics of the whole image; here SSIM is the usual windowed one. The window is not
     stated. Its Table 1 fits [−160, 240] HU best: the low-dose L1 of 0.043 is then 17 HU (60 HU on [−1000, 400]), and
-    its NMSE of 0.062 with a PSNR of 25.8 dB wants a root mean square of the image of 0.2, where chest CT has 0.23 to
-    0.36 on this window and 0.37 to 0.50 on that one.
+    its NMSE of 0.062 with a PSNR of 25.8 dB wants a root mean square of the image of 0.2, where two chest series have
+    0.23 and 0.36 on this window and 0.37 and 0.50 on that one.
     """
     difference = unit_range(output, window) - unit_range(target, window)
     return L1_PART * difference.abs().mean() + SSIM_PART * (1 - ssim(output, target, window))

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from plain_convolution import convolve, max_pool
 from safetensors.torch import load_file
 
-from training.autoencoder import BATCH, CtAutoEncoder, patches, reconstruction_rmse_hu, train_autoencoder
+from training import autoencoder
+from training.autoencoder import CtAutoEncoder, patches, reconstruction_rmse_hu, train_autoencoder
 from training.features import (
     CT_AE_WEIGHTS,
     VGG_VARIABLE,
@@ -115,8 +116,8 @@ def test_vgg_defaults_to_four_blocks_and_may_skip_the_imagenet_statistics(tmp_pa
     raw = FeatureLoss("vgg16", path, (1,), imagenet_norm=False).features(torch.full((1, 1, 8, 8), 0.14))
     x = np.full((3, 8, 8), 0.75)  # 140 HU of [−160, 240]
     for index in (0, 2):
-        layer = (state[f"features.{index}.{name}"].numpy() for name in ("weight", "bias"))
-        x = np.maximum(convolve(x, *layer), 0)
+        weight, bias = (state[f"features.{index}.{name}"].numpy() for name in ("weight", "bias"))
+        x = np.maximum(convolve(x, weight, bias), 0)
     assert np.allclose(raw[0][0].numpy(), x, atol=1e-4)
 
 
@@ -284,13 +285,14 @@ def test_validation_is_not_measured() -> None:
     assert weight.seen.item() == 1
 
 
-def test_auto_encoder_learns_and_sees_the_same_patches_again() -> None:
+def test_auto_encoder_learns_and_sees_the_same_patches_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder, "BATCH", 4)
     rng = np.random.default_rng(0)
     volumes = [[rng.normal(40, 60, (3, 80, 80)).astype(np.float16)], [np.full((2, 64, 70), -200, np.float16)]]
     batch = patches(volumes, 3, 1)
     assert torch.equal(batch, patches(volumes, 3, 1))
-    assert batch.shape == (BATCH, 1, 64, 64)
-    flat = [bool((patch == -0.2).all()) for step in range(20) for patch in patches(volumes, step, 1)]
+    assert batch.shape == (4, 1, 64, 64)
+    flat = [bool((patch == -0.2).all()) for step in range(80) for patch in patches(volumes, step, 1)]
     assert 0.4 < np.mean(flat) < 0.6
     water = volumes[1][0][:, :64, :64]
     before, after = (reconstruction_rmse_hu(train_autoencoder(volumes, steps), water) for steps in (1, 12))
