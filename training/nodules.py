@@ -49,6 +49,8 @@ _SPICULE_HEIGHT = (0.3, 0.6)
 """In ln(radius)."""
 _DIRECTIONS = 4000
 """Directions that volume and reach of a surface are taken from."""
+_BETWEEN = 0.02
+"""Part by which the radius may be smaller or larger between them."""
 _FINE_MM = 0.25
 """Largest step of the grid that a nodule is drawn on."""
 _PSF_REACH = 4.0
@@ -90,7 +92,7 @@ class Nodule:
 class Surface:
     """A closed surface around the origin, star-shaped, of the volume of a ball.
 
-    ``r(u) = R·exp(Σ a·P_l(u·n) + Σ h·exp((u·n − 1)/w²))`` in the direction u: zonal harmonics of low order around
+    ``r(u) = R·exp(Σ a·P_l(u·n) + max h·exp((u·n − 1)/w²))`` in the direction u: zonal harmonics of low order around
     random axes n, and spicules.
     """
 
@@ -103,23 +105,26 @@ class Surface:
         r = self._radius(_sphere(_DIRECTIONS))
         # volume = ⟨r³⟩·4π/3
         self._radius_mm = float(diameter_mm / 2 / np.cbrt(np.mean(r**3)))
-        self.reach_mm = float(r.max()) * self._radius_mm
+        self._core_mm = float(r.min()) * self._radius_mm * (1 - _BETWEEN)
+        self.reach_mm = float(r.max()) * self._radius_mm * (1 + _BETWEEN)
 
     def _radius(self, u: NDArray[np.floating]) -> NDArray[np.floating]:
         """Radius in mm in each direction (n, 3)."""
-        logarithm = np.zeros(len(u))
+        logarithm = np.zeros(len(u), u.dtype)
         for degree, axis, bend in zip(_DEGREES, self._axes, self._bends, strict=True):
-            logarithm += bend * legendre.legval(u @ axis, np.eye(degree + 1)[degree])
+            logarithm += legendre.legval(u @ axis.astype(u.dtype), bend * np.eye(degree + 1, dtype=u.dtype)[degree])
+        spicules = np.zeros_like(logarithm)
         for axis, height in zip(self._spicule_axes, self._spicule_heights, strict=True):
-            logarithm += height * np.exp((u @ axis - 1) / _SPICULE_WIDTH_RAD**2)
-        return np.asarray(self._radius_mm * np.exp(logarithm))
+            np.maximum(spicules, height * np.exp((u @ axis.astype(u.dtype) - 1) / _SPICULE_WIDTH_RAD**2), out=spicules)
+        return np.asarray(self._radius_mm * np.exp(logarithm + spicules))
 
     def inside(self, z: NDArray[np.floating], y: NDArray[np.floating], x: NDArray[np.floating]) -> Mask:
         """Which points of the grid with these axes (mm from the centre) lie inside, (len(z), len(y), len(x))."""
-        distance2 = z[:, None, None] ** 2 + y[:, None] ** 2 + x**2
-        out = distance2 == 0
+        axes = [axis.astype(np.float32) for axis in (z, y, x)]
+        distance2 = axes[0][:, None, None] ** 2 + axes[1][:, None] ** 2 + axes[2] ** 2
+        out = distance2 < self._core_mm**2
         near = np.nonzero((distance2 <= self.reach_mm**2) & ~out)
-        points = np.stack([axis[k] for axis, k in zip((z, y, x), near, strict=True)], axis=1)
+        points = np.stack([axis[k] for axis, k in zip(axes, near, strict=True)], axis=1)
         distance = np.sqrt(distance2[near])
         out[near] = distance <= self._radius(points / distance[:, None])
         return np.asarray(out)
@@ -266,17 +271,20 @@ def insert(
     low, high = np.log(DIAMETER_MM)
     # one in each of `count` equal parts of the range, so that few nodules span it too; large ones need the room first
     diameters = np.exp(low + (high - low) * (np.arange(count)[::-1] + rng.random(count)) / max(count, 1))
+    plans = [_plan(diameter, rng) for diameter in diameters.tolist()]
     room = _Room(hu, spacing_mm)
-    out = hu.astype(np.float32)
-    nodules = []
-    for k, diameter in enumerate(diameters.tolist()):
-        plan = _plan(diameter, rng)
+    centres = []
+    for k, plan in enumerate(plans, 1):
         centre = room.take(plan.surface.reach_mm, rng)
         if centre is None:
             raise ValueError(
-                f"the lung has no room for nodule {k + 1} of {count} ({diameter:.1f} mm): ask for fewer nodules, or "
-                "give a volume with more lung"
+                f"the lung has no room for nodule {k} of {count} ({plan.diameter_mm:.1f} mm): ask for fewer nodules, "
+                "or give a volume with more lung"
             )
+        centres.append(centre)
+    out = hu.astype(np.float32)
+    nodules = []
+    for plan, centre in zip(plans, centres, strict=True):
         drawn = _draw(plan, centre, spacing_mm, thickness_mm or spacing_mm[0], f50, hu.shape)
         part = out[drawn.box]
         covered = drawn.solid + drawn.ground_glass

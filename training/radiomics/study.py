@@ -1,0 +1,213 @@
+"""Nodules in full-dose and low-dose images, and their features before and after each pipeline."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.base import Options, Pipeline
+from pipelines.gate import check
+from pipelines.noise import noise_level
+from pipelines.safety import network_input
+from pipelines.volume import Volume, read_volume
+from training.cases import volume_of
+from training.nodules import Box, Nodule, insert
+from training.phantom import chest_abdomen
+from training.radiomics.extraction import features
+from training.simulate import F50, unit_noise
+
+Array = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+FULL_DOSE, LOW_DOSE = "full-dose", "low-dose"
+"""Names of the images that no pipeline made; the first holds the nodules and the noise of the scan as it was."""
+PHANTOM_SLICES, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM = 40, 0.75, 1.5
+PHANTOM_SEED = 910_000
+"""Added to the seed, so that no phantom is one that a training saw: trainings use seeds far below."""
+_LEAST_NOISE_HU = 0.3
+"""Whole numbers of HU alone have this noise."""
+_SECOND = 500_000
+"""Added to a seed for a second realisation of noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """What features are taken of."""
+
+    name: str
+    kind: str
+    """``solid``, ``part-solid``, or ``given``."""
+    diameter_mm: float
+    """Of the ball of the same volume."""
+    box: Box
+    mask: Mask
+    """(z, y, x) of `box`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One subject with its regions."""
+
+    name: str
+    full_dose: Volume
+    low_dose: Volume
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Features of one region in one set of images."""
+
+    case: str
+    region: Region
+    images: str
+    """`FULL_DOSE`, `LOW_DOSE` or the name of a pipeline."""
+    features: Mapping[str, float]
+
+
+def phantom_case(number: int, nodules: int, dose: float, seed: int) -> Case:
+    """Phantom `number` with nodules, scanned at full dose and at the fraction `dose` of it."""
+    own = PHANTOM_SEED + seed + number
+    spacing = (PHANTOM_SPACING_MM, PHANTOM_PIXEL_MM, PHANTOM_PIXEL_MM)
+    truth = chest_abdomen(PHANTOM_SLICES, 512, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM, own, F50)
+    truth, inserted = insert(truth, spacing, nodules, own)
+    noise, more = (unit_noise(truth, PHANTOM_PIXEL_MM, own + k) for k in (0, _SECOND))
+    full = volume_of(truth + noise, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM)
+    return Case(f"phantom {own}", full, _low_dose(full, more, dose), _regions(inserted))
+
+
+def series_case(folder: Path, nodules: int, dose: float, seed: int) -> Case:
+    """A real series with nodules put into its lungs, and the same at the fraction `dose` of its dose.
+
+    Raises
+    ------
+    pipelines.volume.SeriesRefused
+        If the folder is no series that may be denoised.
+    ValueError
+        If its slices are not square, nothing in it tells its noise, or there is no room in its lungs.
+    """
+    volume = read_volume(sorted(folder.glob("*.dcm")))
+    noise, more = (_noise_of(volume, folder.name, seed + k) for k in (0, _SECOND))
+    given = network_input(volume)
+    hu, inserted = insert(
+        given, volume.geometry.spacing_mm, nodules, seed, thickness_mm=volume.thickness_mm, noise=noise
+    )
+    full = volume.with_hu(np.where(hu == given, volume.hu, hu))
+    return Case(folder.name, full, _low_dose(full, more, dose), _regions(inserted))
+
+
+def masked_case(folder: Path, masks: Path, dose: float, seed: int) -> Case:
+    """A real series with the regions of ``MASKS/<name of the folder>.npz``, and the same at a fraction of its dose.
+
+    Raises
+    ------
+    pipelines.volume.SeriesRefused
+        If the folder is no series that may be denoised.
+    ValueError
+        If its slices are not square, nothing in it tells its noise, or the masks are not there or not of this series.
+    """
+    volume = read_volume(sorted(folder.glob("*.dcm")))
+    regions = read_masks(masks / f"{folder.name}.npz", volume)
+    return Case(folder.name, volume, _low_dose(volume, _noise_of(volume, folder.name, seed + _SECOND), dose), regions)
+
+
+def _noise_of(volume: Volume, name: str, seed: int) -> Array:
+    """Simulated noise of a scan of `volume`, of the noise level of the series itself."""
+    hu, pixel_mm = network_input(volume), volume.geometry.spacing_mm[1]
+    own = noise_level(hu, volume.padding, pixel_mm)
+    if own < _LEAST_NOISE_HU:
+        raise ValueError(f"{name} has no noise to be measured, so its low dose cannot be told: leave it out")
+    noise = unit_noise(hu, pixel_mm, seed)
+    noise *= np.float32(own / noise.std())
+    # three times the noise, so that the structure of the image adds little to the measured level
+    loud = noise_level(hu + 3 * noise, volume.padding, pixel_mm)
+    return noise * np.float32(3 * own / math.sqrt(loud**2 - own**2))
+
+
+def _low_dose(full: Volume, noise: Array, dose: float) -> Volume:
+    """`full`, which holds the noise of full dose, with what a lower dose adds where something was measured."""
+    low = full.hu + np.float32(math.sqrt(1 / dose - 1)) * noise
+    return full.with_hu(np.where(full.padding, full.hu, low))
+
+
+def _regions(nodules: Sequence[Nodule]) -> tuple[Region, ...]:
+    return tuple(
+        Region(f"nodule-{k:02d}", one.kind, one.diameter_mm, one.box, one.mask) for k, one in enumerate(nodules, 1)
+    )
+
+
+def read_masks(path: Path, volume: Volume) -> tuple[Region, ...]:
+    """Regions of a NumPy archive (`numpy.savez_compressed`), one boolean array (z, y, x) of the series each.
+
+    Axis 0 are the slices as `pipelines.volume.read_volume` sorts them, along the normal of the image plane (of axial
+    slices from the feet to the head). The name of an array is that of its region.
+
+    Raises
+    ------
+    ValueError
+        If the file is not there or no such archive, or an array is not boolean, of another shape, or empty.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.name} is not in the folder of masks: each series needs one of its folder's name")
+    regions: list[Region] = []
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path.name} is no NumPy archive (numpy.savez_compressed): {error}") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path.name} is a single array: save masks by name with numpy.savez_compressed")
+    with archive:
+        for name in archive.files:
+            mask = archive[name]
+            if mask.dtype != np.bool_ or mask.shape != volume.hu.shape:
+                raise ValueError(
+                    f"mask {name} in {path.name} is {mask.dtype} {mask.shape}: expected bool {volume.hu.shape}, the "
+                    "shape of the series"
+                )
+            if not mask.any():
+                raise ValueError(f"mask {name} in {path.name} is empty: leave it out")
+            at = [np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+            z, y, x = (slice(int(k[0]), int(k[-1]) + 1) for k in at)
+            mm3 = np.count_nonzero(mask) * math.prod(volume.geometry.spacing_mm)
+            regions.append(Region(name, "given", (6 * mm3 / math.pi) ** (1 / 3), (z, y, x), mask[z, y, x].copy()))
+    return tuple(regions)
+
+
+def measure(cases: Iterable[Case], pipelines: Sequence[Pipeline], progress: Callable[[str], None]) -> Iterator[Row]:
+    """Features of every region of every case in full-dose, low-dose and denoised images.
+
+    Parameters
+    ----------
+    cases
+        Taken one at a time.
+    pipelines
+        Applied to the low-dose images.
+    progress
+        Called with a line for each case and pipeline.
+
+    Raises
+    ------
+    pipelines.volume.SeriesRefused
+        If a pipeline was not validated for a case.
+    """
+    for case in cases:
+        progress(f"{case.name}: {len(case.regions)} regions")
+        yield from _rows(case, FULL_DOSE, case.full_dose.hu)
+        yield from _rows(case, LOW_DOSE, case.low_dose.hu)
+        for pipeline in pipelines:
+            check(case.low_dose, pipeline.card)
+            denoised = pipeline.denoise(case.low_dose, Options(), lambda part: None)
+            progress(f"{case.name}: {pipeline.card.name}")
+            yield from _rows(case, pipeline.card.name, denoised)
+
+
+def _rows(case: Case, images: str, hu: Array) -> Iterator[Row]:
+    voxel_mm3 = math.prod(case.low_dose.geometry.spacing_mm)
+    for region in case.regions:
+        yield Row(case.name, region, images, features(hu[region.box], region.mask, voxel_mm3=voxel_mm3))
