@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +69,8 @@ class TrainingRecord:
     """How a network came to be."""
 
     command: str
+    commit: str
+    """Of the code that trained it; empty outside a checkout."""
     seed: int
     hours: float
     steps: int
@@ -76,6 +79,22 @@ class TrainingRecord:
     phantoms: int
     series: tuple[Source, ...]
     plateau: Plateau
+
+
+def commit() -> str:
+    """Commit of the checkout that this code runs from; empty if it is none, ``+`` after it if files were changed."""
+    here = Path(__file__).parent
+    try:
+        head, changed = (
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (
+                ("rev-parse", "HEAD"),
+                ("status", "--porcelain", "--untracked-files=no", "--", ".", "../pipelines"),
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head + "+" * bool(changed)
 
 
 def source_of(case: Case) -> Source:

@@ -23,11 +23,9 @@ def draw(logs: Mapping[str, Path], out: Path) -> None:
     left, right = figure.subplots(1, 2)
     for name, path in logs.items():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        steps = {row["step"]: row["samples"] for row in rows if "samples" in row}
-        losses = [(row["samples"], row["loss"]) for row in rows if "loss" in row]
-        checks = [(steps[row["step"]], row["validation_psnr_db"]) for row in rows if row["step"] in steps]
-        left.plot(*zip(*losses, strict=True), label=name, linewidth=0.8)
-        right.plot(*zip(*checks, strict=True), label=name, marker=".")
+        for axes, key in ((left, "loss"), (right, "validation_psnr_db")):
+            points = [(row["samples"], row[key]) for row in rows if key in row]
+            axes.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=0.8, marker=".")
     left.set(xlabel="samples", ylabel="loss", yscale="log")
     right.set(xlabel="samples", ylabel="validation PSNR, −160 to 240 HU (dB)")
     for axes in (left, right):

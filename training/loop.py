@@ -220,7 +220,8 @@ class Run:
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
 
             def write(**values: float) -> None:
-                log.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **values}) + "\n")
+                where = {"step": self.step, "samples": self.step * self.batches.size, "seconds": round(self.seconds, 1)}
+                log.write(json.dumps({**where, **values}) + "\n")
                 log.flush()
 
             for number, cpu in zip(numbers, loader, strict=True):
@@ -235,7 +236,7 @@ class Run:
                 if self.step % LOG_EVERY == 0:
                     mean = float(torch.stack(losses).mean())
                     losses.clear()
-                    write(loss=mean, rate=self.schedule.rate(self.step - 1), samples=self.step * self.batches.size)
+                    write(loss=mean, rate=self.schedule.rate(self.step - 1))
                     left = (now - begun) / (self.step - first) * (self.schedule.steps - self.step)
                     print(f"step {self.step}/{self.schedule.steps}  loss {mean:.5f}  ETA {left / 60:.0f} min", end="\r")
                     sys.stdout.flush()

@@ -21,7 +21,7 @@ from torch import nn
 
 from pipelines.runtime import WEIGHTS
 from pipelines.scaling import to_hu
-from training.card import Plateau, TrainingRecord, source_of, write_network
+from training.card import Plateau, TrainingRecord, commit, source_of, write_network
 from training.curve import draw
 from training.data import Batch, Sampler
 from training.layouts import Case, find
@@ -79,7 +79,7 @@ def _phantom(seed: int, args: argparse.Namespace, store: Path) -> Scan:
     return thick_to_thin(scan) if args.z_target_mm else scan
 
 
-def _roles(cases: Sequence[Case], left_out: Sequence[str]) -> tuple[list[Case], list[Case]]:
+def roles(cases: Sequence[Case], left_out: Sequence[str]) -> tuple[list[Case], list[Case]]:
     """Cases to learn from and cases to validate on; a series that the split table keeps for tests is neither."""
     taught = [case for case in cases if role(case.name) in (None, "train")]
     for case in cases:
@@ -153,6 +153,7 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
     def write(average: nn.Module) -> None:
         record = TrainingRecord(
             command=f"python -m training {command}",
+            commit=commit(),
             seed=args.seed,
             hours=round(training.seconds / 3600, 2),
             steps=training.step,
@@ -177,10 +178,10 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     cases = [case for root in args.data for case in find(root)]
     if not args.leave_one_out:
-        teach, check = _roles(cases, args.leave_out)
+        teach, check = roles(cases, args.leave_out)
         _train(args, how, teach, check, args.out)
         return
     for subject in sorted({case.subject for case in cases}):
-        teach, check = _roles(cases, [subject])
+        teach, check = roles(cases, [subject])
         value = _train(args, how, teach, check, args.out / subject)
         print(f"without {subject}: {value:.2f} dB on {subject}")

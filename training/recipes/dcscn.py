@@ -28,8 +28,7 @@ ADVERSARIAL = "Adversarial training makes texture that looks right; it may make 
 
 
 def _critic_loss(critic: nn.Module, denoised: torch.Tensor, target: torch.Tensor, number: int) -> torch.Tensor:
-    generator = torch.Generator(target.device).manual_seed(number)
-    return wgan_critic_loss(critic, target, denoised, generator)
+    return wgan_critic_loss(critic, target, denoised, torch.Generator().manual_seed(number))
 
 
 def _l1(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:

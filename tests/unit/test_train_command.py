@@ -1,0 +1,171 @@
+"""Training from the command line, as small as it goes: phantoms, the Mayo Clinic's layout, one subject left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ct_builder import write_series
+from safetensors.torch import load_file
+
+from pipelines.ffdnet import FFDNet
+from pipelines.runtime import WeightsDamaged, load_network, read_card
+from training import scans, train
+from training.__main__ import COMMANDS, main
+from training.card import UNCHECKED, Source, source_of
+from training.export import export
+from training.layouts import Case
+from training.recipes import MODULES, Recipe, recipe
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scans, "PHANTOM_SLICES", 3)
+    monkeypatch.setattr(train, "VALIDATION_BATCHES", 1)
+    monkeypatch.setattr(train, "VALIDATION_PHANTOMS", 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+    def small(name: str) -> Recipe:
+        how = recipe(name)
+        return replace(how, patch_zyx=(how.patch_zyx[0], 32, 32), batch=4)
+
+    monkeypatch.setattr(train, "recipe", small)
+
+
+def _challenge(root: Path, subjects: list[str]) -> Path:
+    """The Grand Challenge in small: smooth full-dose images, and the same with noise."""
+    for k, subject in enumerate(subjects):
+        rng = np.random.default_rng(k)
+        y, x = np.indices((112, 112))
+        disc = np.hypot(y - 56, x - 56) < 50
+        full = np.where(disc, 40.0 + 10 * np.sin(x / 9 + k), -1000.0)[None].repeat(4, 0)
+        for dose, hu in (("full", full), ("quarter", full + rng.normal(0, 25, full.shape))):
+            start = f"{subject}_{'FD' if dose == 'full' else 'QD'}_3_1"
+            folder = root / subject / f"{dose}_3mm"
+            elements = {"PatientID": subject, "PixelSpacing": [3.0, 3.0]}
+            for n, path in enumerate(write_series(folder, np.round(hu), name=f"{subject} {dose}", **elements)):
+                path.rename(folder / f"{start}.CT.0004.{n:04d}.IMA")
+    return root
+
+
+def test_train_writes_weights_and_a_card_that_load(tmp_path: Path) -> None:
+    out = tmp_path / "secret folder" / "run"
+    main(["train", "fast-2.5d", "--out", str(out), "--steps", "2", "--phantoms", "1", "--seed", "7"])
+    card = read_card("fast-2.5d", out)
+    load_network(FFDNet(), card, out)
+    assert all(t.dtype == torch.float16 for t in load_file(out / "fast-2.5d.safetensors").values())
+    written = json.loads((out / "fast-2.5d.json").read_text(encoding="utf-8"))
+    training = written["training"]
+    assert (training["steps"], training["samples"], training["seed"]) == (2, 8, 7)
+    assert training["plateau"]["reached"] is False
+    assert re.fullmatch(r"([0-9a-f]{40}\+?)?", training["commit"])
+    assert "--out run --steps 2" in training["command"]
+    assert "secret" not in json.dumps(written)
+    assert card.version == card.weights_sha256[:8]
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_user_with_real_pairs_gets_a_trained_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real pairs are found, a subject is kept for validation, and the noise really falls."""
+    root = _challenge(tmp_path / "data", [f"L{k:03d}" for k in range(10, 15)])
+    out = tmp_path / "run"
+    words = ["--data", str(root), "--phantoms", "0", "--steps", "250", "--out", str(out)]
+    main(["train", "fast-2.5d", *words])
+    assert "4 scans to learn from, 1 to validate on" in capsys.readouterr().out
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert log[-1]["validation_gain_db"] > 0.5
+    card = json.loads((out / "fast-2.5d.json").read_text(encoding="utf-8"))
+    assert len(card["training"]["series"]) == 4
+    assert card["training"]["series"][0]["licence"] == "not stated"
+
+
+def test_leave_one_out_trains_once_without_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = _challenge(tmp_path / "data", ["L010", "L011", "L012"])
+    out = tmp_path / "folds"
+    main(
+        [
+            "train",
+            "fast-2.5d",
+            "--data",
+            str(root),
+            "--phantoms",
+            "0",
+            "--steps",
+            "1",
+            "--leave-one-out",
+            "--out",
+            str(out),
+        ]
+    )
+    said = capsys.readouterr().out
+    for subject in ("L010", "L011", "L012"):
+        assert f"without {subject}:" in said
+        names = {s["name"] for s in json.loads((out / subject / "fast-2.5d.json").read_text())["training"]["series"]}
+        assert len(names) == 2
+        assert not any(subject in name for name in names)
+
+
+def test_series_kept_for_tests_are_never_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [Case(name, name, (), None, None, "", 1.0) for name in ("taught", "tested", "unknown")]
+    monkeypatch.setattr(train, "role", {"taught": "train", "tested": "test"}.get)
+    teach, check = train.roles(cases, [])
+    assert [case.name for case in teach] == ["taught", "unknown"]
+    assert check == []
+
+
+def test_export_installs_what_belongs_together(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    main(["train", "fast-2.5d", "--out", str(out), "--steps", "1", "--phantoms", "1", "--z-target-mm", "1"])
+    main(["export", str(out), "--weights", str(tmp_path / "weights"), "--logs", str(tmp_path / "logs")])
+    load_network(FFDNet(), read_card("fast-2.5d", tmp_path / "weights"), tmp_path / "weights")
+    assert (tmp_path / "logs" / "fast-2.5d.jsonl").read_bytes() == (out / "log.jsonl").read_bytes()
+    (out / "fast-2.5d.safetensors").write_bytes(b"something else")
+    with pytest.raises(WeightsDamaged, match="start the training again"):
+        export(out, tmp_path / "weights", tmp_path / "logs")
+    with pytest.raises(FileNotFoundError, match="holds no card"):
+        export(tmp_path, tmp_path / "weights", tmp_path / "logs")
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "hqinet"])
+def test_every_recipe_makes_a_step(name: str) -> None:
+    """Network, prediction and loss fit together: one step, in the layout of a batch of the recipe."""
+    how = recipe(name)
+    torch.manual_seed(0)
+    z, y, x = how.patch_zyx
+    noisy = torch.randn(1, z, min(y, 80), min(x, 80)) * 0.03
+    network = how.network().train()
+    batch = train.Batch(noisy, noisy * 0.5, torch.tensor([0.03]))
+    denoised, target = how.predict(network, batch)
+    assert denoised.shape == target.shape
+    value = how.loss()(denoised, target, batch)
+    if how.adversary:
+        value = value + how.adversary.generator_loss(how.adversary.critic(), denoised)
+    value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
+    assert how.card["name"] == name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert len(capsys.readouterr().out) > 300
+
+
+def test_licence_and_attribution_come_from_beside_the_images(tmp_path: Path) -> None:
+    case = Case("somebody", "a series", (tmp_path / "1.dcm",), None, None, "", 1.0)
+    assert source_of(case).licence == "not stated"
+    path = tmp_path / "SOURCE.txt"
+    path.write_text("licence: CC BY 4.0\nlicence status: read\nattribution:\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="does not name attribution"):
+        source_of(case)
+    path.write_text("licence: CC BY 4.0\nlicence status: read\nattribution: A: b\n", encoding="utf-8")
+    assert source_of(case) == Source(tmp_path.name, "CC BY 4.0", "read", "A: b")
+    path.write_text("licence: CC BY 4.0\nlicence status: UNVERIFIED: said\nattribution: A: b\n", encoding="utf-8")
+    assert source_of(case) == Source(tmp_path.name, "CC BY 4.0", UNCHECKED, "A: b")
