@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from pipelines.noise import noise_level
-from pipelines.safety import network_input
 from pipelines.volume import Geometry, Volume, read_volume
+from training.calibration import calibrate, without_padding
 from training.layouts import find
 from training.pairs import load_pair
 from training.phantom import chest_abdomen, tissue_masks
 from training.physics import lesion, smoothed_masks
-from training.simulate import F50, unit_noise
+from training.projection import Kernel
+from training.simulate import F50, added_noise, unit_noise
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -119,51 +120,41 @@ def phantom_trials(doses: Sequence[float], slices: int, seed: int = PHANTOM_SEED
         )
 
 
-def _full_dose_noise(hu: Array, pixel_mm: float, f50: float, level_hu: float, seed: int) -> Array:
-    """Simulated noise of `hu` with the noise level `level_hu`, measured in the same way as that of the series."""
-    nothing = np.zeros(hu.shape, np.bool_)
-    noise = unit_noise(hu, pixel_mm, seed, f50=f50)
-    noise *= np.float32(level_hu / noise.std())
-    # three times the noise, so that the structure of the image adds little to the measured level
-    added = math.sqrt(max(noise_level(hu + 3 * noise, nothing, pixel_mm) ** 2 - level_hu**2, 0)) / 3
-    return noise * np.float32(level_hu / added)
+def _half_value(kernel: Kernel) -> float:
+    """The highest frequency of which `kernel` passes half, 1/mm."""
+    grid = np.linspace(0, 4 * kernel.f50, 4001)
+    return float(grid[kernel.apodisation(grid) >= 0.5 - 1e-9][-1])
 
 
-def simulated_trials(
-    folder: Path, doses: Sequence[float], slices: int, f50: float = F50, seed: int = PHANTOM_SEED
-) -> Iterator[Trial]:
+def simulated_trials(folder: Path, doses: Sequence[float], slices: int, seed: int = PHANTOM_SEED) -> Iterator[Trial]:
     """The middle of a real full-dose series at each dose: the noise that the lower dose adds is simulated.
+
+    The virtual scanner is calibrated on the whole series.
 
     Raises
     ------
     pipelines.volume.SeriesRefused
         If the folder is no series that may be denoised.
     ValueError
-        If the slices are not square, or there is nothing in which noise can be measured.
+        If the slices are not square, or there is no noise to calibrate with.
     """
     volume = read_volume(sorted(folder.glob("*.dcm")))
+    scanner = calibrate(volume, seed)
     read, scored = _block(len(volume.hu), slices)
     spacing_mm, pixel_mm, _ = volume.geometry.spacing_mm
-    padding = np.ascontiguousarray(volume.padding[read])
-    truth = network_input(volume_of(np.ascontiguousarray(volume.hu[read]), pixel_mm, spacing_mm, padding))
+    truth, padding = without_padding(volume)[read], np.ascontiguousarray(volume.padding[read])
     level_hu = noise_level(truth, padding, pixel_mm)
-    if level_hu == 0:
-        raise ValueError(f"{folder.name} has no noise to be measured: leave it out")
-    noises = [_full_dose_noise(truth, pixel_mm, f50, level_hu, s) for s in (seed, seed + _SECOND)]
     for dose in doses:
-        scale = np.float32(math.sqrt(1 / dose - 1))
-        low, again = (np.where(padding, truth, truth + noise * scale) for noise in noises)
-        yield Trial(
-            folder.name,
-            "simulated",
-            dose,
-            volume_of(low, pixel_mm, spacing_mm, padding),
-            volume_of(again, pixel_mm, spacing_mm, padding),
-            truth,
-            scored,
-            level_hu,
-            f50,
+        low, again = (
+            volume_of(
+                truth + added_noise(truth, pixel_mm, dose, s, scanner.kernel, scanner.beam, scanner.overlap),
+                pixel_mm,
+                spacing_mm,
+                padding,
+            )
+            for s in (seed, seed + _SECOND)
         )
+        yield Trial(folder.name, "simulated", dose, low, again, truth, scored, level_hu, _half_value(scanner.kernel))
 
 
 def lesions(trial: Trial) -> Array | None:

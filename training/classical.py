@@ -47,7 +47,7 @@ def _bilateral(image: Array, parameter: float) -> Array:
     from skimage.restoration import denoise_bilateral
 
     low = image.min()  # it takes no negative values
-    out = denoise_bilateral(image - low, sigma_color=parameter, sigma_spatial=_BILATERAL_SIGMA_PX)
+    out = denoise_bilateral(image - low, sigma_color=parameter, sigma_spatial=_BILATERAL_SIGMA_PX, mode="edge")
     return np.asarray(out + low, np.float32)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from training.metrics import SOFT_TISSUE, Window, psnr
 from training.physics import Curve
@@ -25,6 +26,7 @@ _SHOWN_PART = 0.6
 """Part of a slice, around its middle, that is shown: the body without the air around it."""
 _COLUMNS = 4
 _INCH = 2.6
+_DPI = 110
 
 
 def slug(name: str) -> str:
@@ -32,18 +34,25 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def _save(figure: Figure, path: Path, dpi: int = 110) -> Path:
-    """Write as JPEG of the best quality that stays below `MAX_BYTES`, or as PNG."""
-    if path.suffix == ".png":
-        figure.savefig(path, dpi=dpi, metadata={"Software": None})
-        return path
-    for quality in range(90, 20, -5):
-        memory = io.BytesIO()
-        figure.savefig(memory, dpi=dpi, format="jpeg", pil_kwargs={"quality": quality, "optimize": True})
-        if memory.tell() < MAX_BYTES:
-            break
-    path.write_bytes(memory.getvalue())
+def _save(figure: Figure, path: Path) -> Path:
+    """Write a drawing as PNG."""
+    figure.savefig(path, dpi=_DPI, metadata={"Software": None})
     return path
+
+
+def _save_photograph(figure: Figure, path: Path) -> Path:
+    """Write images as grey JPEG of the best quality, and then the best size, that stay below `MAX_BYTES`."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=_DPI, format="png")
+    picture: Image.Image = Image.open(drawn).convert("L")
+    while True:
+        for quality in range(90, 40, -10):
+            memory = io.BytesIO()
+            picture.save(memory, "JPEG", quality=quality, optimize=True)
+            if memory.tell() < MAX_BYTES:
+                path.write_bytes(memory.getvalue())
+                return path
+        picture = picture.resize((picture.width * 4 // 5, picture.height * 4 // 5), Image.Resampling.LANCZOS)
 
 
 def _middle(image: Array) -> Array:
@@ -80,7 +89,7 @@ def images(
             below.imshow(
                 _middle(image - truth), "gray", vmin=-DIFFERENCE_HU, vmax=DIFFERENCE_HU, interpolation="nearest"
             )
-    return _save(figure, folder / f"images-{slug(case)}-{dose:g}.jpg")
+    return _save_photograph(figure, folder / f"images-{slug(case)}-{dose:g}.jpg")
 
 
 def spectra(folder: Path, dose: float, curves: Mapping[str, Mapping[str, Curve]]) -> Path:

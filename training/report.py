@@ -26,7 +26,8 @@ over slices, then over cases. SSIM is Wang's (11 × 11 Gaussian, σ 1.5, K 0.01 
 
 - The truth of *phantom* has no noise. The truth of *simulated* and *pair* is the full-dose image, **itself noisy**:
   who removes all noise removes the truth's too, and loses PSNR.
-- The noise of *simulated* comes from a virtual scan, scaled to the noise level of the series and its dose.
+- The noise of *simulated* comes from a virtual scan by a scanner whose kernel and photons were found from the noise of
+  the series itself.
 - Shift is mean(out − in), HU, under masks from the noise-free truth or from a smoothed one.
 - The NPS is that of the noise left from two realisations, (out1 − out2)/√2, in squares of 32 × 32 pixels of soft
   tissue, 64 × 64 in the water of the rods. A falling mean frequency is the look of plastic.

@@ -169,7 +169,7 @@ def rod_rows(quality: Quality, before: Quality, dose: float, name: str) -> list[
     return [
         *(row(f"TTF f50 at {contrast:+g} HU (1/mm)", value) for contrast, value in quality.f50.items()),
         row("CNR of 60 HU", quality.cnr),
-        row("d' of 6 mm, 30 HU", quality.detectability),
+        row("d' of 6 mm and 30 HU", quality.detectability),
         row("NPS mean frequency (1/mm)", mean_frequency(quality.nps)),
         row("NPS peak frequency (1/mm)", peak_frequency(quality.nps)),
         row("NPS mean shift (%)", shift),

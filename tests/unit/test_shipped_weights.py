@@ -7,7 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from pipelines.base import Options, Pipeline, load
-from training.evaluate import measure, phantom_volume
+from training.cases import volume_of
+from training.model_page import measure
 from training.phantom import chest_abdomen
 from training.simulate import low_dose
 
@@ -33,7 +34,7 @@ def _quiet(part: float) -> None:
 
 def test_shipped_weights_denoise(pipeline: Pipeline, pair: tuple[Array, Array]) -> None:
     truth, noisy = pair
-    measured = measure(noisy, pipeline.denoise(phantom_volume(noisy), Options(), _quiet), truth)
+    measured = measure(noisy, pipeline.denoise(volume_of(noisy, PIXEL_MM, 2.5), Options(), _quiet), truth)
     for before, after in measured["psnr_db"].values():
         assert after - before > 3
     for name, tissue in measured["tissues"].items():
@@ -43,7 +44,7 @@ def test_shipped_weights_denoise(pipeline: Pipeline, pair: tuple[Array, Array]) 
 
 
 def test_same_input_same_output_and_blend(pipeline: Pipeline, pair: tuple[Array, Array]) -> None:
-    volume = phantom_volume(np.ascontiguousarray(pair[1][:3, 60:151, 40:123]))
+    volume = volume_of(np.ascontiguousarray(pair[1][:3, 60:151, 40:123]), PIXEL_MM, 2.5)
     one, two, none, half = (pipeline.denoise(volume, Options(blend=blend), _quiet) for blend in (1.0, 1.0, 0.0, 0.5))
     assert np.array_equal(one, two)
     assert np.array_equal(none, volume.hu)
@@ -52,7 +53,7 @@ def test_same_input_same_output_and_blend(pipeline: Pipeline, pair: tuple[Array,
 
 def test_strength_takes_more_or_less_away(pair: tuple[Array, Array]) -> None:
     pipeline = load("fast-2.5d")
-    volume = phantom_volume(pair[1][:3])
+    volume = volume_of(pair[1][:3], PIXEL_MM, 2.5)
     weak, normal, strong = (
         float(np.std(pipeline.denoise(volume, Options(strength=s), _quiet) - volume.hu)) for s in (0.5, 1.0, 1.5)
     )
@@ -62,11 +63,11 @@ def test_strength_takes_more_or_less_away(pair: tuple[Array, Array]) -> None:
 def test_a_clean_image_stays() -> None:
     y, x = np.mgrid[:128, :128] - 63.5
     disc = np.where(x * x + y * y < 50**2, 40, -1000).astype(np.float32)[None]
-    out = load("fast-2.5d").denoise(phantom_volume(disc), Options(), _quiet)
+    out = load("fast-2.5d").denoise(volume_of(disc, PIXEL_MM, 2.5), Options(), _quiet)
     assert float(np.abs(out - disc)[0, 30:98, 30:98].max()) < 2
 
 
 def test_one_slice(pair: tuple[Array, Array]) -> None:
     truth, noisy = (np.ascontiguousarray(hu[:1]) for hu in pair)
-    out = load("st3d").denoise(phantom_volume(noisy), Options(), _quiet)
+    out = load("st3d").denoise(volume_of(noisy, PIXEL_MM, 2.5), Options(), _quiet)
     assert float(np.std(out - truth)) < 0.9 * float(np.std(noisy - truth))

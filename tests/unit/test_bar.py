@@ -1,0 +1,119 @@
+"""Every demand passes at its limit and fails beyond it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipelines.base import ModelCard, Options, Progress
+from pipelines.identity import Identity
+from pipelines.volume import Volume
+from training.bar import Steadiness, judge, steadiness, table
+from training.metrics import SOFT_TISSUE
+from training.scores import Row
+
+NAME = "net"
+STEADY = Steadiness(1.0, 99.9, "strength 0", 0.0)
+
+
+def _psnr(case: str, dose: float, pipeline: str, *slices: float) -> list[Row]:
+    return [
+        Row(case, "simulated", dose, pipeline, "PSNR (dB)", str(SOFT_TISSUE), str(k), value)
+        for k, value in enumerate(slices)
+    ]
+
+
+def _row(metric: str, value: float, kind: str = "simulated", case: str = "a") -> Row:
+    return Row(case, kind, 0.25, NAME, metric, "", "", value)
+
+
+def _passed(rows: list[Row], steady: Steadiness = STEADY) -> dict[str, bool]:
+    return {line.demand: line.passed for line in judge(rows, {NAME: steady})}
+
+
+@pytest.mark.parametrize(
+    ("dose", "gains", "never_below", "mean"),
+    [
+        (0.25, (0.0, 0.7), True, True),
+        (0.25, (0.0, 0.5), True, False),
+        (0.25, (-0.1, 2.0), False, True),
+        (0.1, (0.9, 1.2), True, True),
+        (0.1, (0.9, 1.0), True, False),
+    ],
+)
+def test_against_the_opponent(dose: float, gains: tuple[float, float], never_below: bool, mean: bool) -> None:
+    rows = []
+    for case, gain in zip("ab", gains, strict=True):
+        rows += _psnr(case, dose, "nlm", 29.0, 31.0) + _psnr(case, dose, NAME, 29.0 + 2 * gain, 31.0)
+    first, second = [line for line in judge(rows, {NAME: STEADY}) if "nlm" in line.demand]
+    assert (first.passed, second.passed) == (never_below, mean)
+    assert f"{min(gains):+.2f} dB in" in first.measured
+    assert f"{sum(gains) / 2:+.2f} dB over 2" in second.measured
+
+
+def test_phantoms_do_not_count_for_the_opponent() -> None:
+    rows = [
+        Row("phantom", "phantom", 0.25, name, "PSNR (dB)", str(SOFT_TISSUE), "0", value)
+        for name, value in (("nlm", 30.0), (NAME, 20.0))
+    ]
+    assert not any("nlm" in demand for demand in _passed(rows))
+
+
+@pytest.mark.parametrize(("ahead", "passed"), [(0.29, True), (0.31, False), (-2.0, True)])
+def test_the_yardstick_may_be_a_little_better(ahead: float, passed: bool) -> None:
+    rows = _psnr("a", 0.25, NAME, 30.0) + _psnr("a", 0.25, "red-cnn", 30.0 + ahead)
+    assert _passed(rows)["red-cnn at most 0.3 dB better at 0.25 of full dose"] is passed
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "demand", "passed"),
+    [
+        ("shift of soft (HU)", (0.2, -1.0), "mean of soft moves by at most 1 HU", True),
+        ("shift of soft (HU)", (0.2, -1.1), "mean of soft moves by at most 1 HU", False),
+        ("shift of lung (HU)", (5.1, 0), "mean of lung moves by at most 5 HU", False),
+        ("shift of bone (HU)", (-5.0, 5.0), "mean of bone moves by at most 5 HU", True),
+        ("NPS mean shift (%)", (40.0, -25.0), "mean frequency of the NPS falls by at most 25 %", True),
+        ("NPS mean shift (%)", (0.0, -25.1), "mean frequency of the NPS falls by at most 25 %", False),
+        ("contrast recovery", (1.2, 0.95), "contrast recovery of 6 mm, 30 HU at least 0.95", True),
+        ("contrast recovery", (1.2, 0.94), "contrast recovery of 6 mm, 30 HU at least 0.95", False),
+    ],
+)
+def test_the_worst_case_counts(metric: str, values: tuple[float, float], demand: str, passed: bool) -> None:
+    rows = [_row(metric, value, case=case) for case, value in zip("ab", values, strict=True)]
+    assert _passed(rows)[demand] is passed
+
+
+@pytest.mark.parametrize(
+    ("steady", "passed"),
+    [
+        (STEADY, [True, True, True]),
+        (Steadiness(1.01, 100, "strength 0", 0), [False, True, True]),
+        (Steadiness(0.5, 99.89, "strength 0", 0), [True, False, True]),
+        (Steadiness(0.5, 100, "strength 0", 1e-4), [True, True, False]),
+    ],
+)
+def test_without_noise(steady: Steadiness, passed: list[bool]) -> None:
+    lines = judge([_row("contrast recovery", 1.0)], {NAME: steady})
+    assert [line.passed for line in lines[-3:]] == passed
+    assert table(lines).count("**fail**") == passed.count(False)
+
+
+class Offset:
+    """Moves a column of the image by 8 HU times its options."""
+
+    def __init__(self, noise_map: bool) -> None:
+        card = Identity.card
+        self.card = ModelCard(**{f: getattr(card, f) for f in card.__slots__} | {"noise_map": noise_map})
+
+    def denoise(self, volume: Volume, options: Options, progress: Progress) -> np.ndarray:
+        out = volume.hu.copy()
+        out[..., 0] += np.float32(8 * options.strength * options.blend)
+        return out
+
+
+@pytest.mark.parametrize(("noise_map", "off"), [(True, "strength 0"), (False, "blend 0")])
+def test_steadiness_counts_voxels(noise_map: bool, off: str) -> None:
+    clean = np.zeros((2, 8, 16), np.float32)
+    one = steadiness(Offset(noise_map), Options(), clean, clean + 1, 0.7)
+    assert one == Steadiness(0.5, 100 * 15 / 16, off, 0.0)
+    assert steadiness(Offset(noise_map), Options(blend=0.5), clean, clean, 0.7).mean_change_hu == 0.25

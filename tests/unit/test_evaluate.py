@@ -1,0 +1,79 @@
+"""The command: what it measures, and what it writes."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from training import evaluate
+from training.cases import phantom_trials
+from training.classical import Classical
+from training.metrics import SOFT_TISSUE
+from training.scores import INPUT
+
+
+def _parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    evaluate.arguments(parser)
+    args = parser.parse_args(words)
+    args.words = ("evaluate", *words)
+    return args
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick pipeline and a small phantom."""
+    monkeypatch.setattr(evaluate, "load", lambda name: Classical("gaussian", {"soft": 1.2, "hard": 0.6}[name]))
+    monkeypatch.setattr(evaluate, "phantom_trials", partial(phantom_trials, matrix=128))
+
+
+def test_report_of_two_pipelines_and_a_filter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "secret place" / "report"
+    args = _parsed("soft", "hard", "--classical", "tv", "--doses", "0.25", "--slices", "1", "--bar", "--out", str(out))
+    args.run(args)
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "python -m training evaluate soft hard --classical tv --doses 0.25 --slices 1 --bar --out report" in text
+    assert "secret" not in text
+    with (out / "numbers.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["pipeline"] for row in rows} == {INPUT, "soft", "hard", "tv", "nlm"}
+    assert {row["case"] for row in rows} == {"phantom", "rods"}
+    psnr = {
+        row["pipeline"]: float(row["value"])
+        for row in rows
+        if row["metric"] == "PSNR (dB)" and row["window"] == str(SOFT_TISSUE)
+    }
+    assert psnr["nlm"] > psnr[INPUT]
+    assert psnr["tv"] > psnr[INPUT]
+    assert f"| hard | {psnr['hard']:.2f} ± 0.00 |" in text
+    # a Gaussian leaves no noise-free image alone
+    assert "| soft | noise-free phantom: 99.9 % of voxels within 5 HU |" in capsys.readouterr().out
+    assert "| total variation (Chambolle) | phantom | 0.25 | weight, in noise levels |" in text
+
+
+def test_options_reach_the_pipeline(tmp_path: Path) -> None:
+    args = _parsed("soft", "--doses", "0.25", "--slices", "1", "--blend", "0", "--out", str(tmp_path))
+    rows = evaluate.measure(args).rows
+    by = {(r.pipeline, r.metric): r.value for r in rows if r.case == "phantom" and not r.window}
+    assert by["soft", "contrast recovery"] == pytest.approx(1, abs=1e-6)
+    assert by["soft", "noise level (HU)"] == by[INPUT, "noise level (HU)"]
+
+
+def test_card_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    written = []
+    monkeypatch.setattr(evaluate.model_page, "write", lambda name, command: written.append((name, command)) or "table")
+    args = _parsed("soft", "--card")
+    args.run(args)
+    assert written == [("soft", "python -m training evaluate soft --card")]
+    assert capsys.readouterr().out == "table\n"
+
+
+@pytest.mark.parametrize("dose", ["0", "1", "1.5", "-0.1"])
+def test_a_dose_is_a_part(dose: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _parsed("soft", "--doses", dose)
+    assert "between 0 and 1" in capsys.readouterr().err

@@ -1,0 +1,63 @@
+"""The phantom's table, the card that holds it and the page that shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines import runtime
+from pipelines.runtime import read_card
+from training import model_page
+from training.model_page import measure, page, write
+from training.phantom import chest_abdomen
+
+SHIPPED = sorted(path.stem for path in runtime.WEIGHTS.glob("*.json"))
+
+
+def test_card_and_page_hold_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = tmp_path / "fast-2.5d.json"
+    card.write_bytes((runtime.WEIGHTS / card.name).read_bytes())
+    monkeypatch.setattr(model_page, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(model_page, "PAGES", tmp_path / "docs")
+    shown = write("fast-2.5d", "python -m training evaluate fast-2.5d --card", slices=1, seed=900_002)
+    measured = json.loads(card.read_text(encoding="utf-8"))["measured"]
+    assert measured["command"] == "python -m training evaluate fast-2.5d --card"
+    before, after = measured["psnr_db"]["-160 to 240 HU"]
+    assert after > before
+    row = f"| PSNR, -160 to 240 HU (dB) | {before:.2f} | {after:.2f} |"
+    assert row in shown
+    assert row in (tmp_path / "docs" / "fast-2.5d.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_page_is_that_of_the_shipped_card(name: str) -> None:
+    card = json.loads((runtime.WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
+    assert (model_page.PAGES / f"{name}.md").read_text(encoding="utf-8") == page(card)
+
+
+def test_every_page_has_its_card() -> None:
+    assert sorted(path.stem for path in model_page.PAGES.glob("*.md")) == SHIPPED
+
+
+@pytest.mark.parametrize("name", ["st3d", "fast-2.5d"])
+def test_shipped_card_is_good_enough(name: str) -> None:
+    measured = read_card(name).measured
+    for before, after in measured["psnr_db"].values():
+        assert after - before > 3
+    assert {t: abs(v["mean_shift_hu"]) < 1 for t, v in measured["tissues"].items()} == dict.fromkeys(
+        ("air", "lung", "fat", "soft", "bone"), True
+    )
+
+
+def test_measure_finds_a_shift_and_a_noise() -> None:
+    truth = chest_abdomen(2, 256, 1.5, 2.5, seed=2)
+    rng = np.random.default_rng(0)
+    before = truth + rng.normal(0, 20, truth.shape).astype(np.float32)
+    after = truth + np.float32(0.7) + rng.normal(0, 5, truth.shape).astype(np.float32)
+    for tissue in measure(before, after, truth)["tissues"].values():
+        assert tissue["mean_shift_hu"] == pytest.approx(0.7, abs=0.4)
+        assert tissue["error_sd_before_hu"] == pytest.approx(20, rel=0.1)
+        assert tissue["error_sd_after_hu"] == pytest.approx(5, rel=0.1)
