@@ -16,11 +16,10 @@ from training.scores import Row
 Array = NDArray[np.float32]
 
 OPPONENT = "nlm"
-YARDSTICK = "red-cnn"
 GAIN_DB = {0.25: 0.3, 0.1: 1.0}
 """What the mean PSNR must be above the opponent's, by dose."""
-YARDSTICK_DB = 0.3
-"""How much better the yardstick may be."""
+RIVALS: dict[str, tuple[str | None, float]] = {"red-cnn": (None, 0.3), "srresnet3d": ("st3d", 0.2)}
+"""How many dB better a rival may be, and than which network; None: than any."""
 SHIFT_HU = {"soft": 1.0, "lung": 5.0, "bone": 5.0}
 NPS_FALL_PERCENT = 25.0
 CONTRAST = 0.95
@@ -106,14 +105,17 @@ def _against_opponent(rows: Sequence[Row], name: str, dose: float) -> list[Line]
     return lines
 
 
-def _against_yardstick(rows: Sequence[Row], name: str, dose: float) -> list[Line]:
-    mine, other = psnr_of(rows, name, dose), psnr_of(rows, YARDSTICK, dose)
-    both = [other[case] - mine[case] for case in mine if case in other]
-    if name == YARDSTICK or not both:
-        return []
-    ahead = float(np.mean(both))
-    demand = f"{YARDSTICK} at most {YARDSTICK_DB:g} dB better at {dose:g} of full dose"
-    return [Line(name, demand, f"{ahead:+.2f} dB", ahead <= YARDSTICK_DB)]
+def _not_behind(rows: Sequence[Row], name: str, dose: float) -> list[Line]:
+    """Against the networks of `RIVALS`, where they were measured too."""
+    lines = []
+    for rival, (of, limit) in RIVALS.items():
+        mine, other = psnr_of(rows, name, dose), psnr_of(rows, rival, dose)
+        both = [other[case] - mine[case] for case in mine if case in other]
+        if both and name != rival and of in (name, None):
+            ahead = float(np.mean(both))
+            demand = f"{rival} at most {limit:g} dB better at {dose:g} of full dose"
+            lines.append(Line(name, demand, f"{ahead:+.2f} dB", ahead <= limit))
+    return lines
 
 
 def _worst(
@@ -162,7 +164,7 @@ def judge(rows: Sequence[Row], steady: dict[str, Steadiness]) -> list[Line]:
     for name, one in steady.items():
         for dose in doses:
             lines += _against_opponent(rows, name, dose)
-            lines += _against_yardstick(rows, name, dose)
+            lines += _not_behind(rows, name, dose)
         lines += _limits(rows, name)
         lines += [
             Line(

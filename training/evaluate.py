@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from pipelines.base import Options, Pipeline, load, names
 from training import bar, classical, model_page, rods
-from training.cases import PHANTOM_PIXEL_MM, Trial, pair_trials, phantom_trials, simulated_trials
+from training.cases import Trial, pair_trials, phantom_trials, simulated_trials
 from training.lpips import lpips
 from training.metrics import LUNG
 from training.report import Measurement, markdown, write_csv
@@ -73,56 +74,67 @@ def command_line(args: argparse.Namespace) -> str:
     return "python -m training " + shlex.join(short.get(word, word) for word in args.words)
 
 
-def _entrants(
-    args: argparse.Namespace, networks: dict[str, Pipeline], trial: Trial, measured: Measurement
-) -> Iterator[tuple[str, Pipeline | None, Options]]:
-    """What runs on a trial: nothing, the networks, the filters with the parameter that suits it best."""
-    yield INPUT, None, Options()
-    for name, pipeline in networks.items():
-        # a blind network takes no strength
-        yield name, pipeline, Options(args.strength if pipeline.card.noise_map else 1.0, args.blend)
+class _Entrant(NamedTuple):
+    """What runs; nothing is done without a pipeline."""
+
+    name: str
+    pipeline: Pipeline | None
+    options: Options
+
+
+def _networks(args: argparse.Namespace) -> list[_Entrant]:
+    """The low-dose image itself, and the networks; a blind one takes no strength."""
+    loaded = [(name, load(name)) for name in args.pipelines]
+    return [
+        _Entrant(INPUT, None, Options()),
+        *(_Entrant(n, p, Options(args.strength if p.card.noise_map else 1.0, args.blend)) for n, p in loaded),
+    ]
+
+
+def _filters(args: argparse.Namespace, trial: Trial, measured: Measurement) -> Iterator[_Entrant]:
+    """The classical filters, each with the parameter that suits the trial best."""
     for name in args.classical:
         chosen = classical.tuned(name, trial)
         method = classical.METHODS[name]
         measured.parameters.append(
             f"| {method.label} | {trial.case} | {trial.dose:g} | {method.parameter} | {chosen.parameter:.3g} |"
         )
-        yield name, chosen, Options()
+        yield _Entrant(name, chosen, Options())
 
 
-def _rods(measured: Measurement, networks: dict[str, Pipeline], args: argparse.Namespace) -> None:
-    for dose in args.doses:
-        scan = rods.phantom(dose, args.slices)
-        before = rods.measured(None, Options(), scan)
-        measured.rows += rod_rows(before, before, dose, INPUT)
-        measured.spectra.setdefault(dose, {})["rods"] = {INPUT: before.nps}
-        for name, pipeline in networks.items():
-            options = Options(args.strength if pipeline.card.noise_map else 1.0, args.blend)
-            after = rods.measured(pipeline, options, scan)
-            measured.rows += rod_rows(after, before, dose, name)
-            measured.spectra[dose]["rods"][name] = after.nps
+def _rods(measured: Measurement, entrants: Sequence[_Entrant], dose: float, slices: int) -> None:
+    """Measure the phantom with rods at `dose`; the first of `entrants` leaves it as it is."""
+    scan = rods.phantom(dose, slices)
+    results = {one.name: rods.measured(one.pipeline, one.options, scan) for one in entrants}
+    before = results[entrants[0].name]
+    for name, after in results.items():
+        measured.rows += rod_rows(after, before, dose, name)
+    measured.spectra.setdefault(dose, {})["rods"] = {name: after.nps for name, after in results.items()}
 
 
 def measure(args: argparse.Namespace) -> Measurement:
     """Run everything that `args` names."""
-    networks = {name: load(name) for name in args.pipelines}
-    measured = Measurement(command_line(args), args.title)
-    perceptual = None if args.lpips is None else partial(lpips, window=LUNG, weights=args.lpips)
     if args.bar and bar.OPPONENT not in args.classical:
         args.classical = [*args.classical, bar.OPPONENT]
+    networks = _networks(args)
+    filters: dict[float, list[_Entrant]] = {}
+    measured = Measurement(command_line(args), args.title)
+    perceptual = None if args.lpips is None else partial(lpips, window=LUNG, weights=args.lpips)
     for trial in _trials(args):
         measured.begin(trial)
-        for name, pipeline, options in _entrants(args, networks, trial, measured):
-            result = score(trial, name, pipeline, options, perceptual)
-            measured.add(trial, name, result)
+        own = list(_filters(args, trial, measured))
+        filters.setdefault(trial.dose, own)
+        for name, pipeline, options in (*networks, *own):
+            measured.add(trial, name, score(trial, name, pipeline, options, perceptual))
             print(f"{trial.case} at {trial.dose:g}: {name}", flush=True)
         if args.bar and trial.kind == "phantom" and not measured.steady:
-            judged = partial(bar.steadiness, clean=trial.truth, noisy=trial.low.hu, pixel_mm=PHANTOM_PIXEL_MM)
             measured.steady = {
-                name: judged(pipeline, Options(args.strength if pipeline.card.noise_map else 1.0, args.blend))
-                for name, pipeline in networks.items()
+                name: bar.steadiness(pipeline, options, trial.truth, trial.low.hu, trial.pixel_mm)
+                for name, pipeline, options in networks
+                if pipeline is not None
             }
-    _rods(measured, networks, args)
+    for dose in measured.doses:
+        _rods(measured, [*networks, *filters[dose]], dose, args.slices)
     return measured
 
 

@@ -32,7 +32,8 @@ over slices, then over cases. SSIM is Wang's (11 × 11 Gaussian, σ 1.5, K 0.01 
 - The NPS is that of the noise left from two realisations, (out1 − out2)/√2, in squares of 32 × 32 pixels of soft
   tissue, 64 × 64 in the water of the rods. A falling mean frequency is the look of plastic.
 - Contrast recovery is what comes through of balls of 6 mm and 30 HU, put into soft tissue under the same noise.
-- *rods* is a water cylinder with rods, for TTF, CNR and d' (non-prewhitening observer).
+- *rods* is a water cylinder with rods, for TTF, CNR and d' (non-prewhitening observer). Classical filters have there
+  the parameter of the first case.
 - Classical filters have their one parameter chosen by the truth of each case and dose: the best they can do.
 - Seconds per slice are of the machine that wrote this."""
 
