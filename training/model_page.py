@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,30 @@ def table(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _how(training: dict[str, Any]) -> list[str]:
+    """Lines on the training itself; what was not recorded in its time is left out."""
+    seen = f" ({training['samples']} patches)" if "samples" in training else ""
+    at = f", commit {training['commit']}" if training.get("commit") else ""
+    lines = [
+        f"{training['steps']} steps{seen} in {training['hours']:g} h on {training['hardware']}, "
+        f"seed {training['seed']}{at}:",
+        "",
+        f"    {training['command']}",
+    ]
+    if plateau := training.get("plateau"):
+        gain = plateau["gain_db"]
+        lines += [
+            "",
+            f"The plateau was {'' if plateau['reached'] else '**not** '}reached: "
+            + (
+                "there were too few validations to tell."
+                if math.isnan(gain)
+                else f"the validated PSNR rose by {gain:.2f} dB in the last third before the learning rate fell."
+            ),
+        ]
+    return lines
+
+
 def page(card: dict[str, Any]) -> str:
     """The page of a model in docs/models, from its card."""
     training, measured = card["training"], card["measured"]
@@ -109,9 +134,7 @@ def page(card: dict[str, Any]) -> str:
             "",
             card["trained_on"],
             "",
-            f"{training['steps']} steps in {training['hours']:g} h on {training['hardware']}, seed {training['seed']}:",
-            "",
-            f"    {training['command']}",
+            *_how(training),
             "",
             "Real series:",
             "",

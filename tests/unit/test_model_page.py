@@ -38,6 +38,23 @@ def test_shipped_page_is_that_of_the_shipped_card(name: str) -> None:
     assert (model_page.PAGES / f"{name}.md").read_text(encoding="utf-8") == page(card)
 
 
+@pytest.mark.parametrize(
+    ("gain_db", "reached", "says"),
+    [
+        (0.02, True, "The plateau was reached: the validated PSNR rose by 0.02 dB"),
+        (0.31, False, "The plateau was **not** reached: the validated PSNR rose by 0.31 dB"),
+        (float("nan"), False, "The plateau was **not** reached: there were too few validations to tell."),
+    ],
+)
+def test_page_says_whether_the_plateau_was_reached(gain_db: float, reached: bool, says: str) -> None:
+    card = json.loads((runtime.WEIGHTS / "st3d.json").read_text(encoding="utf-8"))
+    card["training"] |= {"plateau": {"gain_db": gain_db, "reached": reached}, "samples": 320, "commit": "abc"}
+    text = page(card)
+    assert says in text
+    assert f"{card['training']['steps']} steps (320 patches) in " in text
+    assert ", commit abc:" in text
+
+
 def test_every_page_has_its_card() -> None:
     assert sorted(path.stem for path in model_page.PAGES.glob("*.md")) == SHIPPED
 
