@@ -109,7 +109,7 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     OSError
         If a file cannot be read.
     """
-    with _pydicom_silent():
+    with pydicom_silent():
         if not paths:
             raise SeriesRefused("empty", "there are no files")
         slices = [read_slice(path) for path in paths]
@@ -150,7 +150,7 @@ def read_volume(paths: Sequence[Path]) -> Volume:
 
 
 @contextmanager
-def _pydicom_silent() -> Iterator[None]:
+def pydicom_silent() -> Iterator[None]:
     """Keep pydicom's remarks out of the log: they quote values, which may be names. What matters is checked here."""
     logger = logging.getLogger("pydicom")
     level = logger.level

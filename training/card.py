@@ -14,13 +14,13 @@ import numpy as np
 from safetensors.torch import save
 from torch import nn
 
-from training.data import CLEAN_DOSE, NOISY_DOSE
+from training.data import ADDED_DOSE, ADDED_NOISE_HU
 from training.layouts import Case
 from training.scans import HU_RANGE
 
 NEVER_TRIED = (
     "Head, neck, limbs, children; iterative or network reconstructions; dual-energy, cone-beam; sharp (lung, bone) "
-    "kernels; photon starvation and metal streaks; real pairs of low and full dose; reading by a radiologist."
+    "kernels; photon starvation and metal streaks; reading by a radiologist."
 )
 UNCHECKED = (
     "Given here as known to us, not checked against the collection's own page; check there before redistributing."
@@ -78,6 +78,8 @@ class TrainingRecord:
     hardware: str
     phantoms: int
     series: tuple[Source, ...]
+    pairs: int
+    """How many of them were shown with their real low-dose image."""
     plateau: Plateau
 
 
@@ -120,12 +122,21 @@ def source_of(case: Case) -> Source:
 
 
 def _trained_on(record: TrainingRecord) -> str:
-    real = ", ".join(source.name for source in record.series) or "none"
-    return (
-        f"{record.phantoms} chest-and-abdomen phantoms (dose {CLEAN_DOSE[0]:g} to {CLEAN_DOSE[1]:g} of full dose); "
-        f"real series with noise added (dose {NOISY_DOSE[0]:g} to {NOISY_DOSE[1]:g}): {real}. "
-        "Simulated quantum noise throughout."
-    )
+    parts = []
+    if record.phantoms:
+        parts.append(
+            f"{record.phantoms} chest-and-abdomen phantoms with {ADDED_NOISE_HU[0]:g} to {ADDED_NOISE_HU[1]:g} HU of "
+            "simulated quantum noise, soft and sharp kernels."
+        )
+    if record.pairs:
+        parts.append(f"{record.pairs} series at full dose with the real low-dose image of the same scan.")
+    if alone := len(record.series) - record.pairs:
+        parts.append(
+            f"{alone} real series with simulated quantum noise added ({ADDED_DOSE[0]:g} to {ADDED_DOSE[1]:g} of their "
+            "dose)."
+        )
+    names = ", ".join(source.name for source in record.series)
+    return " ".join(parts) + (f" Series: {names}." if names else "")
 
 
 def write_network(out: Path, card: Mapping[str, Any], network: nn.Module, record: TrainingRecord) -> None:

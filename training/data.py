@@ -14,15 +14,20 @@ from pipelines.scaling import to_network
 from training.scans import Scan
 from training.simulate import mix
 
-CLEAN_DOSE = (0.05, 3.0)
-"""Dose fractions, drawn log-uniformly, for a target without noise; 3 is a thick slice of a full-dose scan."""
-NOISY_DOSE = (0.04, 0.4)
-"""The same for a real target: so low that the noise of the target itself hardly counts."""
+ADDED_NOISE_HU = (3.0, 150.0)
+"""Noise level added to a target without noise, drawn log-uniformly: a smooth thick slice to a sharp kernel at a tenth
+of the dose."""
+ADDED_DOSE = (0.04, 0.4)
+"""Dose fraction that a real target is brought to, drawn log-uniformly: so low that its own noise hardly counts."""
 IDENTITY_PART = 0.05
 """Part of the samples without added noise: what is clean must stay as it is."""
 NOISE_LEVEL_JITTER = 0.1
 """Relative standard deviation of the noise level told to the network: at inference it is measured, not known."""
 _AIR_PATCH_HU = -970.0
+
+
+def _log_uniform(limits: tuple[float, float], rng: np.random.Generator) -> float:
+    return math.exp(rng.uniform(math.log(limits[0]), math.log(limits[1])))
 
 
 class Batch(NamedTuple):
@@ -49,7 +54,7 @@ class Sampler(torch.utils.data.Dataset[Batch]):
         z, y, x = self.patch_zyx
         n, rows, columns = scan.target.shape
         while True:
-            first = int(rng.integers(-(z // 4), n - z + z // 4 + 1))
+            first = int(rng.integers(-(z // 4), max(n - z, 0) + z // 4 + 1))
             top, left = int(rng.integers(0, rows - y + 1)), int(rng.integers(0, columns - x + 1))
             planes = np.clip(np.arange(first, first + z), 0, n - 1)
             window = slice(top, top + y), slice(left, left + x)
@@ -64,15 +69,20 @@ class Sampler(torch.utils.data.Dataset[Batch]):
         source = scan.source[planes[0] : planes[-1] + 1, rows, columns][planes - planes[0]].astype(np.float32)
         if not scan.noises:
             return source, scan.source_noise_hu
-        doses = NOISY_DOSE if scan.target_noise_hu > 0 else CLEAN_DOSE
         angle = float(rng.uniform(0, 2 * math.pi))
-        dose = math.exp(rng.uniform(math.log(doses[0]), math.log(doses[1])))
-        scale = math.sqrt(1 / dose - (scan.target_noise_hu > 0)) if rng.random() > IDENTITY_PART else 0.0
+        unit_hu = math.hypot(math.cos(angle) * scan.noise_hu[0], math.sin(angle) * scan.noise_hu[1])
+        if scan.target_noise_hu > 0:
+            dose = _log_uniform(ADDED_DOSE, rng)
+            added_hu = scan.target_noise_hu * math.sqrt(1 / dose - 1)
+        else:
+            added_hu = _log_uniform(ADDED_NOISE_HU, rng)
+        if rng.random() < IDENTITY_PART:
+            added_hu = 0.0
         a, b = (
             n[planes[0] : planes[-1] + 1, rows, columns][planes - planes[0]].astype(np.float32) for n in scan.noises
         )
-        added2 = (math.cos(angle) * scan.noise_hu[0]) ** 2 + (math.sin(angle) * scan.noise_hu[1]) ** 2
-        return source + np.float32(scale) * mix(a, b, angle), math.sqrt(scan.source_noise_hu**2 + scale**2 * added2)
+        noise = mix(a, b, angle) * np.float32(added_hu / unit_hu)
+        return source + noise, math.hypot(scan.source_noise_hu, added_hu)
 
     def __getitem__(self, step: int) -> Batch:
         """Batch number `step`."""

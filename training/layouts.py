@@ -30,7 +30,7 @@ from pydicom.uid import UID
 
 from pipelines.ct_slice import CTSlice, SeriesRefused, read_slice
 from pipelines.elements import text
-from pipelines.volume import _pydicom_silent
+from pipelines.volume import pydicom_silent
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +125,8 @@ class _LeftOut:
 
     def log(self) -> None:
         for reason, named in self._why.items():
+            if not named:
+                continue
             more = ", …" if len(named) > _NAMED else ""
             _log.warning("left out, %d %s: %s%s", len(named), reason, ", ".join(sorted(named.values())[:_NAMED]), more)
 
@@ -202,7 +204,7 @@ def find(root: Path) -> list[Case]:
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is no folder")
     found = _Found()
-    with _pydicom_silent():
+    with pydicom_silent():
         for folder, files in _folders(root):
             places = (root.resolve().name, *folder.relative_to(root).parts)
             subject = next((place for place in reversed(places) if SUBJECT.fullmatch(place)), None)

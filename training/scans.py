@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.noise import noise_level
+from pipelines.safety import network_input
 from pipelines.volume import read_volume
 from training.layouts import Case
 from training.pairs import load_pair
@@ -26,14 +27,14 @@ Half = NDArray[np.float16]
 
 PHANTOM_SLICES = 24
 HU_RANGE = (-1024.0, 4000.0)
-"""Targets are clipped to this: padding becomes air, metal stays metal."""
+"""Targets are clipped to this; padding becomes air."""
 SOFT_F50, SHARP_F50, SHARP_BOOST = (0.35, 0.8), (0.5, 1.1), (0.5, 3.0)
 """Kernels for soft tissue, and for lung and bone: see `training.projection.Kernel`."""
 SHARP_PART = 0.3
 """Part of the phantoms that were reconstructed with a sharp kernel."""
 DETECTOR_F50 = 1.2
 """Frequency (1/mm) that focal spot and detector halve, before any kernel."""
-STORE_REVISION = 1
+STORE_REVISION = 2
 """Raise it when a stored scan would come out otherwise today."""
 
 
@@ -115,7 +116,7 @@ def real_scan(case: Case, seed: int) -> Scan:
     """
     volume = read_volume(case.full)
     rng = np.random.default_rng((seed, 2))
-    target = np.clip(np.where(volume.padding, HU_RANGE[0], volume.hu), *HU_RANGE).astype(np.float32)
+    target = np.minimum(network_input(volume), np.float32(HU_RANGE[1]))
     kernels = Kernel(rng.uniform(*SOFT_F50)), Kernel(rng.uniform(*SOFT_F50))
     return _with_noise(case.name, case.subject, target, volume.geometry.spacing_mm[1], False, kernels, seed)
 

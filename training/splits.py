@@ -34,6 +34,8 @@ class Entry:
     subject: str
     role: Role | Literal["robustness"]
     """``robustness``: for behaviour on odd series, neither to learn from nor to measure quality on."""
+    target: bool
+    """Is the series learned from? Of one acquisition in two kernels the soft one is, and one series of a phantom."""
     reason: str
 
 
@@ -69,9 +71,9 @@ def kernel_pairs() -> tuple[KernelPair, ...]:
     return tuple(KernelPair(**row) for row in json.loads(_TABLE.read_text(encoding="utf-8"))["kernel_pairs"])
 
 
-def role(series: str) -> Role | Literal["robustness"] | None:
-    """What the table keeps a series for, by its SeriesInstanceUID or its name; None if the table does not know it."""
-    return next((entry.role for entry in table() if series in (entry.series_uid, entry.series)), None)
+def entry_of(series: str) -> Entry | None:
+    """The entry of a series, by its SeriesInstanceUID or its name; None if the table does not know it."""
+    return next((entry for entry in table() if series in (entry.series_uid, entry.series)), None)
 
 
 def split(

@@ -21,15 +21,17 @@ from torch import nn
 
 from pipelines.runtime import WEIGHTS
 from pipelines.scaling import to_hu
+from pipelines.volume import SeriesRefused
 from training.card import Plateau, TrainingRecord, commit, source_of, write_network
 from training.curve import draw
 from training.data import Batch, Sampler
 from training.layouts import Case, find
 from training.loop import Run
 from training.metrics import SOFT_TISSUE, psnr
+from training.pairs import PairRefused
 from training.recipes import MODULES, Recipe, recipe
 from training.scans import Scan, kept, paired_scan, phantom_scan, real_scan, thick_to_thin
-from training.splits import role, split
+from training.splits import entry_of, folds, split
 
 HELP = "train a network; started again, it goes on where it was stopped"
 VALIDATION_BATCHES = 6
@@ -48,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="steps in all (default: the recipe's); more than before makes a training longer")
     add("--leave-out", nargs="*", default=[], metavar="SUBJECT", help="subjects that validate instead of teaching")
     add("--leave-one-out", action="store_true", help="one training for each subject, which it never sees (folder each)")
-    add("--z-target-mm", type=float, help="learn slices of this thickness from thicker ones (thick to thin)")
+    add("--z-target-mm", type=float, help="learn slices this far apart from thicker ones")
     add("--start", type=Path, default=WEIGHTS, help="folder with the weights of the network that this one begins with")
     add("--store", type=Path, help="folder that keeps prepared data for the next training (default: OUT/store)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
@@ -67,11 +69,17 @@ def _hardware() -> str:
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s), bfloat16"
 
 
-def _scan(case: Case, args: argparse.Namespace, store: Path, seed: int) -> Scan:
+def _scan(case: Case, args: argparse.Namespace, store: Path, seed: int) -> Scan | None:
+    """The scan of a case; none if it is refused, which is no reason to stop a training with hundreds of others."""
     what = {"full": [str(path) for path in case.full], "seed": seed, "z_target_mm": args.z_target_mm}
-    if case.low is None:
-        return kept(store, what, lambda: real_scan(case, seed))
-    return kept(store, {**what, "low": [str(path) for path in case.low]}, lambda: paired_scan(case, args.z_target_mm))
+    try:
+        if case.low is None:
+            return kept(store, what, lambda: real_scan(case, seed))
+        low = [str(path) for path in case.low]
+        return kept(store, {**what, "low": low}, lambda: paired_scan(case, args.z_target_mm))
+    except (SeriesRefused, PairRefused) as error:
+        print(f"{case.name}: left out. {error}")
+        return None
 
 
 def _phantom(seed: int, args: argparse.Namespace, store: Path) -> Scan:
@@ -79,19 +87,28 @@ def _phantom(seed: int, args: argparse.Namespace, store: Path) -> Scan:
     return thick_to_thin(scan) if args.z_target_mm else scan
 
 
-def roles(cases: Sequence[Case], left_out: Sequence[str]) -> tuple[list[Case], list[Case]]:
-    """Cases to learn from and cases to validate on; a series that the split table keeps for tests is neither."""
-    taught = [case for case in cases if role(case.name) in (None, "train")]
+def taught(cases: Sequence[Case]) -> list[Case]:
+    """Cases to learn from; what the split table keeps for tests, or from being a target, is not among them."""
+    teach = []
     for case in cases:
-        if case not in taught:
-            print(f"{case.name}: left out, the split table says {role(case.name)}")
-    if left_out:
-        validating = set(left_out)
-    else:
-        validating = set(split(sorted({case.subject for case in taught if role(case.name) is None}))["validation"])
+        entry = entry_of(case.name)
+        if entry is None or entry.target:
+            teach.append(case)
+        else:
+            print(f"{entry.series}: left out, {entry.role}. {entry.reason}")
+    return teach
+
+
+def divided(cases: Sequence[Case], left_out: Sequence[str]) -> tuple[list[Case], list[Case]]:
+    """Cases that teach and cases that validate: those of the subjects `left_out`, or of one subject in ten.
+
+    What the split table teaches is not drawn.
+    """
+    drawn = {case.subject for case in cases if entry_of(case.name) is None}
+    validating = set(left_out or split(drawn)["validation"])
     return (
-        [case for case in taught if case.subject not in validating],
-        [case for case in taught if case.subject in validating],
+        [case for case in cases if case.subject not in validating],
+        [case for case in cases if case.subject in validating],
     )
 
 
@@ -124,8 +141,9 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
     store = args.store or args.out / "store"
     torch.manual_seed(args.seed)
     scans = [_phantom(args.seed * 1000 + k, args, store) for k in range(args.phantoms)]
-    scans += [_scan(case, args, store, args.seed) for case in teach]
-    held = [_scan(case, args, store, args.seed) for case in check]
+    shown = {case: scan for case in teach if (scan := _scan(case, args, store, args.seed))}
+    scans += shown.values()
+    held = [scan for case in check if (scan := _scan(case, args, store, args.seed))]
     held = held or [_phantom(VALIDATION_SEED + k, args, store) for k in range(VALIDATION_PHANTOMS)]
     print(f"{len(scans)} scans to learn from, {len(held)} to validate on")
 
@@ -160,7 +178,8 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
             samples=training.step * how.batch,
             hardware=_hardware(),
             phantoms=args.phantoms,
-            series=tuple(source_of(case) for case in teach),
+            series=tuple(source_of(case) for case in shown),
+            pairs=sum(not scan.noises for scan in shown.values()),
             plateau=Plateau.of(out / "log.jsonl", schedule.decay_from),
         )
         write_network(out, how.card, average, record)
@@ -176,12 +195,10 @@ def run(args: argparse.Namespace) -> None:
     """The command."""
     how = recipe(args.recipe)
     torch.set_num_threads(args.threads)
-    cases = [case for root in args.data for case in find(root)]
+    cases = taught([case for root in args.data for case in find(root)])
     if not args.leave_one_out:
-        teach, check = roles(cases, args.leave_out)
-        _train(args, how, teach, check, args.out)
+        _train(args, how, *divided(cases, args.leave_out), args.out)
         return
-    for subject in sorted({case.subject for case in cases}):
-        teach, check = roles(cases, [subject])
-        value = _train(args, how, teach, check, args.out / subject)
-        print(f"without {subject}: {value:.2f} dB on {subject}")
+    for fold in folds(case.subject for case in cases):
+        value = _train(args, how, *divided(cases, [fold.test]), args.out / fold.test)
+        print(f"without {fold.test}: {value:.2f} dB on {fold.test}")

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 from conftest import DATA
 
-from training.splits import Role, folds, kernel_pairs, role, split, table
+from training.splits import Role, entry_of, folds, kernel_pairs, split, table
 
 Fractions = dict[Role, float]
 
@@ -60,9 +60,17 @@ def test_no_subject_has_two_roles() -> None:
 def test_a_series_is_known_by_name_and_by_uid() -> None:
     assert len({entry.series_uid for entry in table()}) == len(ROLES)
     for entry in table():
-        assert role(entry.series) == role(entry.series_uid) == ROLES[entry.series]
-    assert role("1.2.3") is None
-    assert role("L067 B30f 1 mm") is None
+        assert entry_of(entry.series) == entry_of(entry.series_uid) == entry
+        assert entry.role == ROLES[entry.series]
+    assert entry_of("1.2.3") is None
+    assert entry_of("L067 B30f 1 mm") is None
+
+
+def test_targets_teach_and_are_no_sharp_twins() -> None:
+    targets = [entry for entry in table() if entry.target]
+    assert {entry.role for entry in targets} == {"train"}
+    assert not {entry.series for entry in targets} & {pair.sharp for pair in kernel_pairs()}
+    assert len({entry.subject for entry in targets}) == len(targets) == 4
 
 
 def test_kernel_pairs_are_two_series_of_a_subject_that_teaches() -> None:

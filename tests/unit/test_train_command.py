@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ct_builder import write_series
+from ct_builder import edit, write_series
 from safetensors.torch import load_file
 
 from pipelines.ffdnet import FFDNet
@@ -110,12 +110,22 @@ def test_leave_one_out_trains_once_without_each(tmp_path: Path, capsys: pytest.C
         assert not any(subject in name for name in names)
 
 
-def test_series_kept_for_tests_are_never_taught(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [Case(name, name, (), None, None, "", 1.0) for name in ("taught", "tested", "unknown")]
-    monkeypatch.setattr(train, "role", {"taught": "train", "tested": "test"}.get)
-    teach, check = train.roles(cases, [])
-    assert [case.name for case in teach] == ["taught", "unknown"]
-    assert check == []
+def test_series_kept_for_tests_are_never_taught(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["philips-brilliance16-lungdxA0001-B-5mm", "ge-lightspeed16-rider-chestpe-1p25mm", "of the user"]
+    cases = [Case(name, name, (), None, None, "", 1.0) for name in names]
+    assert [case.name for case in train.taught(cases)] == [names[0], names[2]]
+    assert f"{names[1]}: left out, test." in capsys.readouterr().out
+
+
+def test_a_series_that_is_refused_stops_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = _challenge(tmp_path / "data", ["L010", "L011"])
+    for path in (root / "L011" / "quarter_3mm").iterdir():
+        edit(path, lambda ds: setattr(ds, "PixelSpacing", [2.0, 2.0]))
+    words = ["--data", str(root), "--phantoms", "1", "--steps", "1", "--out", str(tmp_path / "run")]
+    main(["train", "fast-2.5d", *words, "--leave-out", "nobody"])
+    said = capsys.readouterr().out
+    assert "L011 STANDARD 2 mm: left out. " in said
+    assert "2 scans to learn from" in said  # a phantom and L010
 
 
 def test_export_installs_what_belongs_together(tmp_path: Path) -> None:
