@@ -26,7 +26,8 @@ from training.metrics import SOFT_TISSUE, Window, psnr
 Array = NDArray[np.float32]
 
 _BILATERAL_SIGMA_PX = 1.5
-_SEARCH_STEPS = 12
+_PRECISION = 0.01
+"""Of the parameter, as a part of the range it is sought in."""
 _SEARCH_SLICES = 3
 
 
@@ -152,5 +153,6 @@ def tuned(name: str, trial: Trial, window: Window = SOFT_TISSUE) -> Classical:
         out = np.stack([method.filter(image / sigma, parameter) * sigma for image in hu[planes]])
         return -psnr(out, truth, window)
 
-    found = minimize_scalar(loss, bounds=method.bounds, method="bounded", options={"maxiter": _SEARCH_STEPS})
+    low, high = method.bounds
+    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": (high - low) * _PRECISION})
     return Classical(name, float(found.x))

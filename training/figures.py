@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,6 +26,7 @@ DIFFERENCE_HU = 100.0
 _SHOWN_PART = 0.6
 """Part of a slice, around its middle, that is shown: the body without the air around it."""
 _COLUMNS = 4
+_PLOTS_IN_A_ROW = 3
 _INCH = 2.6
 _DPI = 110
 
@@ -92,6 +94,17 @@ def images(
     return _save_photograph(figure, folder / f"images-{slug(case)}-{dose:g}.jpg")
 
 
+def _plots(count: int, height_inch: float) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` plots, three in a row."""
+    columns = min(count, _PLOTS_IN_A_ROW)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(4.2 * columns, height_inch * rows), layout="constrained")
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for place in places[count:]:
+        place.set_axis_off()
+    return figure, places[:count]
+
+
 def spectra(folder: Path, dose: float, curves: Mapping[str, Mapping[str, Curve]]) -> Path:
     """Radial NPS of each pipeline, one plot for each case, each curve over its own area: the shape is what counts.
 
@@ -100,10 +113,8 @@ def spectra(folder: Path, dose: float, curves: Mapping[str, Mapping[str, Curve]]
     curves
         By case, then by pipeline.
     """
-    figure = Figure(figsize=(4.2 * len(curves), 3.4), layout="constrained")
-    for place, (case, by_pipeline) in zip(
-        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
-    ):
+    figure, places = _plots(len(curves), 3.4)
+    for place, (case, by_pipeline) in zip(places, curves.items(), strict=True):
         for name, curve in by_pipeline.items():
             area = float(np.trapezoid(curve.value, curve.frequency))
             place.plot(curve.frequency, curve.value / area if area else curve.value, label=name, linewidth=1.2)
@@ -117,10 +128,8 @@ def spectra(folder: Path, dose: float, curves: Mapping[str, Mapping[str, Curve]]
 
 def boxes(folder: Path, dose: float, by_case: Mapping[str, Mapping[str, list[float]]], window: Window) -> Path:
     """PSNR of each slice: median, quartiles, and whiskers to the last slice within 1.5 interquartile ranges."""
-    figure = Figure(figsize=(4.2 * len(by_case), 3.6), layout="constrained")
-    for place, (case, by_pipeline) in zip(
-        figure.subplots(1, len(by_case), squeeze=False)[0], by_case.items(), strict=True
-    ):
+    figure, places = _plots(len(by_case), 3.6)
+    for place, (case, by_pipeline) in zip(places, by_case.items(), strict=True):
         place.boxplot(list(by_pipeline.values()), tick_labels=list(by_pipeline))
         place.set_title(case, fontsize=8)
         place.set_ylabel(f"PSNR of a slice (dB), {window}", fontsize=8)

@@ -18,7 +18,7 @@ from training.scores import IMAGE_METRICS, WINDOWS, Result, Row, values
 
 Array = NDArray[np.float32]
 
-_DIGITS = {"PSNR (dB)": 2, "MI (nat)": 3, "L1": 4, "RMSE": 4, "NMSE": 4, "SSIM": 3, "LPIPS": 3}
+_DIGITS = {"PSNR (dB)": 2, "MI (nat)": 3, "L1": 4, "RMSE": 4, "NMSE": 5, "SSIM": 3, "LPIPS": 3}
 _PICTURES = "pictures"
 METHODS = """\
 PSNR, SSIM, L1, RMSE, NMSE and MI are taken on [0, 1] of the stated HU window, slice by slice; a table gives the mean
