@@ -54,7 +54,7 @@ def test_strips_and_stream_give_the_whole_volume(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(runtime, "PIXELS_AT_ONCE", 41 * 24)
     torch.manual_seed(0)
     network = STResNet(features=8, blocks=2).eval()
-    for parameter in network.tail[1].parameters():
+    for parameter in network.tail.parameters():
         torch.nn.init.normal_(parameter)
     hu = np.random.default_rng(0).normal(0, 300, (6, 67, 41)).astype(np.float32)
     done: list[float] = []

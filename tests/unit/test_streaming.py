@@ -30,6 +30,15 @@ def test_temporal_is_a_convolution_across_slices(slices: int) -> None:
     assert torch.allclose(out, expected[0].transpose(0, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("slices", [1, 2, 3, 8])
+def test_volumetric_is_a_convolution_in_three_dimensions(slices: int) -> None:
+    volume, stream = _features(slices)
+    weight, bias = torch.randn(5, 4, 3, 3, 3), torch.randn(5)
+    out = _whole(streaming.volumetric(stream, weight, bias))
+    expected = functional.conv3d(volume.transpose(0, 1)[None], weight, bias, padding=1)
+    assert torch.allclose(out, expected[0].transpose(0, 1), atol=1e-4)
+
+
 def test_spatial_is_a_convolution_in_the_plane() -> None:
     volume, stream = _features(5)
     weight, bias = torch.randn(3, 4, 3, 3), torch.randn(3)

@@ -1,35 +1,118 @@
-"""STResNet: its size and its reach."""
+"""STResNet and SRResNet3D: their size, their reach, and that a stream is the whole volume."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+from torch import nn
+from untrained import install
 
-from pipelines.stresnet import STResNet
+from pipelines import runtime
+from pipelines.network import NetworkPipeline
+from pipelines.runtime import run_volume
+from pipelines.stresnet import ResNet3D, SRResNet3D, STResNet, srresnet3d, st3d
+from pipelines.testing import check_pipeline
 
-
-def test_number_of_parameters() -> None:
-    """Counted by hand: 9 weights per pair of channels across, 3 along, and a bias for each output."""
-
-    def pair(inputs: int, outputs: int) -> int:
-        return inputs * outputs * 9 + outputs + outputs * outputs * 3 + outputs
-
-    expected = pair(1, 32) + 17 * pair(32, 32) + pair(32, 1)
-    assert sum(p.numel() for p in STResNet().parameters()) == expected == 213_701
+KINDS = pytest.mark.parametrize("kind", [STResNet, SRResNet3D])
 
 
-def test_untrained_it_is_the_identity() -> None:
+def _count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def _pair(inputs: int, outputs: int) -> int:
+    """9 weights per pair of channels across, 3 along, and a bias for each output."""
+    return inputs * outputs * 9 + outputs + outputs * outputs * 3 + outputs
+
+
+def _cube(inputs: int, outputs: int) -> int:
+    return inputs * outputs * 27 + outputs
+
+
+@pytest.mark.parametrize(
+    ("kind", "conv", "features", "blocks", "printed"),
+    [
+        (STResNet, _pair, 32, 8, 213_701),
+        (SRResNet3D, _cube, 32, 8, 472_321),
+        (STResNet, _pair, 64, 8, 851_333),
+        (SRResNet3D, _cube, 64, 8, 1_884_673),
+        (STResNet, _pair, 64, 16, 1_639_813),
+        (SRResNet3D, _cube, 64, 16, 3_655_169),
+    ],
+)
+def test_number_of_parameters(
+    kind: Callable[[int, int], ResNet3D], conv: Callable[[int, int], int], features: int, blocks: int, printed: int
+) -> None:
+    expected = conv(1, features) + (2 * blocks + 1) * conv(features, features) + conv(features, 1)
+    with torch.device("meta"):
+        assert _count(kind(features, blocks)) == expected == printed
+
+
+def test_spatial_and_temporal_take_45_percent_of_the_operations() -> None:
+    """A convolution that keeps the size takes one multiplication per weight and voxel."""
+
+    def operations(network: nn.Module) -> int:
+        return sum(p.numel() for p in network.parameters() if p.dim() > 1)
+
+    with torch.device("meta"):
+        ratio = operations(STResNet(64, 8)) / operations(SRResNet3D(64, 8))
+    assert ratio == pytest.approx(12 / 27, abs=0.01)
+    assert ratio < 0.455
+
+
+@KINDS
+def test_untrained_it_is_the_identity(kind: Callable[..., ResNet3D]) -> None:
     x = torch.randn(1, 1, 4, 9, 9)
-    assert torch.equal(STResNet()(x), x)
+    assert torch.equal(kind()(x), x)
 
 
-def test_halo_is_the_reach_of_one_voxel() -> None:
+@KINDS
+def test_halo_is_the_reach_of_one_voxel(kind: Callable[..., ResNet3D]) -> None:
     torch.manual_seed(0)
-    network = STResNet(features=4, blocks=2).double()
+    network = kind(features=4, blocks=2).double()
     for parameter in network.parameters():
-        torch.nn.init.uniform_(parameter, 0.1, 1)  # all positive: nothing cancels, no ReLU closes
-    x = torch.zeros(1, 1, 1, 41, 41, dtype=torch.double)
-    pulse = x.clone()
-    pulse[..., 20, 20] = 1
-    reached = (network(pulse) - network(x)).abs()[0, 0, 0].amax(1) > 1e-12
+        nn.init.uniform_(parameter, 0.1, 1)  # all positive: nothing cancels, no ReLU closes
     assert network.halo == 7
-    assert reached.nonzero().flatten().tolist() == list(range(20 - 7, 20 + 8))
+    for axis, size in ((2, (41, 1, 1)), (3, (1, 41, 1)), (4, (1, 1, 41))):
+        x = torch.zeros(1, 1, *size, dtype=torch.double)
+        pulse = x.clone()
+        pulse.view(-1)[20] = 1
+        reached = ((network(pulse) - network(x)).abs() > 1e-12).flatten().nonzero().flatten().tolist()
+        assert reached == list(range(20 - 7, 20 + 8)), axis
+
+
+@KINDS
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_strips_of_a_stream_are_the_whole_volume(
+    monkeypatch: pytest.MonkeyPatch, kind: Callable[..., ResNet3D], count: int
+) -> None:
+    """Within rounding: 0.01 HU."""
+    torch.manual_seed(0)
+    network = kind(features=8, blocks=2).eval()
+    for parameter in network.tail.parameters():
+        nn.init.normal_(parameter)
+    hu = np.random.default_rng(0).normal(0, 300, (count, 101, 77)).astype(np.float32)
+    monkeypatch.setattr(runtime, "PIXELS_AT_ONCE", 30 * 77)
+    out = run_volume(network.stream, network.halo, hu, lambda part: None)
+    with torch.inference_mode():
+        whole = network(torch.from_numpy(hu / 1000)[None, None])[0, 0].numpy() * 1000
+    assert float(np.abs(whole - hu).mean()) > 10
+    assert float(np.abs(out - whole).max()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "factory", "kind"), [("st3d", st3d, STResNet), ("srresnet3d", srresnet3d, SRResNet3D)]
+)
+def test_pipelines_keep_the_contract(
+    tmp_path: Path, name: str, factory: Callable[[Path], NetworkPipeline], kind: Callable[..., ResNet3D]
+) -> None:
+    torch.manual_seed(0)
+    network = kind()
+    for parameter in network.tail.parameters():
+        nn.init.normal_(parameter, std=0.001)
+    install(tmp_path, name, network, "volume")
+    check_pipeline(factory(tmp_path))

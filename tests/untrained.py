@@ -1,0 +1,53 @@
+"""Card and weights of networks that were never trained, on disk as training leaves those of trained ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from pipelines.base import ModelCard
+
+
+def install(
+    folder: Path, name: str, network: nn.Module, given: Literal["slice", "slab3", "volume"], *, noise_map: bool = False
+) -> None:
+    """Write ``NAME.safetensors`` (half precision) and ``NAME.json``."""
+    weights = save({key: tensor.half().contiguous() for key, tensor in network.state_dict().items()})
+    card = ModelCard(
+        name=name,
+        version="1",
+        paper="",
+        doi="",
+        input=given,
+        patch_zyx=(1, 64, 64),
+        overlap_zyx=(0, 0, 0),
+        hu_window=(-1024.0, 4000.0),
+        precision="fp32",
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+        noise_map=noise_map,
+    )
+    (folder / f"{name}.safetensors").write_bytes(weights)
+    (folder / f"{name}.json").write_text(json.dumps(asdict(card)), encoding="utf-8")
+
+
+def reach(network: nn.Module, size: int) -> tuple[int, int]:
+    """Rows and columns of the input that the middle pixel of the output depends on: its receptive field.
+
+    The weights are made positive, so that nothing cancels and no ReLU closes; of one channel, `size` × `size` pixels.
+    """
+    network = network.eval().double()
+    for parameter in network.parameters():
+        parameter.data.uniform_(0.1, 1.0, generator=torch.Generator().manual_seed(0))
+    x = torch.ones(1, 1, size, size, dtype=torch.double, requires_grad=True)
+    network(x)[0, 0, size // 2, size // 2].backward()
+    assert x.grad is not None
+    rows, columns = (x.grad[0, 0].abs().sum(axis).nonzero().flatten() for axis in (1, 0))
+    assert rows[0] > 0, "the receptive field is larger than the image"
+    return int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1
