@@ -147,7 +147,10 @@ def simulated_trials(folder: Path, doses: Sequence[float], slices: int, seed: in
     for dose in doses:
         low, again = (
             volume_of(
-                truth + added_noise(truth, pixel_mm, dose, s, scanner.kernel, scanner.beam, scanner.overlap),
+                truth
+                + added_noise(
+                    truth, pixel_mm, dose, s, scanner.kernel, scanner.beam, scanner.overlap, scanner.current[read]
+                ),
                 pixel_mm,
                 spacing_mm,
                 padding,
