@@ -1,10 +1,11 @@
-"""HQINet: a ResNet-50 U-net with squeeze and excitation on three slices (`hqinet-lite`, and the full one to train).
+"""HQINet: a ResNet-50 U-net with squeeze and excitation on three slices (`hqinet`, `hqinet-lite`).
 
 Lu J. et al., "High-quality Low-dose CT Reconstruction Using Convolutional Neural Networks with Spatial and Channel
-Squeeze and Excitation": three neighbouring slices in, the middle one out. A ResNet-50 encoder whose 7×7 convolution and
-pooling are replaced by 3×3 convolutions, with concurrent spatial and channel squeeze and excitation (scSE: Roy A. G.,
-Navab N., Wachinger C., MICCAI 2018) and atrous separable convolutions at its end (ASPP: Chen L.-C. et al., DeepLabv3,
-arXiv 1706.05587, and DeepLabv3+, ECCV 2018); four decoders, each with a skip; a reconstruction from all of them.
+Squeeze and Excitation", arXiv, April 2021: three neighbouring slices in, the middle one out. A ResNet-50 encoder whose
+7×7 convolution and pooling are replaced by 3×3 convolutions, with concurrent spatial and channel squeeze and excitation
+(scSE: Roy A. G., Navab N., Wachinger C., MICCAI 2018) and atrous separable convolutions at its end (ASPP: Chen L.-C. et
+al., DeepLabv3, arXiv 1706.05587, and DeepLabv3+, ECCV 2018); four decoders, each with a skip; a reconstruction from all
+of them.
 
 What the paper leaves open, and what we chose:
 
@@ -191,6 +192,11 @@ class HQINet(nn.Module):
             decoded.append(_resized(y, slices))
         image: torch.Tensor = self.reconstruction(self.fuse(torch.cat(decoded, 1)))
         return slices[:, SLICES // 2 : SLICES // 2 + 1] + image if self.residual else image
+
+
+def hqinet(folder: Path = WEIGHTS) -> NetworkPipeline:
+    """Make the pipeline `hqinet`, for a site that has trained the full network."""
+    return NetworkPipeline("hqinet", HQINet(), stride=STRIDE, folder=folder)
 
 
 def hqinet_lite(folder: Path = WEIGHTS) -> NetworkPipeline:
