@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from pipelines.noise import noise_level
+from pipelines.safety import network_input
 from pipelines.volume import Geometry, Volume, read_volume
-from training.calibration import calibrate, without_padding
+from training.calibration import calibrate
 from training.layouts import find
 from training.pairs import load_pair
 from training.phantom import chest_abdomen, tissue_masks
@@ -142,7 +143,7 @@ def simulated_trials(folder: Path, doses: Sequence[float], slices: int, seed: in
     scanner = calibrate(volume, seed)
     read, scored = _block(len(volume.hu), slices)
     spacing_mm, pixel_mm, _ = volume.geometry.spacing_mm
-    truth, padding = without_padding(volume)[read], np.ascontiguousarray(volume.padding[read])
+    truth, padding = network_input(volume)[read], np.ascontiguousarray(volume.padding[read])
     level_hu = noise_level(truth, padding, pixel_mm)
     for dose in doses:
         low, again = (
