@@ -8,8 +8,8 @@ What the paper leaves open or what cannot be kept:
 
 - It closes with a ReLU after the skip from the input, on images scaled to [0, 1]. Here air is −1 and fat −0.1: that
   ReLU would cut off all that is below water. The last layer is therefore linear; all other ReLU stand as published.
-- It draws all weights from N(0, 0.01²), which in signed units leaves next to nothing of a signal after ten layers. He's
-  initialisation here, and a last layer that starts small, so that the untrained network is nearly the identity.
+- Initialisation: He's, which keeps a signal's size through ten layers of signed values, and a last layer that starts
+  small, so that the untrained network is nearly the identity.
 """
 
 from __future__ import annotations
