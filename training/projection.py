@@ -1,8 +1,7 @@
 """Parallel-beam projection of HU images and filtered back-projection of noise, batched in torch.
 
 The geometry is that of Kak and Slaney, Principles of Computerized Tomographic Imaging (1988), chapter 3: line integrals
-``p(θ, t)`` along ``x·cos θ + y·sin θ = t`` over 180°, x to the right and y downwards from the centre of the image, which
-is taken for the axis of rotation. Only noise is reconstructed; anatomy is projected coarsely, for its attenuation.
+``p(θ, t)`` along ``x·cos θ + y·sin θ = t`` over 180°, x to the right, y downwards. The centre of the image is taken for the axis of rotation. Only noise is reconstructed; anatomy is projected coarsely, for its attenuation.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Kernel:
         return np.asarray(np.abs(frequency) * self.apodisation(frequency))
 
     def bins_per_pixel(self, pixel_mm: float) -> int:
-        """Detector bins per pixel: 1, or more for a kernel that passes half or more beyond the pixel's Nyquist frequency.
+        """Detector bins per pixel: more than 1 for a kernel that passes half beyond the Nyquist frequency of a pixel.
 
         That part of the noise is aliased in the image, as it is in a real one.
         """

@@ -5,7 +5,7 @@ The method is that of Naziroglu et al., Phys Med 2017;36:12-23 (virtual sinogram
 1. HU become attenuation, and attenuation becomes parallel line integrals p(θ, t) (coarse: only for the variance).
 2. A ray counts N = N0·B(t)·m(θ, t)·exp(−p) photons; B is a bow-tie filter, m the tube current. See `training.counts`.
 3. A noise sinogram with the variance of −ln of that count is reconstructed by filtered back-projection with the ramp
-   times the kernel's apodisation (`training.projection.Kernel`); anatomy is never reconstructed, so it is never blurred.
+   times the kernel's apodisation (`training.projection.Kernel`). Anatomy is never reconstructed, so never blurred.
 
 Without electronic noise the variance is proportional to 1/dose: one unit noise image (full dose) scales exactly to
 every other dose. The physics and its limits: docs/simulation.md.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,8 +72,32 @@ def unit_noise(
         float32 HU, (z, y, x). At the dose fraction d the noise is this divided by √d; what must be added to an image
         that holds full-dose noise already is this times √(1/d − 1).
     """
-    scan = _Scan(truth_hu, pixel_mm, Kernel(f50, boost), Beam(n0), overlap, device)
-    return scan.noise(full_dose(scan.beam, scan.grid), 1, seed)
+    return full_dose_noise(truth_hu, pixel_mm, seed, Kernel(f50, boost), Beam(n0), overlap, device=device)
+
+
+def full_dose_noise(
+    hu: Array,
+    pixel_mm: float,
+    seed: int,
+    kernel: Kernel,
+    beam: Beam,
+    overlap: float = 1.0,
+    current: Sequence[float] = (),
+    device: str = "cpu",
+) -> Array:
+    """`unit_noise` of any scanner: with electronic noise it does not scale with the dose.
+
+    Parameters
+    ----------
+    hu, pixel_mm, seed, overlap, device
+        As in `unit_noise`.
+    kernel, beam
+        Of the scanner; `training.calibration` finds them.
+    current
+        Tube current of each slice, that of `beam` being 1; empty: 1 everywhere.
+    """
+    scan = _Scan(hu, pixel_mm, kernel, beam, overlap, device, tuple(current))
+    return scan.noise(full_dose(beam, scan.grid), 1, seed)
 
 
 def added_noise(
@@ -84,6 +108,7 @@ def added_noise(
     kernel: Kernel,
     beam: Beam,
     overlap: float = 1.0,
+    current: Sequence[float] = (),
     poisson: bool = False,
     device: str = "cpu",
 ) -> Array:
@@ -100,8 +125,8 @@ def added_noise(
         and line integrals that are too high on average.
     pixel_mm, seed, overlap, device
         As in `unit_noise`.
-    kernel, beam
-        Of the scanner; `training.calibration` finds them.
+    kernel, beam, current
+        As in `full_dose_noise`.
 
     Returns
     -------
@@ -109,7 +134,7 @@ def added_noise(
         float32 HU, (z, y, x).
     """
     _check_dose(dose)
-    scan = _Scan(hu, pixel_mm, kernel, beam, overlap, device)
+    scan = _Scan(hu, pixel_mm, kernel, beam, overlap, device, tuple(current))
     if dose == 1:
         return np.zeros(hu.shape, np.float32)
     if poisson:
@@ -181,10 +206,13 @@ class _Scan:
     beam: Beam
     overlap: float
     device: str
+    current: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.hu.ndim != 3 or self.hu.shape[1] != self.hu.shape[2]:
             raise ValueError(f"expected square slices (z, n, n), got {self.hu.shape}")
+        if self.current and (len(self.current) != len(self.hu) or min(self.current) <= 0):
+            raise ValueError(f"{len(self.hu)} slices need as many tube currents above 0, got {self.current}")
 
     @property
     def grid(self) -> Grid:
@@ -200,7 +228,10 @@ class _Scan:
                 part = np.ascontiguousarray(self.hu[first : first + at_once], np.float32)
                 p = line_integrals(torch.from_numpy(part).to(self.device), self.grid)
                 drawn = torch.stack([next(deviates) for _ in part], 1).to(self.device)
-                noise = draw(self.beam.photons(p, self.grid), list(drawn))
+                photons = self.beam.photons(p, self.grid)
+                if self.current:
+                    photons *= p.new_tensor(self.current[first : first + len(part)])[:, None, None]
+                noise = draw(photons, list(drawn))
                 image = reconstruct(noise, self.grid, self.kernel)
                 out[first : first + len(part)] = (image * (1000 / MU_WATER_PER_MM)).cpu().numpy()
         return out

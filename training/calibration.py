@@ -1,0 +1,291 @@
+"""Which scanner made this series? Kernel and photons, from the noise of the images alone.
+
+1. The noise index (`pipelines.noise`) says how much noise there is.
+2. The spectrum of the noise in quiet soft tissue says which kernel it went through. It is taken from differences of
+   slices that share no layer of tissue, where they exist: anatomy that runs through both is no noise.
+3. The photons are those with which a virtual scan has the noise of the series, place by place. From slice to slice they
+   follow the tube current in the headers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from pydicom import dcmread
+from scipy.ndimage import gaussian_filter, gaussian_filter1d, minimum_filter, uniform_filter
+
+from pipelines.elements import BadElement, numbers, shown, text
+from pipelines.noise import SOFT_TISSUE_HU, WINDOW_MM, noise_level
+from pipelines.volume import Volume
+from training.counts import ELECTRONIC_COUNTS, Beam
+from training.kernel_fit import fit_kernel, tile_size
+from training.physics import Curve, nps_2d, radial_nps
+from training.projection import Kernel
+from training.simulate import full_dose_noise
+
+Array = NDArray[np.float32]
+
+AIR_HU = -1024.0
+"""Put in the place of what was not measured."""
+DEFAULT_KERNEL = Kernel(0.45)
+KERNELS = {
+    "b": Kernel(0.38),
+    "b10": Kernel(0.26),
+    "b30": Kernel(0.39),
+    "b40": Kernel(0.43),
+    "b70": Kernel(0.5, 1.83),
+    "d": Kernel(0.52),
+    "l": Kernel(0.373, 4.0),
+    "lung": Kernel(0.57),
+    "standard": Kernel(0.42, 0.16),
+    "std+": Kernel(0.385),
+    "ub": Kernel(0.38),
+    "ya": Kernel(0.565, 1.43),
+}
+"""Found with this module, by ConvolutionKernel in lower case; those of Siemens without their last letter."""
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_ENOUGH_TILES = 300
+_FEWEST_TILES = 8
+_FEWEST_QUIET_TILES = 30
+_FEWEST_WINDOWS = 500
+_EVEN_MM = 10.0
+"""Over such distances noise is even."""
+_QUIET_PART = 0.4
+"""Of the tiles those with the least variance: the others have edges."""
+_TISSUE_SMOOTHING_PX = 2.5
+_TISSUE_PART = 0.97
+"""Of the pixels of a tile that must be soft tissue."""
+_LOOKED_AT = 6
+"""Slices that are scanned virtually for the photons."""
+_BODY_HU = -200.0
+_MOST_MODULATION = 20.0
+"""Highest over lowest tube current of a series that is believed."""
+_ROUNDS = (2, _LOOKED_AT)
+"""Slices scanned: the second round corrects for the electronic noise, which is not proportional to 1/photons."""
+_MODE_STEP = 0.005
+_MODE_SMOOTHING = 0.06
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The scanner of a series."""
+
+    kernel: Kernel
+    beam: Beam
+    overlap: float
+    """Slice thickness over increment, at least 1."""
+    current: tuple[float, ...]
+    """Tube current of each slice over the mean; empty if the files do not tell, or it is the same everywhere."""
+    noise_hu: float
+    """Noise index of the series."""
+    kernel_from: str
+    """``"differences of slices"``, ``"single slices"``, ``"table: NAME"`` or ``"default"``."""
+    tiles: int = 0
+    """Quiet tiles that the kernel was found from."""
+    residual: float = math.nan
+    """`training.kernel_fit.Fit.residual`; NaN if nothing was fitted."""
+
+
+def calibrate(volume: Volume, seed: int = 0, modulation: float = 0.0, device: str = "cpu") -> Calibration:
+    """Find kernel and photons with which a virtual scan of `volume` has the noise that the volume has.
+
+    Parameters
+    ----------
+    volume
+        A series at full dose, square slices.
+    seed
+        Of the noise of the virtual scan.
+    modulation
+        Tube-current modulation over the angle, see `training.counts.Beam`.
+    device
+        Of torch.
+
+    Raises
+    ------
+    ValueError
+        If the slices are not square, or there is no noise at all.
+    """
+    pixel_mm = square_pixel_mm(volume)
+    overlap = overlap_of(volume)
+    noise_hu = noise_level(volume.hu, volume.padding, pixel_mm)
+    if noise_hu == 0:
+        raise ValueError("the series has no noise: nothing can be learnt of its scanner")
+    found = Calibration(DEFAULT_KERNEL, Beam(), overlap, tube_current(volume), noise_hu, "default")
+    for apart, source in ((math.ceil(overlap - 1e-6), "differences of slices"), (0, "single slices")):
+        spectrum, tiles = noise_spectrum(volume, pixel_mm, apart)
+        if spectrum is not None:
+            fit = fit_kernel(spectrum, pixel_mm)
+            found = replace(found, kernel=fit.kernel, kernel_from=source, tiles=tiles, residual=fit.residual)
+            break
+    else:
+        name = kernel_name(volume)
+        if name in KERNELS:
+            found = replace(found, kernel=KERNELS[name], kernel_from=f"table: {shown(name)}")
+    beam = Beam(electronic=ELECTRONIC_COUNTS, modulation=modulation)
+    return replace(found, beam=_with_photons(beam, volume, found, pixel_mm, seed, device))
+
+
+def square_pixel_mm(volume: Volume) -> float:
+    """Pixel size of `volume`.
+
+    Raises
+    ------
+    ValueError
+        If pixels or slices are not square.
+    """
+    rows, columns = volume.geometry.spacing_mm[1:]
+    if not math.isclose(rows, columns, rel_tol=1e-3) or volume.hu.shape[1] != volume.hu.shape[2]:
+        raise ValueError(
+            f"slices of {volume.hu.shape[1:]} pixels of {rows:g} x {columns:g} mm: the virtual scan needs square ones"
+        )
+    return columns
+
+
+def overlap_of(volume: Volume) -> float:
+    """Slice thickness over increment, at least 1; 1 where one of them is not known."""
+    spacing_mm = volume.geometry.spacing_mm[0]
+    return max(1.0, volume.thickness_mm / spacing_mm) if len(volume.hu) > 1 and spacing_mm > 0 else 1.0
+
+
+def without_padding(volume: Volume, k: int) -> Array:
+    """HU of slice `k` with air where nothing was measured, (y, x)."""
+    return np.where(volume.padding[k], np.float32(AIR_HU), np.maximum(volume.hu[k], np.float32(AIR_HU)))
+
+
+def tube_current(volume: Volume) -> tuple[float, ...]:
+    """XRayTubeCurrent of each slice over the mean; empty if one is missing or nonsense, or all are the same."""
+    found = []
+    for path in volume.slice_paths:
+        header = dcmread(path, stop_before_pixels=True, specific_tags=["XRayTubeCurrent"])
+        try:
+            value = numbers(header, "XRayTubeCurrent", 1)
+        except BadElement:
+            return ()
+        if value is None or value[0] <= 0:
+            return ()
+        found.append(value[0])
+    if not found or min(found) == max(found) or max(found) > _MOST_MODULATION * min(found):
+        return ()
+    mean = sum(found) / len(found)
+    return tuple(one / mean for one in found)
+
+
+def kernel_name(volume: Volume) -> str:
+    """ConvolutionKernel as `KERNELS` spells it; empty if the files do not tell."""
+    if not volume.slice_paths:
+        return ""
+    header = dcmread(volume.slice_paths[0], stop_before_pixels=True, specific_tags=["ConvolutionKernel"])
+    try:
+        name = text(header, "ConvolutionKernel").casefold()
+    except BadElement:
+        return ""
+    return re.sub(r"^(b\d\d)[fhs]$", r"\1", name)
+
+
+def noise_spectrum(volume: Volume, pixel_mm: float, apart: int) -> tuple[Curve | None, int]:
+    """Radial NPS of quiet soft tissue and the number of tiles that it was measured on; None if there are too few.
+
+    Parameters
+    ----------
+    apart
+        The noise is the difference of slices so many apart over √2; 0: the slices themselves, anatomy included.
+    """
+    tiles: list[Array] = []
+    pairs = max(len(volume.hu) - apart, 0)
+    for k in np.argsort(np.arange(pairs) * _GOLDEN % 1):  # spread over the series from the first on
+        tiles += _tiles(volume, int(k), apart, tile_size(pixel_mm))
+        if len(tiles) >= _ENOUGH_TILES:
+            break
+    if len(tiles) < _FEWEST_TILES:
+        return None, len(tiles)
+    stack = np.stack(tiles)
+    quiet = stack[np.argsort(stack.var((1, 2)))[: max(_FEWEST_QUIET_TILES, round(_QUIET_PART * len(stack)))]]
+    return radial_nps(nps_2d(quiet, pixel_mm), pixel_mm), len(quiet)
+
+
+def _tiles(volume: Volume, k: int, apart: int, size: int) -> list[Array]:
+    """Half-overlapping tiles of the noise of slice `k` that lie in soft tissue."""
+    slices = [without_padding(volume, one) for one in ((k, k + apart) if apart else (k,))]
+    tissue = np.ones(slices[0].shape, np.bool_)
+    for one in slices:
+        smooth = gaussian_filter(one, _TISSUE_SMOOTHING_PX)
+        tissue &= (smooth > SOFT_TISSUE_HU[0]) & (smooth < SOFT_TISSUE_HU[1])
+    noise = (slices[0] - slices[1]) / np.float32(math.sqrt(2)) if apart else slices[0]
+    part = sliding_window_view(tissue, (size, size))[:: size // 2, :: size // 2].mean((2, 3))
+    corners = np.argwhere(part > _TISSUE_PART) * (size // 2)
+    return [noise[y : y + size, x : x + size] for y, x in corners]
+
+
+def _with_photons(beam: Beam, volume: Volume, found: Calibration, pixel_mm: float, seed: int, device: str) -> Beam:
+    """`beam` with as many photons as give the virtual scan the noise of the series.
+
+    The noise index of a whole series blurs where its noise is uneven. Here each local standard deviation is taken in
+    units of the one that the virtual scan has there, and the mode of that is compared with the virtual scan's own.
+    """
+    looked_at, windows = _windows(volume, pixel_mm)
+    hu = np.stack([without_padding(volume, k) for k in looked_at])
+    current = [found.current[k] for k in looked_at] if found.current else ()
+    size = _window_px(pixel_mm)
+    for count in _ROUNDS:
+        noise = full_dose_noise(hu[:count], pixel_mm, seed, found.kernel, beam, current=current[:count], device=device)
+        own, simulated = [], []
+        for image, one, inside in zip(hu, noise, windows, strict=False):
+            body = (image > _BODY_HU).astype(np.float32)
+            around = _EVEN_MM / pixel_mm
+            variance = gaussian_filter(one**2 * body, around)[inside] / gaussian_filter(body, around)[inside]
+            own.append(_local_sd(image, size)[inside] / np.sqrt(variance))
+            simulated.append(_local_sd(one, size)[inside] / np.sqrt(variance))
+        factor = (_mode(np.concatenate(own)) / _mode(np.concatenate(simulated))) ** 2
+        beam = replace(beam, n0=float(f"{beam.n0 / max(factor, 1e-6):.3g}"))
+    return beam
+
+
+def _windows(volume: Volume, pixel_mm: float) -> tuple[list[int], NDArray[np.bool_]]:
+    """Some slices, and where in them a window is full of soft tissue.
+
+    If no slice has enough of that, windows of anything denser than lung.
+
+    Raises
+    ------
+    ValueError
+        If there is no body.
+    """
+    size = _window_px(pixel_mm)
+    for low, high in (SOFT_TISSUE_HU, (_BODY_HU, math.inf)):
+        slices: list[int] = []
+        windows = []
+        for k in np.argsort(np.arange(len(volume.hu)) * _GOLDEN % 1):
+            smooth = gaussian_filter(without_padding(volume, int(k)), _TISSUE_SMOOTHING_PX)
+            inside = minimum_filter((smooth > low) & (smooth < high), size)
+            if np.count_nonzero(inside) >= _FEWEST_WINDOWS:
+                slices.append(int(k))
+                windows.append(inside)
+            if len(slices) == _LOOKED_AT:
+                break
+        if slices:
+            return slices, np.stack(windows)
+    raise ValueError("the series shows no body: nothing can be learnt of its scanner")
+
+
+def _window_px(pixel_mm: float) -> int:
+    """Odd width of the window of the noise index."""
+    return max(2 * round(WINDOW_MM / pixel_mm / 2) + 1, 5)
+
+
+def _local_sd(image: Array, size: int) -> Array:
+    """Standard deviation in a window around each pixel."""
+    exact = image.astype(np.float64)
+    mean = uniform_filter(exact, size)
+    return np.asarray(np.sqrt(np.maximum(uniform_filter(exact * exact, size) - mean * mean, 0)), np.float32)
+
+
+def _mode(values: Array) -> float:
+    """Most frequent of positive values, by a histogram of their logarithms, smoothed."""
+    counts, edges = np.histogram(np.log(values[values > 0]), bins=np.arange(-3, 6, _MODE_STEP))
+    top = int(gaussian_filter1d(counts.astype(np.float64), _MODE_SMOOTHING / _MODE_STEP).argmax())
+    return math.exp((edges[top] + edges[top + 1]) / 2)
