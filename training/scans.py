@@ -17,6 +17,7 @@ from pipelines.noise import noise_level
 from pipelines.safety import network_input
 from pipelines.volume import read_volume
 from training.layouts import Case
+from training.lesions import add_lesions
 from training.pairs import load_pair
 from training.phantom import chest_abdomen
 from training.projection import Kernel
@@ -32,9 +33,11 @@ SOFT_F50, SHARP_F50, SHARP_BOOST = (0.35, 0.8), (0.5, 1.1), (0.5, 3.0)
 """Kernels for soft tissue, and for lung and bone: see `training.projection.Kernel`."""
 SHARP_PART = 0.3
 """Part of the phantoms that were reconstructed with a sharp kernel."""
+OVERLAP, OVERLAP_PART = (1.0, 2.0), 0.3
+"""Slice thickness over distance of the phantoms whose slices overlap, and their part."""
 DETECTOR_F50 = 1.2
 """Frequency (1/mm) that focal spot and detector halve, before any kernel."""
-STORE_REVISION = 2
+STORE_REVISION = 3
 """Raise it when a stored scan would come out otherwise today."""
 
 
@@ -62,10 +65,17 @@ def _measured(hu: Array, pixel_mm: float) -> float:
 
 
 def _with_noise(
-    name: str, subject: str, target: Array, pixel_mm: float, clean: bool, kernels: tuple[Kernel, Kernel], seed: int
+    name: str,
+    subject: str,
+    target: Array,
+    pixel_mm: float,
+    clean: bool,
+    kernels: tuple[Kernel, Kernel],
+    overlap: float,
+    seed: int,
 ) -> Scan:
     noises = [
-        unit_noise(target, pixel_mm, seed + 7919 * (i + 1), f50=kernel.f50, boost=kernel.boost)
+        unit_noise(target, pixel_mm, seed + 7919 * (i + 1), f50=kernel.f50, boost=kernel.boost, overlap=overlap)
         for i, kernel in enumerate(kernels)
     ]
     own = _measured(target, pixel_mm)
@@ -91,21 +101,23 @@ def seen_through(hu: Array, pixel_mm: float, kernel: Kernel) -> Array:
 
 
 def phantom_scan(seed: int) -> Scan:
-    """A phantom reconstructed with a kernel, with the noise of two kernels like it."""
+    """A phantom with faint lesions, reconstructed with a kernel, with the noise of two kernels like it."""
     rng = np.random.default_rng((seed, 1))
     pixel_mm, spacing_mm = rng.uniform(0.65, 0.95), rng.uniform(1, 5)
     if rng.random() < SHARP_PART:
         kernel = Kernel(rng.uniform(*SHARP_F50), rng.uniform(*SHARP_BOOST))
     else:
         kernel = Kernel(rng.uniform(*SOFT_F50))
+    overlap = rng.uniform(*OVERLAP) if rng.random() < OVERLAP_PART else 1.0
     target = chest_abdomen(PHANTOM_SLICES, 512, pixel_mm, spacing_mm, seed, DETECTOR_F50)
+    target = add_lesions(target, (spacing_mm, pixel_mm, pixel_mm), rng)
     target = np.clip(seen_through(target, pixel_mm, kernel), *HU_RANGE)
     kernels = _near(kernel, rng), _near(kernel, rng)
-    return _with_noise(f"phantom {seed}", f"phantom {seed}", target, pixel_mm, True, kernels, seed)
+    return _with_noise(f"phantom {seed}", f"phantom {seed}", target, pixel_mm, True, kernels, overlap, seed)
 
 
 def real_scan(case: Case, seed: int) -> Scan:
-    """A real series as target, with simulated noise to add.
+    """A real series as target, with faint lesions put into it and simulated noise to add.
 
     Raises
     ------
@@ -117,8 +129,11 @@ def real_scan(case: Case, seed: int) -> Scan:
     volume = read_volume(case.full)
     rng = np.random.default_rng((seed, 2))
     target = np.minimum(network_input(volume), np.float32(HU_RANGE[1]))
+    spacing_mm = volume.geometry.spacing_mm
+    target = add_lesions(target, spacing_mm, rng)
     kernels = Kernel(rng.uniform(*SOFT_F50)), Kernel(rng.uniform(*SOFT_F50))
-    return _with_noise(case.name, case.subject, target, volume.geometry.spacing_mm[1], False, kernels, seed)
+    overlap = max((volume.thickness_mm or spacing_mm[0]) / spacing_mm[0], 1.0)
+    return _with_noise(case.name, case.subject, target, spacing_mm[1], False, kernels, overlap, seed)
 
 
 def paired_scan(case: Case, z_target_mm: float | None = None) -> Scan:
