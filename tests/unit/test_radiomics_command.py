@@ -17,18 +17,21 @@ from pipelines.noise import noise_level
 from pipelines.volume import Geometry, Volume
 from training import nodules
 from training.__main__ import main
+from training.phantom import chest_abdomen
 from training.radiomics import FEATURES, PRESET_57, command, features, study
 from training.radiomics.equivalence import MARGIN_SD, agree, count, tost
 from training.radiomics.report import PRINTED
-from training.radiomics.study import Case, Region, masked_case, read_masks, series_case
+from training.radiomics.study import Case, Region, masked_case, phantom_case, read_masks, series_case
+from training.simulate import F50
 
 Array = NDArray[np.float32]
+SHAPE = (10, 128, 128)
 SPACING_MM = (2.0, 1.5, 1.5)
 
 
-def chest_volume(noise_hu: float = 20.0, padded: bool = True) -> Volume:
+def chest_volume(noise_hu: float = 20, padded: bool = True) -> Volume:
     """A box of soft tissue with two lungs, noisy, cut off by padding at the left."""
-    hu = np.full((16, 128, 128), -1000, np.float32)
+    hu = np.full(SHAPE, -1000, np.float32)
     hu[:, 15:115, 8:124] = 50
     hu[:, 30:85, 16:60] = hu[:, 30:85, 72:116] = -850
     hu += np.random.default_rng(0).normal(0, noise_hu, hu.shape).astype(np.float32)
@@ -40,14 +43,8 @@ def chest_volume(noise_hu: float = 20.0, padded: bool = True) -> Volume:
     return Volume(hu, Geometry((0.0, 0.0, 0.0), SPACING_MM, directions, ""), (), (), padding)
 
 
-def white_noise(hu: Array, pixel_mm: float, seed: int) -> Array:
-    """In the place of a simulated scan, which takes long."""
-    return np.random.default_rng(seed).normal(0, 5, hu.shape).astype(np.float32)
-
-
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "unit_noise", white_noise)
     monkeypatch.setattr(nodules, "DIAMETER_MM", (6.0, 9.0))
     monkeypatch.setattr(study, "read_volume", lambda paths: chest_volume())
 
@@ -95,9 +92,9 @@ def test_counts_by_each_criterion() -> None:
 
 def test_masks_of_a_user(tmp_path: Path) -> None:
     volume = chest_volume()
-    z, y, x = np.ogrid[:16, :128, :128]
+    z, y, x = np.ogrid[:10, :128, :128]
     balls = {
-        name: (((z - 8) * 2) ** 2 + ((y - 60) * 1.5) ** 2 + ((x - at) * 1.5) ** 2 <= 8**2)
+        name: (((z - 5) * 2) ** 2 + ((y - 60) * 1.5) ** 2 + ((x - at) * 1.5) ** 2 <= 8**2)
         for name, at in (("first", 40), ("second", 90))
     }
     np.savez_compressed(tmp_path / "a.npz", first=balls["first"], second=balls["second"])
@@ -113,9 +110,9 @@ def test_masks_of_a_user(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "said"),
     [
-        (np.ones((16, 128, 128), np.uint8), r"mask m in a.npz is uint8 .*expected bool \(16, 128, 128\)"),
-        (np.ones((128, 128, 16), np.bool_), r"mask m in a.npz is bool \(128, 128, 16\): expected"),
-        (np.zeros((16, 128, 128), np.bool_), "mask m in a.npz is empty"),
+        (np.ones(SHAPE, np.uint8), r"mask m in a.npz is uint8 .*expected bool \(10, 128, 128\)"),
+        (np.ones((128, 128, 10), np.bool_), r"mask m in a.npz is bool \(128, 128, 10\): expected"),
+        (np.zeros(SHAPE, np.bool_), "mask m in a.npz is empty"),
     ],
 )
 def test_masks_that_are_none_of_the_series_are_refused(tmp_path: Path, array: NDArray[np.generic], said: str) -> None:
@@ -131,7 +128,7 @@ def test_files_that_are_no_masks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no NumPy archive"):
         read_masks(tmp_path / "a.npz", chest_volume())
     with (tmp_path / "a.npz").open("wb") as file:
-        np.save(file, np.ones((16, 128, 128), np.bool_))
+        np.save(file, np.ones(SHAPE, np.bool_))
     with pytest.raises(ValueError, match="single array"):
         read_masks(tmp_path / "a.npz", chest_volume())
 
@@ -146,31 +143,51 @@ def test_low_dose_of_a_series_has_its_noise_level_by_root_dose(tmp_path: Path) -
     assert levels[1] / levels[0] == pytest.approx(2, rel=0.07)
     for volume in (case.full_dose, case.low_dose):
         np.testing.assert_array_equal(volume.hu[given.padding], given.hu[given.padding])
-    # the nodule holds the noise of the scan too; only the lower dose's part differs between the two
+    assert len(case.regions) == 3
     for one in case.regions:
         full, low = (v.hu[one.box][one.mask] for v in (case.full_dose, case.low_dose))
-        assert full.std() > 15
-        assert (low - full).std() == pytest.approx(20 * math.sqrt(3), rel=0.2)
+        assert full.mean() > given.hu[one.box][one.mask].mean() + 200
+        assert (low - full).std() > 10  # less than 20·√3 HU: in the lung more photons come through
     outside = np.ones(given.hu.shape, np.bool_)
     for one in case.regions:
         outside[one.box] = False
     np.testing.assert_array_equal(case.full_dose.hu[outside], given.hu[outside])
 
 
+def test_phantom_has_its_noise_by_root_dose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "PHANTOM_PIXEL_MM", 3.0)
+    monkeypatch.setattr(study, "PHANTOM_SLICES", 20)
+    truth = chest_abdomen(20, 128, 3.0, study.PHANTOM_SPACING_MM, study.PHANTOM_SEED + 7)
+    asked: list[tuple[float, ...]] = []
+
+    def phantom(*of: float) -> Array:
+        asked.append(of)
+        return truth.copy()
+
+    monkeypatch.setattr(study, "chest_abdomen", phantom)
+    monkeypatch.setattr(nodules, "DIAMETER_MM", (8.0, 10.0))
+    case, again = (phantom_case(3, 2, dose, seed=4) for dose in (0.1, 0.2))
+    assert [len(one.regions) for one in (case, again)] == [2, 2]
+    np.testing.assert_array_equal(case.full_dose.hu, again.full_dose.hu)
+    added, less = (one.low_dose.hu - one.full_dose.hu for one in (case, again))
+    np.testing.assert_allclose(added, less * math.sqrt(9 / 4), atol=0.01)
+    assert asked == [(20, 512, 3.0, study.PHANTOM_SPACING_MM, study.PHANTOM_SEED + 7, F50)] * 2
+    outside = np.ones(truth.shape, np.bool_)
+    for one in case.regions:
+        outside[one.box] = False
+    noise = (case.full_dose.hu - truth)[outside]
+    assert added[outside].std() / noise.std() == pytest.approx(3, rel=0.05)
+    assert abs(np.corrcoef(added[outside], noise)[0, 1]) < 0.05
+
+
 @pytest.mark.usefixtures("_quick")
 def test_given_masks_leave_the_image_alone(tmp_path: Path) -> None:
-    mask = np.zeros((16, 128, 128), np.bool_)
+    mask = np.zeros(SHAPE, np.bool_)
     mask[5:9, 50:58, 30:38] = True
     np.savez(tmp_path / "chest.npz", tumour=mask)
     case = masked_case(tmp_path / "chest", tmp_path, dose=0.5, seed=1)
     np.testing.assert_array_equal(case.full_dose.hu, chest_volume().hu)
     assert [one.name for one in case.regions] == ["tumour"]
-
-
-def test_a_series_without_noise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "read_volume", lambda paths: chest_volume(noise_hu=0, padded=False))
-    with pytest.raises(ValueError, match="chest has no noise to be measured"):
-        series_case(tmp_path / "chest", nodules=1, dose=0.1, seed=1)
 
 
 @pytest.mark.usefixtures("_quick")
@@ -262,7 +279,7 @@ def test_features_of_nodules_are_those_of_pyradiomics() -> None:
     extractors = pytest.importorskip("radiomics.featureextractor")
     sitk = pytest.importorskip("SimpleITK")
     volume = chest_volume(padded=False)
-    hu, found = nodules.insert(volume.hu, SPACING_MM, 3, seed=1, noise=white_noise(volume.hu, 1.5, 1) * 4)
+    hu, found = nodules.insert(volume.hu, SPACING_MM, 3, seed=1, noise=volume.hu - chest_volume(0, padded=False).hu)
     extractor = extractors.RadiomicsFeatureExtractor(binWidth=25)
     extractor.disableAllFeatures()
     for family in ("firstorder", "glcm", "glrlm", "glszm"):

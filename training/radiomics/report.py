@@ -170,7 +170,7 @@ def draw(path: Path, agreements: Mapping[str, Mapping[str, Agreement]], setting:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.5 + 1.6 * len(agreements), 6.5), layout="constrained")
+    figure = Figure(figsize=(5 + 1.2 * len(agreements), 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     groups = (*FAMILIES.values(), "all")
     width = 0.8 / len(groups)
@@ -185,14 +185,12 @@ def draw(path: Path, agreements: Mapping[str, Mapping[str, Agreement]], setting:
             axes.bar([i + (k - 2) * width for i in range(len(shares))], shares, width, label=family)
         if row == 0:
             printed, features = PRINTED
-            axes.axhline(100 * printed / features, color="0.3", linestyle="--", linewidth=1)
-            label = f"paper: {printed} of {features}, STResNet INT8"
-            axes.text(
-                0.99, 100 * printed / features + 1, label, transform=axes.get_yaxis_transform(), ha="right", fontsize=8
-            )
-            axes.legend(ncols=len(groups), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.1))
+            label = f"paper: {printed} of {features}, STResNet in INT8"
+            axes.axhline(100 * printed / features, color="0.3", linestyle="--", linewidth=1, label=label)
+            axes.legend(ncols=len(groups) + 1, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.1))
         axes.set_xticks(range(len(agreements)), list(agreements))
         axes.set_ylim(0, 105)
+        axes.margins(x=0.02)
         axes.set_ylabel("% of features")
         axes.set_title(f"{title}, against {_named(setting.reference, setting)}", fontsize=9)
     figure.savefig(path, dpi=120)

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from pipelines.base import Options, Pipeline
 from pipelines.gate import check
-from pipelines.noise import noise_level
 from pipelines.safety import network_input
 from pipelines.volume import Volume, read_volume
+from training.calibration import Calibration, calibrate
 from training.cases import volume_of
 from training.nodules import Box, Nodule, insert
 from training.phantom import chest_abdomen
 from training.radiomics.extraction import features
-from training.simulate import F50, unit_noise
+from training.simulate import F50, added_noise, full_dose_noise, unit_noise
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -30,8 +30,6 @@ FULL_DOSE, LOW_DOSE = "full-dose", "low-dose"
 PHANTOM_SLICES, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM = 40, 0.75, 1.5
 PHANTOM_SEED = 910_000
 """Added to the seed, so that no phantom is one that a training saw: trainings use seeds far below."""
-_LEAST_NOISE_HU = 0.3
-"""Whole numbers of HU alone have this noise."""
 _SECOND = 500_000
 """Added to a seed for a second realisation of noise."""
 
@@ -78,28 +76,39 @@ def phantom_case(number: int, nodules: int, dose: float, seed: int) -> Case:
     truth = chest_abdomen(PHANTOM_SLICES, 512, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM, own, F50)
     truth, inserted = insert(truth, spacing, nodules, own)
     noise, more = (unit_noise(truth, PHANTOM_PIXEL_MM, own + k) for k in (0, _SECOND))
-    full = volume_of(truth + noise, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM)
-    return Case(f"phantom {own}", full, _low_dose(full, more, dose), _regions(inserted))
+    full, low = (
+        volume_of(truth + n, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM)
+        for n in (noise, noise + np.float32(math.sqrt(1 / dose - 1)) * more)
+    )
+    return Case(f"phantom {own}", full, low, _regions(inserted))
 
 
 def series_case(folder: Path, nodules: int, dose: float, seed: int) -> Case:
     """A real series with nodules put into its lungs, and the same at the fraction `dose` of its dose.
+
+    A nodule has the resolution of the kernel, without the edges that a sharp kernel enhances, and noise of the series.
 
     Raises
     ------
     pipelines.volume.SeriesRefused
         If the folder is no series that may be denoised.
     ValueError
-        If its slices are not square, nothing in it tells its noise, or there is no room in its lungs.
+        If its slices are not square, its noise cannot be told, or there is no room in its lungs.
     """
     volume = read_volume(sorted(folder.glob("*.dcm")))
-    noise, more = (_noise_of(volume, folder.name, seed + k) for k in (0, _SECOND))
-    given = network_input(volume)
+    scanner = calibrate(volume, seed)
+    given, spacing = network_input(volume), volume.geometry.spacing_mm
     hu, inserted = insert(
-        given, volume.geometry.spacing_mm, nodules, seed, thickness_mm=volume.thickness_mm, noise=noise
+        given,
+        spacing,
+        nodules,
+        seed,
+        thickness_mm=volume.thickness_mm,
+        f50=scanner.kernel.f50,
+        noise=full_dose_noise(given, spacing[1], seed, scanner.kernel, scanner.beam, scanner.overlap, scanner.current),
     )
     full = volume.with_hu(np.where(hu == given, volume.hu, hu))
-    return Case(folder.name, full, _low_dose(full, more, dose), _regions(inserted))
+    return Case(folder.name, full, _low_dose(full, scanner, dose, seed), _regions(inserted))
 
 
 def masked_case(folder: Path, masks: Path, dose: float, seed: int) -> Case:
@@ -110,30 +119,27 @@ def masked_case(folder: Path, masks: Path, dose: float, seed: int) -> Case:
     pipelines.volume.SeriesRefused
         If the folder is no series that may be denoised.
     ValueError
-        If its slices are not square, nothing in it tells its noise, or the masks are not there or not of this series.
+        If its slices are not square, its noise cannot be told, or the masks are not there or not of this series.
     """
     volume = read_volume(sorted(folder.glob("*.dcm")))
     regions = read_masks(masks / f"{folder.name}.npz", volume)
-    return Case(folder.name, volume, _low_dose(volume, _noise_of(volume, folder.name, seed + _SECOND), dose), regions)
+    return Case(folder.name, volume, _low_dose(volume, calibrate(volume, seed), dose, seed), regions)
 
 
-def _noise_of(volume: Volume, name: str, seed: int) -> Array:
-    """Simulated noise of a scan of `volume`, of the noise level of the series itself."""
-    hu, pixel_mm = network_input(volume), volume.geometry.spacing_mm[1]
-    own = noise_level(hu, volume.padding, pixel_mm)
-    if own < _LEAST_NOISE_HU:
-        raise ValueError(f"{name} has no noise to be measured, so its low dose cannot be told: leave it out")
-    noise = unit_noise(hu, pixel_mm, seed)
-    noise *= np.float32(own / noise.std())
-    # three times the noise, so that the structure of the image adds little to the measured level
-    loud = noise_level(hu + 3 * noise, volume.padding, pixel_mm)
-    return noise * np.float32(3 * own / math.sqrt(loud**2 - own**2))
-
-
-def _low_dose(full: Volume, noise: Array, dose: float) -> Volume:
+def _low_dose(full: Volume, scanner: Calibration, dose: float, seed: int) -> Volume:
     """`full`, which holds the noise of full dose, with what a lower dose adds where something was measured."""
-    low = full.hu + np.float32(math.sqrt(1 / dose - 1)) * noise
-    return full.with_hu(np.where(full.padding, full.hu, low))
+    pixel_mm = full.geometry.spacing_mm[1]
+    noise = added_noise(
+        network_input(full),
+        pixel_mm,
+        dose,
+        seed + _SECOND,
+        scanner.kernel,
+        scanner.beam,
+        scanner.overlap,
+        scanner.current,
+    )
+    return full.with_hu(np.where(full.padding, full.hu, full.hu + noise))
 
 
 def _regions(nodules: Sequence[Nodule]) -> tuple[Region, ...]:
