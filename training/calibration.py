@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -198,7 +199,9 @@ def noise_spectrum(volume: Volume, pixel_mm: float, apart: int) -> tuple[Curve |
     tiles: list[Array] = []
     pairs = max(len(volume.hu) - apart, 0)
     for k in np.argsort(np.arange(pairs) * _GOLDEN % 1):  # spread over the series from the first on
-        tiles += _tiles(volume, int(k), apart, tile_size(pixel_mm))
+        slices = [without_padding(volume, one) for one in ((k, k + apart) if apart else (k,))]
+        noise = (slices[0] - slices[1]) / np.float32(math.sqrt(2)) if apart else slices[0]
+        tiles += tissue_tiles(slices, noise, tile_size(pixel_mm))
         if len(tiles) >= _ENOUGH_TILES:
             break
     if len(tiles) < _FEWEST_TILES:
@@ -208,14 +211,12 @@ def noise_spectrum(volume: Volume, pixel_mm: float, apart: int) -> tuple[Curve |
     return radial_nps(nps_2d(quiet, pixel_mm), pixel_mm), len(quiet)
 
 
-def _tiles(volume: Volume, k: int, apart: int, size: int) -> list[Array]:
-    """Half-overlapping tiles of the noise of slice `k` that lie in soft tissue."""
-    slices = [without_padding(volume, one) for one in ((k, k + apart) if apart else (k,))]
-    tissue = np.ones(slices[0].shape, np.bool_)
+def tissue_tiles(slices: Sequence[Array], noise: Array, size: int) -> list[Array]:
+    """Half-overlapping tiles of `noise` (y, x) where all `slices` show soft tissue."""
+    tissue = np.ones(noise.shape, np.bool_)
     for one in slices:
         smooth = gaussian_filter(one, _TISSUE_SMOOTHING_PX)
         tissue &= (smooth > SOFT_TISSUE_HU[0]) & (smooth < SOFT_TISSUE_HU[1])
-    noise = (slices[0] - slices[1]) / np.float32(math.sqrt(2)) if apart else slices[0]
     part = sliding_window_view(tissue, (size, size))[:: size // 2, :: size // 2].mean((2, 3))
     corners = np.argwhere(part > _TISSUE_PART) * (size // 2)
     return [noise[y : y + size, x : x + size] for y, x in corners]
