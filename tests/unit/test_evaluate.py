@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from training import evaluate
+from training import evaluate, model_page
 from training.cases import phantom_trials
 from training.classical import Classical
 from training.metrics import SOFT_TISSUE
@@ -65,7 +65,12 @@ def test_options_reach_the_pipeline(tmp_path: Path) -> None:
 
 def test_card_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     written = []
-    monkeypatch.setattr(evaluate.model_page, "write", lambda name, command: written.append((name, command)) or "table")
+
+    def write(name: str, command: str) -> str:
+        written.append((name, command))
+        return "table"
+
+    monkeypatch.setattr(model_page, "write", write)
     args = _parsed("soft", "--card")
     args.run(args)
     assert written == [("soft", "python -m training evaluate soft --card")]
