@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -188,7 +190,7 @@ def kept(store: Path, what: dict[str, Any], make: Callable[[], Scan]) -> Scan:
     folder = store / key
     if not folder.exists():
         scan = make()
-        partial = store / f"{key}.part"
+        partial = store / f"{key}.{os.getpid()}.part"
         partial.mkdir(parents=True, exist_ok=True)
         np.save(partial / "target.npy", scan.target)
         if scan.source is not scan.target:
@@ -197,7 +199,10 @@ def kept(store: Path, what: dict[str, Any], make: Callable[[], Scan]) -> Scan:
             np.save(partial / f"noise{k}.npy", noise)
         values = {f.name: getattr(scan, f.name) for f in fields(scan) if f.name not in ("target", "source", "noises")}
         (partial / "scan.json").write_text(json.dumps(values), encoding="utf-8")
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:  # another training has made it meanwhile
+            shutil.rmtree(partial)
     values = json.loads((folder / "scan.json").read_text(encoding="utf-8"))
     target = np.load(folder / "target.npy", mmap_mode="r")
     source = np.load(folder / "source.npy", mmap_mode="r") if (folder / "source.npy").exists() else target

@@ -21,16 +21,14 @@ from torch import nn
 
 from pipelines.runtime import WEIGHTS
 from pipelines.scaling import to_hu
-from pipelines.volume import SeriesRefused
 from training.card import Plateau, TrainingRecord, commit, source_of, write_network
 from training.curve import draw
 from training.data import Batch, Sampler
 from training.layouts import Case, find
 from training.loop import Run
 from training.metrics import SOFT_TISSUE, psnr
-from training.pairs import PairRefused
+from training.prepare import Preparation, make, scans_of
 from training.recipes import MODULES, Recipe, recipe
-from training.scans import Scan, kept, paired_scan, phantom_scan, real_scan, thick_to_thin
 from training.splits import entry_of, folds, split
 
 HELP = "train a network; started again, it goes on where it was stopped"
@@ -54,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--start", type=Path, default=WEIGHTS, help="folder with the weights of the network that this one begins with")
     add("--store", type=Path, help="folder that keeps prepared data for the next training (default: OUT/store)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
-    add("--workers", type=int, default=0, help="processes that prepare batches; use some beside a GPU")
+    add("--workers", type=int, default=0, help="processes that prepare scans and batches; use some beside a GPU")
     add("--seed", type=int, default=1, help="of everything random (default %(default)s)")
     parser.set_defaults(run=run)
 
@@ -67,24 +65,6 @@ def _hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s), bfloat16"
-
-
-def _scan(case: Case, args: argparse.Namespace, store: Path, seed: int) -> Scan | None:
-    """The scan of a case; none if it is refused, which is no reason to stop a training with hundreds of others."""
-    what = {"full": [str(path) for path in case.full], "seed": seed, "z_target_mm": args.z_target_mm}
-    try:
-        if case.low is None:
-            return kept(store, what, lambda: real_scan(case, seed))
-        low = [str(path) for path in case.low]
-        return kept(store, {**what, "low": low}, lambda: paired_scan(case, args.z_target_mm))
-    except (SeriesRefused, PairRefused) as error:
-        print(f"{case.name}: left out. {error}")
-        return None
-
-
-def _phantom(seed: int, args: argparse.Namespace, store: Path) -> Scan:
-    scan = kept(store, {"phantom": seed}, lambda: phantom_scan(seed))
-    return thick_to_thin(scan) if args.z_target_mm else scan
 
 
 def taught(cases: Sequence[Case]) -> list[Case]:
@@ -138,13 +118,14 @@ def validation(
 
 def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: Sequence[Case], out: Path) -> float:
     """Train into `out`; the last validated PSNR (dB)."""
-    store = args.store or args.out / "store"
     torch.manual_seed(args.seed)
-    scans = [_phantom(args.seed * 1000 + k, args, store) for k in range(args.phantoms)]
-    shown = {case: scan for case in teach if (scan := _scan(case, args, store, args.seed))}
-    scans += shown.values()
-    held = [scan for case in check if (scan := _scan(case, args, store, args.seed))]
-    held = held or [_phantom(VALIDATION_SEED + k, args, store) for k in range(VALIDATION_PHANTOMS)]
+    preparation = Preparation(args.store or args.out / "store", args.seed, args.z_target_mm)
+    seeds = [args.seed * 1000 + k for k in range(args.phantoms)]
+    held_seeds = [] if check else [VALIDATION_SEED + k for k in range(VALIDATION_PHANTOMS)]
+    make(preparation, [*seeds, *held_seeds, *teach, *check], args.workers)
+    shown = scans_of(preparation, teach)
+    scans = [*map(preparation.phantom, seeds), *shown.values()]
+    held = [*scans_of(preparation, check).values(), *map(preparation.phantom, held_seeds)]
     print(f"{len(scans)} scans to learn from, {len(held)} to validate on")
 
     schedule = how.schedule if args.steps is None else how.schedule.until(args.steps)

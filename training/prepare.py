@@ -1,0 +1,70 @@
+"""Scans for a training, from the store or made, several at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pipelines.volume import SeriesRefused
+from training.layouts import Case
+from training.pairs import PairRefused
+from training.scans import Scan, kept, paired_scan, phantom_scan, real_scan, thick_to_thin
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """How scans are made.
+
+    store
+        Folder that keeps them.
+    seed
+        Of the noise of real series.
+    z_target_mm
+        As in `training.pairs.load_pair`; phantoms are then shown in thick slices.
+    """
+
+    store: Path
+    seed: int
+    z_target_mm: float | None
+
+    def phantom(self, seed: int) -> Scan:
+        """The phantom `seed`."""
+        scan = kept(self.store, {"phantom": seed}, lambda: phantom_scan(seed))
+        return thick_to_thin(scan) if self.z_target_mm else scan
+
+    def case(self, case: Case) -> Scan | None:
+        """The scan of a case; none if it is refused, which is no reason to stop a training with hundreds of others."""
+        what = {"full": [str(path) for path in case.full], "seed": self.seed, "z_target_mm": self.z_target_mm}
+        try:
+            if case.low is None:
+                return kept(self.store, what, lambda: real_scan(case, self.seed))
+            low = [str(path) for path in case.low]
+            return kept(self.store, {**what, "low": low}, lambda: paired_scan(case, self.z_target_mm))
+        except (SeriesRefused, PairRefused) as error:
+            print(f"{case.name}: left out. {error}")
+            return None
+
+
+def _make(how: Preparation, what: Case | int) -> None:
+    torch.set_num_threads(1)
+    if isinstance(what, int):
+        how.phantom(what)
+    else:
+        how.case(what)
+
+
+def make(how: Preparation, what: Sequence[Case | int], workers: int) -> None:
+    """Fill the store with phantoms (by seed) and cases, in so many processes; with 0 each is made when asked for."""
+    if workers:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            pool.map(partial(_make, how), what, chunksize=1)
+
+
+def scans_of(how: Preparation, cases: Iterable[Case]) -> dict[Case, Scan]:
+    """The scans of the cases that are not refused."""
+    return {case: scan for case in cases if (scan := how.case(case))}
