@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from training import scans
-from training.prepare import Preparation, make
 from training.projection import Kernel
 from training.scans import Scan, kept, phantom_scan, seen_through, thick_to_thin
 
@@ -66,15 +65,3 @@ def test_a_phantom_comes_with_the_noise_that_it_says(monkeypatch: pytest.MonkeyP
     for noise, level in zip(scan.noises, scan.noise_hu, strict=True):
         assert noise.astype(np.float32)[body].std() == pytest.approx(level, rel=0.35)  # the middle is noisier
     assert np.corrcoef(*(n.astype(np.float32)[body] for n in scan.noises))[0, 1] == pytest.approx(0, abs=0.05)
-
-
-def test_several_processes_make_the_same_scans(tmp_path: Path) -> None:
-    """A phantom of small slices, made in processes of their own, is found in the store and is the same."""
-    how = Preparation(tmp_path / "one", 1, None)
-    make(how, [7], 1)
-    made = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert len(made) == 1
-    found, again = how.phantom(7), Preparation(tmp_path / "two", 1, None).phantom(7)
-    assert np.array_equal(found.target, again.target)
-    assert np.array_equal(found.noises[0], again.noises[0])
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == made
