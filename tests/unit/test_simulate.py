@@ -6,12 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from training import simulate
-from training.counts import N0
+from training.counts import N0, Beam
 from training.projection import MU_WATER_PER_MM, Kernel
-from training.simulate import F50, low_dose, mix, unit_noise
+from training.simulate import F50, added_noise, full_dose_noise, low_dose, mix, slice_weights, unit_noise
 
 Array = NDArray[np.float32]
 
@@ -80,6 +81,111 @@ def test_spectrum_is_that_of_the_filter(disc: Array) -> None:
 def test_slices_are_independent(noise: Array) -> None:
     a, b = noise[0, 88:168, 88:168].ravel(), noise[1, 88:168, 88:168].ravel()
     assert abs(float(np.corrcoef(a, b)[0, 1])) < 0.06
+
+
+@pytest.mark.parametrize("dose", [0.5, 0.1])
+def test_added_noise_scales_exactly_with_the_dose(disc: Array, noise: Array, dose: float) -> None:
+    """σ = σ(full dose)·√(1/d − 1), place by place."""
+    added = added_noise(disc, PIXEL_MM, dose, 1, Kernel(F50), Beam())
+    np.testing.assert_allclose(added, noise * math.sqrt(1 / dose - 1), rtol=1e-4, atol=1e-2)
+
+
+def test_nothing_is_added_at_full_dose(disc: Array) -> None:
+    assert not added_noise(disc[:1], PIXEL_MM, 1.0, 1, Kernel(F50), Beam(electronic=5)).any()
+
+
+def test_electronic_noise_adds_its_variance_in_the_centre(disc: Array) -> None:
+    """Through the centre all rays count N: variance (1/N + mσe²/N²)·… against 1/N·…"""
+    n0, electronic = 2e5, 4.0
+    quantum, both = (
+        full_dose_noise(disc, PIXEL_MM, 9, Kernel(F50), Beam(n0, sigma))[:, 118:138, 118:138].std()
+        for sigma in (0.0, electronic)
+    )
+    per_reading = n0 / (1000 * 2 / 360 / 0.6) * math.exp(-MU_WATER_PER_MM * 2 * RADIUS_MM)
+    assert float(both / quantum) == pytest.approx(math.sqrt(1 + electronic**2 / per_reading), rel=0.01)
+
+
+def test_sharp_kernel_has_the_spectrum_of_its_filter() -> None:
+    kernel, pixel_mm = Kernel(0.5, 2.0), 0.4
+    y, x = np.mgrid[:N, :N] - (N - 1) / 2
+    disc = np.repeat(np.where(np.hypot(x, y) * pixel_mm < 48, 0, -1000).astype(np.float32)[None], 6, 0)
+    rois = unit_noise(disc, pixel_mm, 3, f50=kernel.f50, boost=kernel.boost)[:, 96:160, 96:160]
+    power = (np.abs(np.fft.fft2(rois - rois.mean((1, 2), keepdims=True))) ** 2).mean(0)
+    axis = np.fft.fftfreq(64, pixel_mm)
+    f = np.hypot(*np.meshgrid(axis, axis))
+    expected = np.where(f > 0, kernel.ramp(f) ** 2 / np.maximum(f, 1e-9), 0)
+    band = f < 0.5 / pixel_mm
+    mean_f = [float((f * p)[band].sum() / p[band].sum()) for p in (power, expected)]
+    assert mean_f[0] == pytest.approx(mean_f[1], rel=0.02)
+    soft = Kernel(0.5).ramp(f) ** 2 / np.maximum(f, 1e-9)
+    assert mean_f[0] > 1.3 * float((f * soft)[band].sum() / soft[band].sum())
+
+
+@pytest.mark.parametrize(("overlap", "expected"), [(2.0, (0.5, 0.0)), (1.5625, (0.36, 0.0)), (3.0, (2 / 3, 1 / 3))])
+def test_overlapping_slices_share_noise(overlap: float, expected: tuple[float, float]) -> None:
+    """Two box slices k increments apart have ``1 − k·increment/thickness`` in common, and that is their correlation."""
+    n = 96
+    y, x = np.mgrid[:n, :n] - (n - 1) / 2
+    disc = np.repeat(np.where(np.hypot(x, y) < 45, 0, -1000).astype(np.float32)[None], 12, 0)
+    shared, alone = (unit_noise(disc, PIXEL_MM, 4, overlap=w)[:, 24:72, 24:72] for w in (overlap, 1.0))
+    for apart, correlation in enumerate(expected, 1):
+        pairs = [np.corrcoef(shared[k].ravel(), shared[k + apart].ravel())[0, 1] for k in range(12 - apart)]
+        assert float(np.mean(pairs)) == pytest.approx(correlation, abs=0.04)
+    spread = [float(part.std()) for part in (shared[:4], shared[-4:])]
+    assert spread == pytest.approx([float(alone.std())] * 2, rel=0.06)  # no slice has more, not even the first
+
+
+@pytest.mark.parametrize("overlap", [1.0, 1.2, 2.0, 2.5, 7.0])
+def test_weights_of_each_slice_have_the_norm_1(overlap: float) -> None:
+    assert np.linalg.norm(slice_weights(20, overlap), axis=1) == pytest.approx(np.ones(20))
+
+
+def test_more_current_less_noise(disc: Array) -> None:
+    noise = full_dose_noise(disc[:2], PIXEL_MM, 5, Kernel(F50), Beam(), current=(0.5, 2.0))
+    same = full_dose_noise(disc[:2], PIXEL_MM, 5, Kernel(F50), Beam())
+    np.testing.assert_allclose(noise[0], same[0] * math.sqrt(2), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(noise[1], same[1] / math.sqrt(2), rtol=1e-4, atol=1e-2)
+
+
+def test_modulated_current_makes_noise_rounder() -> None:
+    """Through an ellipse 3 : 1, constant current gives streaks along the long axis; α = 0.5 weakens them."""
+    y, x = np.mgrid[:128, :128] - 63.5
+    ellipse = np.repeat(np.where((x / 60) ** 2 + (y / 20) ** 2 < 1, 0, -1000).astype(np.float32)[None], 6, 0)
+
+    def streaks(alpha: float) -> float:
+        rois = full_dose_noise(ellipse, 2.5, 6, Kernel(0.15), Beam(1e7, modulation=alpha))[:, 52:76, 40:88]
+        power = (np.abs(np.fft.fft2(rois)) ** 2).mean(0)
+        return float(power[1:12, 0].sum() / power[0, 1:24].sum())  # across over along
+
+    assert streaks(0.5) < 0.6 * streaks(0.0)
+
+
+def test_poisson_noise_is_gaussian_where_photons_abound(disc: Array) -> None:
+    centre = np.s_[:, 98:158, 98:158]
+    poisson, gaussian = (
+        added_noise(disc[:4], PIXEL_MM, 0.25, 8, Kernel(F50), Beam(electronic=3), poisson=p)[centre]
+        for p in (True, False)
+    )
+    assert float(poisson.std() / gaussian.std()) == pytest.approx(1, abs=0.05)
+    assert float(poisson.mean()) == pytest.approx(0, abs=0.5)
+
+
+def test_starved_poisson_noise_lifts_the_centre(disc: Array) -> None:
+    """At a few counts line integrals come out too large: HU rise where rays are longest."""
+    starved = added_noise(disc[:2], PIXEL_MM, 0.05, 8, Kernel(F50), Beam(2e4, 3.0), poisson=True)
+    assert float(starved[:, 98:158, 98:158].mean()) > 5
+
+
+def test_tube_currents_must_fit_the_slices(disc: Array) -> None:
+    with pytest.raises(ValueError, match="tube currents"):
+        full_dose_noise(disc[:2], PIXEL_MM, 1, Kernel(F50), Beam(), current=(1.0,))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_makes_the_same_noise(disc: Array) -> None:
+    np.testing.assert_allclose(
+        unit_noise(disc[:2], PIXEL_MM, 1, device="cuda"), unit_noise(disc[:2], PIXEL_MM, 1), atol=0.05
+    )
 
 
 def test_one_seed_one_noise(disc: Array) -> None:
