@@ -3,8 +3,8 @@
 1. The noise index (`pipelines.noise`) says how much noise there is.
 2. The spectrum of the noise in quiet soft tissue says which kernel it went through. It is taken from differences of
    slices that share no layer of tissue, where they exist: anatomy that runs through both is no noise.
-3. The photons are those with which a virtual scan has the noise of the series, place by place. From slice to slice they
-   follow the tube current in the headers.
+3. The photons are those with which a virtual scan has the noise of the series, place by place and slice by slice; the
+   tube current in the headers is where that starts from.
 """
 
 from __future__ import annotations
@@ -61,9 +61,11 @@ _QUIET_PART = 0.4
 _TISSUE_SMOOTHING_PX = 2.5
 _TISSUE_PART = 0.97
 """Of the pixels of a tile that must be soft tissue."""
-_LOOKED_AT = 6
+_LOOKED_AT = 8
 """Slices that are scanned virtually for the photons."""
 _BODY_HU = -200.0
+_MOST_CORRECTION = 2.0
+"""By how much the noise may contradict the tube current of the headers."""
 _MOST_MODULATION = 20.0
 """Highest over lowest tube current of a series that is believed."""
 _ROUNDS = (2, _LOOKED_AT)
@@ -81,7 +83,7 @@ class Calibration:
     overlap: float
     """Slice thickness over increment, at least 1."""
     current: tuple[float, ...]
-    """Tube current of each slice over the mean; empty if the files do not tell, or it is the same everywhere."""
+    """Of each slice, in units of that of `beam`: from the headers, corrected by the noise of some slices."""
     noise_hu: float
     """Noise index of the series."""
     kernel_from: str
@@ -116,7 +118,8 @@ def calibrate(volume: Volume, seed: int = 0, modulation: float = 0.0, device: st
     noise_hu = noise_level(volume.hu, volume.padding, pixel_mm)
     if noise_hu == 0:
         raise ValueError("the series has no noise: nothing can be learnt of its scanner")
-    found = Calibration(DEFAULT_KERNEL, Beam(), overlap, tube_current(volume), noise_hu, "default")
+    beam = Beam(electronic=ELECTRONIC_COUNTS, modulation=modulation)
+    found = Calibration(DEFAULT_KERNEL, beam, overlap, (), noise_hu, "default")
     for apart, source in ((math.ceil(overlap - 1e-6), "differences of slices"), (0, "single slices")):
         spectrum, tiles = noise_spectrum(volume, pixel_mm, apart)
         if spectrum is not None:
@@ -127,8 +130,7 @@ def calibrate(volume: Volume, seed: int = 0, modulation: float = 0.0, device: st
         name = kernel_name(volume)
         if name in KERNELS:
             found = replace(found, kernel=KERNELS[name], kernel_from=f"table: {shown(name)}")
-    beam = Beam(electronic=ELECTRONIC_COUNTS, modulation=modulation)
-    return replace(found, beam=_with_photons(beam, volume, found, pixel_mm, seed, device))
+    return _with_photons(found, volume, pixel_mm, seed, device)
 
 
 def square_pixel_mm(volume: Volume) -> float:
@@ -222,28 +224,35 @@ def tissue_tiles(slices: Sequence[Array], noise: Array, size: int) -> list[Array
     return [noise[y : y + size, x : x + size] for y, x in corners]
 
 
-def _with_photons(beam: Beam, volume: Volume, found: Calibration, pixel_mm: float, seed: int, device: str) -> Beam:
-    """`beam` with as many photons as give the virtual scan the noise of the series.
+def _with_photons(found: Calibration, volume: Volume, pixel_mm: float, seed: int, device: str) -> Calibration:
+    """`found` with as many photons as give the virtual scan the noise of the series, slice by slice.
 
-    The noise index of a whole series blurs where its noise is uneven. Here each local standard deviation is taken in
-    units of the one that the virtual scan has there, and the mode of that is compared with the virtual scan's own.
+    The noise index of a whole slice blurs where its noise is uneven. Here each local standard deviation is taken in
+    units of the one that the virtual scan has there, and the mode of that is compared with the virtual scan's own. Some
+    slices are looked at; between them the factor is interpolated.
     """
     looked_at, windows = _windows(volume, pixel_mm)
     hu = np.stack([without_padding(volume, k) for k in looked_at])
-    current = [found.current[k] for k in looked_at] if found.current else ()
-    size = _window_px(pixel_mm)
+    current = tube_current(volume) or (1.0,) * len(volume.hu)
+    beam, size = found.beam, _window_px(pixel_mm)
     for count in _ROUNDS:
-        noise = full_dose_noise(hu[:count], pixel_mm, seed, found.kernel, beam, current=current[:count], device=device)
-        own, simulated = [], []
+        scanned = [current[k] for k in looked_at[:count]]
+        noise = full_dose_noise(hu[:count], pixel_mm, seed, found.kernel, beam, current=scanned, device=device)
+        missing = []
         for image, one, inside in zip(hu, noise, windows, strict=False):
             body = (image > _BODY_HU).astype(np.float32)
             around = _EVEN_MM / pixel_mm
-            variance = gaussian_filter(one**2 * body, around)[inside] / gaussian_filter(body, around)[inside]
-            own.append(_local_sd(image, size)[inside] / np.sqrt(variance))
-            simulated.append(_local_sd(one, size)[inside] / np.sqrt(variance))
-        factor = (_mode(np.concatenate(own)) / _mode(np.concatenate(simulated))) ** 2
-        beam = replace(beam, n0=float(f"{beam.n0 / max(factor, 1e-6):.3g}"))
-    return beam
+            expected = np.sqrt(gaussian_filter(one**2 * body, around)[inside] / gaussian_filter(body, around)[inside])
+            own, simulated = (_mode(_local_sd(what, size)[inside] / expected) for what in (image, one))
+            missing.append((simulated / own) ** 2)
+        photons = float(np.median(missing))
+        beam = replace(beam, n0=float(f"{beam.n0 * photons:.3g}"))
+    along = np.argsort(looked_at)
+    relative = np.clip(np.array(missing)[along] / photons, 1 / _MOST_CORRECTION, _MOST_CORRECTION)
+    factor = np.interp(np.arange(len(volume.hu)), np.array(looked_at)[along], relative)
+    return replace(
+        found, beam=beam, current=tuple(round(float(a * b), 3) for a, b in zip(current, factor, strict=True))
+    )
 
 
 def _windows(volume: Volume, pixel_mm: float) -> tuple[list[int], NDArray[np.bool_]]:

@@ -1,8 +1,9 @@
 """Parallel-beam projection of HU images and filtered back-projection of noise, batched in torch.
 
-The geometry is that of Kak and Slaney, Principles of Computerized Tomographic Imaging (1988), chapter 3: line integrals
-``p(θ, t)`` along ``x·cos θ + y·sin θ = t`` over 180°, x to the right, y downwards from the centre of the image, which is
-taken for the axis of rotation. Only noise is reconstructed; anatomy is projected coarsely, for its attenuation.
+The geometry is that of Kak and Slaney, Principles of Computerized Tomographic Imaging (1988), chapter 3: line
+integrals ``p(θ, t)`` along ``x·cos θ + y·sin θ = t`` over 180°, x to the right and y downwards from the centre of the
+image, which is taken for the axis of rotation. Only noise is reconstructed; anatomy is projected coarsely, for its
+attenuation.
 """
 
 from __future__ import annotations

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-import uuid
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydicom import dcmread
+from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels.utils import pixel_array
 from pydicom.sequence import Sequence
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.series}: {error}") from error
     print(describe(found))
     hu = simulate(volume, args.dose, args.seed, found, args.poisson, device)
-    made = f"{args.dose!r},{args.seed},{args.poisson},{found.kernel},{found.beam}"
+    made = f"{args.dose!r},{args.seed},{args.poisson},{found.kernel},{found.beam},{found.current}"
     paths = write_series(volume, hu, args.dose, made, args.out)
     print(f"{len(paths)} images at {args.dose:.4g} of the dose in {args.out}")
 
@@ -125,7 +125,7 @@ def describe(found: Calibration) -> str:
     return (
         f"noise {found.noise_hu:.1f} HU; kernel f50 {found.kernel.f50:.3f}/mm, boost {found.kernel.boost:.2f} "
         f"(from {found.kernel_from}{fitted}); {found.beam.n0:.3g} photons per mm and degree; thickness/increment "
-        f"{found.overlap:.2f}; tube current {'of each slice' if found.current else 'constant'}"
+        f"{found.overlap:.2f}; current {min(found.current):.2f} to {max(found.current):.2f}"
     )
 
 
@@ -179,7 +179,7 @@ def write_series(volume: Volume, hu: NDArray[np.float32], dose: float, made: str
         with _pydicom_silent():
             ds = _image(source, volume.slice_uids[k], hu[k], kept[k], dose, made)
             path = out / f"{k + 1:04d}.dcm"
-            ds.save_as(path, enforce_file_format=True)
+            dcmwrite(path, ds, enforce_file_format=True)
         paths.append(path)
     return paths
 

@@ -54,7 +54,7 @@ def check(volume: Volume, found: Calibration, slices: int) -> Check:
     pixel_mm = square_pixel_mm(volume)
     looked_at = np.unique(np.linspace(0, len(volume.hu) - 1, slices + 2)[1:-1].round().astype(int))
     hu = np.stack([without_padding(volume, k) for k in looked_at])
-    current = [found.current[k] for k in looked_at] if found.current else ()
+    current = [found.current[k] for k in looked_at]
     noise = added_noise(hu, pixel_mm, DOSE, _SEED, found.kernel, found.beam, current=current)
     levels = [
         [noise_level(image[None], volume.padding[k : k + 1], pixel_mm) for image in (one + added, one)]
@@ -78,9 +78,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--slices", type=int, default=9, help="how many of each (default: %(default)s)")
     args = parser.parse_args(words)
     print(
-        "| series | noise (HU) | f50 (1/mm) | boost | fit | photons per mm and ° | quarter dose: noise × | "
-        "mean frequency own → inserted (1/mm) | difference | calibration (s) |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| series | noise (HU) | f50 (1/mm) | boost | fit | photons per mm and ° | noise at quarter dose | "
+        "mean frequency own → inserted (1/mm) | difference | calibration (s) |"
     )
+    print("|---" * 10 + "|")
     for folder in args.series:
         try:
             volume = read_series(folder)
@@ -91,11 +92,11 @@ def main(words: Sequence[str] | None = None) -> None:
             continue
         seconds = time.monotonic() - start
         result = check(volume, found, args.slices)
+        texture = f"{result.own_frequency:.3f} → {result.inserted_frequency:.3f}"
         fit = f"{found.residual:.0%}, {found.tiles} tiles" if found.tiles else found.kernel_from
         print(
             f"| {folder.name} | {found.noise_hu:.1f} | {found.kernel.f50:.3f} | {found.kernel.boost:.2f} | {fit} | "
-            f"{found.beam.n0:.2g} | {result.ratio:.2f} | {result.own_frequency:.3f} → {result.inserted_frequency:.3f} | "
-            f"{result.frequency_error:+.1%} | {seconds:.1f} |",
+            f"{found.beam.n0:.2g} | × {result.ratio:.2f} | {texture} | {result.frequency_error:+.1%} | {seconds:.1f} |",
             flush=True,
         )
 

@@ -65,8 +65,8 @@ def test_projector_agrees_with_astra(blobs: NDArray[np.float32]) -> None:
 def test_filtered_back_projection_recovers_a_disc(bins_per_pixel: int) -> None:
     """From exact chords of a disc beside the axis: its value above what is outside, even on both sides.
 
-    The whole image lies some 0.5 % too low, as the filter is sampled in frequency (Kak and Slaney 1988, 3.3.3): of noise,
-    whose mean is 0, that takes nothing.
+    The whole image lies some 0.5 % too low, as the filter is sampled in frequency (Kak and Slaney 1988, 3.3.3): of
+    noise, whose mean is 0, that takes nothing.
     """
     radius_mm, x0, y0, value = 60.0, 25.0, -10.0, 0.02
     grid = Grid(N, PIXEL_MM, 360, bins_per_pixel)
