@@ -15,7 +15,7 @@ from demo.picture import draw
 from demo.series import Source
 from dicomnode.db import JobKind, JobState
 from training.metrics import SOFT_TISSUE, psnr, ssim
-from training.phantom import tissue_masks
+from training.sources.phantom import tissue_masks
 
 Array = NDArray[np.float32]
 

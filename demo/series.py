@@ -25,8 +25,8 @@ from pydicom.uid import (
 from dicomnode.errors import BadIdentifier
 from dicomnode.scu import Outgoing
 from dicomnode.spool import valid_uid
-from training.phantom import chest_abdomen
 from training.simulate import unit_noise
+from training.sources.phantom import chest_abdomen
 
 Array = NDArray[np.float32]
 

@@ -39,7 +39,7 @@ from pipelines.scaling import to_hu, to_network
 from pipelines.volume import read_volume
 from training.card import source_of
 from training.features import CT_AE_SLOPE, CT_AE_WEIGHTS, CT_AE_WIDTHS, ct_encoder
-from training.phantom import chest_abdomen
+from training.sources.phantom import chest_abdomen
 
 Half = NDArray[np.float16]
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from pydicom import dcmread
-from scipy.ndimage import gaussian_filter, gaussian_filter1d, minimum_filter, uniform_filter
+from scipy.ndimage import gaussian_filter, gaussian_filter1d, median_filter, minimum_filter, uniform_filter
 
 from pipelines.elements import BadElement, numbers, shown, text
 from pipelines.noise import SOFT_TISSUE_HU, WINDOW_MM, noise_level
@@ -72,6 +72,7 @@ _ROUNDS = (2, _LOOKED_AT)
 """Slices scanned: the second round corrects for the electronic noise, which is not proportional to 1/photons."""
 _MODE_STEP = 0.005
 _MODE_SMOOTHING = 0.06
+"""Of the logarithm of a standard deviation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +229,8 @@ def _with_photons(found: Calibration, volume: Volume, pixel_mm: float, seed: int
     """`found` with as many photons as give the virtual scan the noise of the series, slice by slice.
 
     The noise index of a whole slice blurs where its noise is uneven. Here each local standard deviation is taken in
-    units of the one that the virtual scan has there, and the mode of that is compared with the virtual scan's own. Some
-    slices are looked at; between them the factor is interpolated.
+    units of the one that the virtual scan has there, and the mode of that is compared with the virtual scan's own.
+    Some slices are looked at, none is believed alone, and between them the factor is interpolated.
     """
     looked_at, windows = _windows(volume, pixel_mm)
     hu = np.stack([without_padding(volume, k) for k in looked_at])
@@ -248,7 +249,8 @@ def _with_photons(found: Calibration, volume: Volume, pixel_mm: float, seed: int
         photons = float(np.median(missing))
         beam = replace(beam, n0=float(f"{beam.n0 * photons:.3g}"))
     along = np.argsort(looked_at)
-    relative = np.clip(np.array(missing)[along] / photons, 1 / _MOST_CORRECTION, _MOST_CORRECTION)
+    relative = median_filter(np.array(missing)[along] / photons, min(3, len(missing)), mode="nearest")
+    relative = np.clip(relative, 1 / _MOST_CORRECTION, _MOST_CORRECTION)
     factor = np.interp(np.arange(len(volume.hu)), np.array(looked_at)[along], relative)
     return replace(
         found, beam=beam, current=tuple(round(float(a * b), 3) for a, b in zip(current, factor, strict=True))

@@ -15,8 +15,8 @@ from safetensors.torch import save
 from torch import nn
 
 from training.data import ADDED_DOSE, ADDED_NOISE_HU
-from training.layouts import Case
-from training.scans import HU_RANGE
+from training.sources.layouts import Case
+from training.sources.scans import HU_RANGE
 
 NEVER_TRIED = (
     "Head, neck, limbs, children; iterative or network reconstructions; dual-energy, cone-beam; sharp (lung, bone) "

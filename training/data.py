@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.scaling import to_network
-from training.scans import Scan
 from training.simulate import mix
+from training.sources.scans import Scan
 
 ADDED_NOISE_HU = (3.0, 150.0)
 """Noise level added to a target without noise, drawn log-uniformly: a smooth thick slice to a sharp kernel at a tenth

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.base import Options, Pipeline, load, names
-from training import bar, classical, model_page, rods
-from training.cases import Trial, pair_trials, phantom_trials, simulated_trials
-from training.lpips import lpips
+from training.measuring import bar, classical, model_page, rods
+from training.measuring.cases import Trial, pair_trials, phantom_trials, simulated_trials
+from training.measuring.lpips import lpips
+from training.measuring.report import Measurement, markdown, write_csv
+from training.measuring.scores import INPUT, rod_rows, score
 from training.metrics import LUNG
-from training.report import Measurement, markdown, write_csv
-from training.scores import INPUT, rod_rows, score
 
 HELP = "measure pipelines on phantoms, series and pairs, and write a report with tables and pictures"
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 from scipy.special import j1
 
-from training.phantom import tissue_masks
+from training.sources.phantom import tissue_masks
 
 Array = NDArray[np.floating]
 Float64 = NDArray[np.float64]
@@ -315,7 +315,7 @@ def contrast_recovery(with_lesion: Array, without_lesion: Array, inserted: Array
 
 
 def smoothed_masks(hu: Array, pixel_mm: float) -> dict[str, Mask]:
-    """Masks of the tissues of `training.phantom.TISSUES` from a noisy image, (z, y, x), smoothed in the plane (σ 2 mm).
+    """Masks of `training.sources.phantom.TISSUES` from a noisy image, (z, y, x), smoothed in the plane (σ 2 mm).
 
     A threshold on the noisy image itself selects noise with the tissue, which denoising then removes: a bias of some HU
     that is none.

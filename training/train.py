@@ -24,12 +24,12 @@ from pipelines.scaling import to_hu
 from training.card import Plateau, TrainingRecord, commit, source_of, write_network
 from training.curve import draw
 from training.data import Batch, Sampler
-from training.layouts import Case, find
 from training.loop import Run
 from training.metrics import SOFT_TISSUE, psnr
-from training.prepare import Preparation, make, scans_of
 from training.recipes import MODULES, Recipe, recipe
-from training.splits import entry_of, folds, split
+from training.sources.layouts import Case, find
+from training.sources.prepare import Preparation, make, scans_of
+from training.sources.splits import entry_of, folds, split
 
 HELP = "train a network; started again, it goes on where it was stopped"
 VALIDATION_BATCHES = 6

@@ -25,7 +25,7 @@ from PIL import Image
 from pydicom import Dataset, dcmread
 from skimage.metrics import structural_similarity
 
-from training.phantom import chest_abdomen
+from training.sources.phantom import chest_abdomen
 
 ROOT = Path(__file__).resolve().parents[2]
 SLICES = 12

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from peers import orthanc, storescu
 from test_wire_to_wire import check_derived, derived_of, header, hu
 
-from training.phantom import chest_abdomen, tissue_masks
 from training.simulate import low_dose
+from training.sources.phantom import chest_abdomen, tissue_masks
 
 pytestmark = pytest.mark.peer
 

@@ -8,9 +8,9 @@ import pytest
 from pipelines.base import ModelCard, Options, Progress
 from pipelines.identity import Identity
 from pipelines.volume import Volume
-from training.bar import Steadiness, judge, steadiness, table
+from training.measuring.bar import Steadiness, judge, steadiness, table
+from training.measuring.scores import Row
 from training.metrics import SOFT_TISSUE
-from training.scores import Row
 
 NAME = "net"
 STEADY = Steadiness(1.0, 99.9, "strength 0", 0.0)

@@ -12,11 +12,19 @@ from numpy.typing import NDArray
 from scipy.ndimage import label
 
 from pipelines.noise import noise_level
-from training import cases
-from training.cases import Trial, lesions, pair_trials, phantom_trials, simulated_trials, volume_of, with_inserted
-from training.phantom import chest_abdomen
+from training.measuring import cases
+from training.measuring.cases import (
+    Trial,
+    lesions,
+    pair_trials,
+    phantom_trials,
+    simulated_trials,
+    volume_of,
+    with_inserted,
+)
 from training.projection import Kernel
 from training.simulate import low_dose
+from training.sources.phantom import chest_abdomen
 
 MATRIX = 192
 

@@ -9,8 +9,8 @@ from skimage.restoration import denoise_nl_means
 
 from pipelines.base import Options
 from pipelines.noise import noise_level
-from training.cases import Trial, volume_of
-from training.classical import METHODS, Classical, MethodMissing, tuned
+from training.measuring.cases import Trial, volume_of
+from training.measuring.classical import METHODS, Classical, MethodMissing, tuned
 from training.metrics import SOFT_TISSUE, psnr
 
 

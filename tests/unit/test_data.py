@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training.data import Sampler
-from training.scans import Scan
+from training.sources.scans import Scan
 
 SHAPE = (6, 40, 40)
 

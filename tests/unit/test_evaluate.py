@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from training import evaluate, model_page
-from training.cases import phantom_trials
-from training.classical import Classical
+from training import evaluate
+from training.measuring import model_page
+from training.measuring.cases import phantom_trials
+from training.measuring.classical import Classical
+from training.measuring.scores import INPUT
 from training.metrics import SOFT_TISSUE
-from training.scores import INPUT
 
 
 def _parsed(*words: str) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from training.features import (
 )
 from training.losses import mse
 from training.metrics import SOFT_TISSUE
-from training.phantom import chest_abdomen
+from training.sources.phantom import chest_abdomen
 
 Float64 = NDArray[np.float64]
 

@@ -13,8 +13,8 @@ from ct_builder import edit, uid, write_series
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from pipelines.ct_slice import CTSlice, read_slice
-from training import layouts
-from training.layouts import Case, find
+from training.sources import layouts
+from training.sources.layouts import Case, find
 
 HU = np.zeros((3, 8, 8))
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from training import lesions
-from training.lesions import add_lesions
+from training.sources import lesions
+from training.sources.lesions import add_lesions
 
 VOXEL_MM = (1.0, 1.0, 1.0)
 

@@ -15,7 +15,7 @@ from training.card import Plateau
 from training.data import Batch, Sampler
 from training.loop import Adversary, Run, Schedule
 from training.losses import charbonnier
-from training.scans import Scan
+from training.sources.scans import Scan
 
 
 class _Network(nn.Module):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from plain_convolution import convolve, max_pool
 
 from training.features import WeightsMissing
-from training.lpips import BACKBONE_FILE, HEADS_FILE, Lpips, lpips
+from training.measuring.lpips import BACKBONE_FILE, HEADS_FILE, Lpips, lpips
 from training.metrics import LUNG, SOFT_TISSUE, Window
 
 Float64 = NDArray[np.float64]

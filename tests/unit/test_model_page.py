@@ -10,9 +10,9 @@ import pytest
 
 from pipelines import runtime
 from pipelines.runtime import read_card
-from training import model_page
-from training.model_page import measure, page, write
-from training.phantom import chest_abdomen
+from training.measuring import model_page
+from training.measuring.model_page import measure, page, write
+from training.sources.phantom import chest_abdomen
 
 SHIPPED = sorted(path.stem for path in runtime.WEIGHTS.glob("*.json"))
 

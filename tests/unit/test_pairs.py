@@ -13,8 +13,8 @@ from ct_builder import edit, uid, write_series
 from numpy.typing import ArrayLike, NDArray
 
 from pipelines.volume import SeriesRefused
-from training.layouts import Case
-from training.pairs import PairRefused, load_pair
+from training.sources.layouts import Case
+from training.sources.pairs import PairRefused, load_pair
 
 LEVELS = np.array([-400, 30, 250, -90, 700, 45, -850, 120, 60, 333])
 """HU of the full-dose slices, in no order: interpolating or shifting them gives other numbers."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from training.phantom import TISSUES, chest_abdomen, tissue_masks
+from training.sources.phantom import TISSUES, chest_abdomen, tissue_masks
 
 Array = NDArray[np.float32]
 

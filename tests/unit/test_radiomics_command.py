@@ -17,12 +17,12 @@ from pipelines.noise import noise_level
 from pipelines.volume import Geometry, Volume
 from training import nodules
 from training.__main__ import main
-from training.phantom import chest_abdomen
 from training.radiomics import FEATURES, PRESET_57, command, features, study
 from training.radiomics.equivalence import MARGIN_SD, agree, count, tost
 from training.radiomics.report import PRINTED
 from training.radiomics.study import Case, Region, masked_case, phantom_case, read_masks, series_case
 from training.simulate import F50
+from training.sources.phantom import chest_abdomen
 
 Array = NDArray[np.float32]
 SHAPE = (10, 128, 128)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import figures, papers
-from training.bar import Steadiness
-from training.cases import Trial, volume_of
+from training.measuring import figures, papers
+from training.measuring.bar import Steadiness
+from training.measuring.cases import Trial, volume_of
+from training.measuring.report import Measurement, markdown, write_csv
+from training.measuring.scores import INPUT, Result, Row
 from training.metrics import LUNG, SOFT_TISSUE
 from training.physics import Curve
-from training.report import Measurement, markdown, write_csv
-from training.scores import INPUT, Result, Row
 
 RNG = np.random.default_rng(0)
 

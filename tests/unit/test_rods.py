@@ -9,9 +9,9 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from scipy.optimize import brentq
 
-from training import rods
+from training.measuring import rods
+from training.measuring.rods import LOW_CONTRAST_HU, NOISE_HU, PIXEL_MM, Phantom, quality
 from training.physics import mean_frequency
-from training.rods import LOW_CONTRAST_HU, NOISE_HU, PIXEL_MM, Phantom, quality
 from training.simulate import F50
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training import scans
 from training.projection import Kernel
-from training.scans import Scan, kept, phantom_scan, seen_through, thick_to_thin
+from training.sources import scans
+from training.sources.scans import Scan, kept, phantom_scan, seen_through, thick_to_thin
 
 
 def _ramp() -> Scan:

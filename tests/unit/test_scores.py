@@ -11,9 +11,9 @@ from scipy.ndimage import gaussian_filter
 from pipelines.base import ModelCard, Options, Progress
 from pipelines.identity import Identity
 from pipelines.volume import Volume
-from training.cases import Trial, lesions, volume_of
+from training.measuring.cases import Trial, lesions, volume_of
+from training.measuring.scores import IMAGE_METRICS, WINDOWS, Row, score, soft_tiles, values
 from training.metrics import SOFT_TISSUE
-from training.scores import IMAGE_METRICS, WINDOWS, Row, score, soft_tiles, values
 
 
 class Gaussian:

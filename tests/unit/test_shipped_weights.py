@@ -7,10 +7,10 @@ import pytest
 from numpy.typing import NDArray
 
 from pipelines.base import Options, Pipeline, load
-from training.cases import volume_of
-from training.model_page import measure
-from training.phantom import chest_abdomen
+from training.measuring.cases import volume_of
+from training.measuring.model_page import measure
 from training.simulate import low_dose
+from training.sources.phantom import chest_abdomen
 
 Array = NDArray[np.float32]
 PIXEL_MM = 0.75

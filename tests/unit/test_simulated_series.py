@@ -7,12 +7,13 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pydicom import dcmread, dcmwrite
-from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
+from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from pipelines.ct_slice import SeriesRefused, is_own_output
 from pipelines.volume import Volume, read_volume
@@ -144,7 +145,8 @@ def test_header_says_what_it_is_and_keeps_the_patient(source: list[Path], tmp_pa
     [("XRayTubeCurrent", 200), ("Exposure", 100), ("ExposureInuAs", 100_000), ("CTDIvol", 12.5)],
 )
 def test_no_dose_is_claimed(tmp_path: Path, keyword: str, value: float) -> None:
-    volume = read_volume(write_series(tmp_path / "source", body(), spacing_mm=SPACING_MM, **{keyword: value}))
+    dose: dict[str, Any] = {keyword: value}
+    volume = read_volume(write_series(tmp_path / "source", body(), spacing_mm=SPACING_MM, **dose))
     assert keyword in dcmread(volume.slice_paths[0])
     assert keyword not in dcmread(write(volume, volume.hu, tmp_path / "out")[0])
 
@@ -170,7 +172,7 @@ def test_the_node_takes_it_for_a_scan_not_for_its_own(source: list[Path], tmp_pa
 
 
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, JPEGLSLossless, RLELossless])
-def test_sources_of_every_encoding(tmp_path: Path, syntax: str) -> None:
+def test_sources_of_every_encoding(tmp_path: Path, syntax: UID) -> None:
     files = write_series(tmp_path / "source", body(), spacing_mm=SPACING_MM)
     for path in files:
         ds = dcmread(path)

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 from conftest import DATA
 
-from training.splits import Role, entry_of, folds, kernel_pairs, split, table
+from training.sources.splits import Role, entry_of, folds, kernel_pairs, split, table
 
 Fractions = dict[Role, float]
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 
 from pipelines.ffdnet import FFDNet
 from pipelines.runtime import WeightsDamaged, load_network, read_card
-from training import scans, train
+from training import train
 from training.__main__ import COMMANDS, main
 from training.card import UNCHECKED, Source, source_of
 from training.export import export
-from training.layouts import Case
 from training.recipes import MODULES, Recipe, recipe
+from training.sources import scans
+from training.sources.layouts import Case
 
 
 @pytest.fixture(autouse=True)

@@ -16,11 +16,11 @@ from pipelines.gate import check
 from pipelines.safety import network_input
 from pipelines.volume import Volume, read_volume
 from training.calibration import Calibration, calibrate
-from training.cases import volume_of
+from training.measuring.cases import volume_of
 from training.nodules import Box, Nodule, insert
-from training.phantom import chest_abdomen
 from training.radiomics.extraction import features
 from training.simulate import F50, added_noise, full_dose_noise, unit_noise
+from training.sources.phantom import chest_abdomen
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]

@@ -37,7 +37,7 @@ MODULES = {
 }
 """Module of this package that holds the recipe of each name."""
 ENVELOPE = {"slice_spacing_mm": [0.5, 10.0], "pixel_spacing_mm": [0.4, 1.5], "min_slices": 1, "max_slices": 3000}
-"""`pipelines.base.Envelope` of what is trained on the data of training.scans."""
+"""`pipelines.base.Envelope` of what is trained on the data of training.sources.scans."""
 TYPICAL_NOISE, NOISE_FLOOR = to_network(30.0), to_network(5.0)
 """A patch with `TYPICAL_NOISE` has about the weight 1 in `relative_charbonnier`; `NOISE_FLOOR` limits the weight."""
 

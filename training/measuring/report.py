@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from training import bar, figures, papers
-from training.cases import Trial
+from training.measuring import bar, figures, papers
+from training.measuring.cases import Trial
+from training.measuring.scores import IMAGE_METRICS, WINDOWS, Result, Row, values
 from training.metrics import SOFT_TISSUE
 from training.physics import Curve
-from training.scores import IMAGE_METRICS, WINDOWS, Result, Row, values
 
 Array = NDArray[np.float32]
 

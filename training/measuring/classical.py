@@ -20,7 +20,7 @@ from pipelines.base import ModelCard, Options, Progress
 from pipelines.noise import noise_level
 from pipelines.safety import network_input
 from pipelines.volume import Volume
-from training.cases import Trial
+from training.measuring.cases import Trial
 from training.metrics import SOFT_TISSUE, Window, psnr
 
 Array = NDArray[np.float32]

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from pipelines.volume import SeriesRefused
-from training.layouts import Case
-from training.pairs import PairRefused
-from training.scans import Scan, kept, paired_scan, phantom_scan, real_scan, thick_to_thin
+from training.sources.layouts import Case
+from training.sources.pairs import PairRefused
+from training.sources.scans import Scan, kept, paired_scan, phantom_scan, real_scan, thick_to_thin
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Preparation:
     seed
         Of the noise of real series.
     z_target_mm
-        As in `training.pairs.load_pair`; phantoms are then shown in thick slices.
+        As in `training.sources.pairs.load_pair`; phantoms are then shown in thick slices.
     """
 
     store: Path

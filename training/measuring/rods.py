@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from pipelines.base import Options, Pipeline
-from training.cases import volume_of
+from training.measuring.cases import volume_of
 from training.physics import Curve, cnr, detectability, disc_task, falls_to, nps_2d, radial_nps, ttf
 from training.simulate import F50, unit_noise
 

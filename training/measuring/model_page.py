@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from pipelines.base import Options, load
 from pipelines.noise import noise_level
 from pipelines.runtime import WEIGHTS
-from training.cases import PHANTOM_PIXEL_MM, PHANTOM_SEED, PHANTOM_SPACING_MM, volume_of
+from training.measuring.cases import PHANTOM_PIXEL_MM, PHANTOM_SEED, PHANTOM_SPACING_MM, volume_of
 from training.metrics import FULL, SOFT_TISSUE, psnr
-from training.phantom import chest_abdomen, tissue_masks
 from training.simulate import low_dose
+from training.sources.phantom import chest_abdomen, tissue_masks
 
 Array = NDArray[np.float32]
 
 DOSE = 0.25
 SLICES = 32
-PAGES = Path(__file__).parents[1] / "docs" / "models"
+PAGES = Path(__file__).parents[2] / "docs" / "models"
 
 
 def measure(before: Array, after: Array, truth: Array) -> dict[str, Any]:

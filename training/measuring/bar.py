@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import Options, Pipeline
-from training.cases import volume_of
+from training.measuring.cases import volume_of
+from training.measuring.scores import Row
 from training.metrics import SOFT_TISSUE
-from training.scores import Row
 
 Array = NDArray[np.float32]
 

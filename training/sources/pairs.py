@@ -15,7 +15,7 @@ from pydicom import dcmread
 
 from pipelines.safety import AIR_HU
 from pipelines.volume import ORIENTATION_TOLERANCE, SAME_POSITION_MM, SPACING_TOLERANCE_MM, Volume, read_volume
-from training.layouts import Case
+from training.sources.layouts import Case
 
 _log = logging.getLogger(__name__)
 

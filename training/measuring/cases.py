@@ -20,12 +20,12 @@ from pipelines.noise import noise_level
 from pipelines.safety import network_input
 from pipelines.volume import Geometry, Volume, read_volume
 from training.calibration import calibrate
-from training.layouts import find
-from training.pairs import load_pair
-from training.phantom import chest_abdomen, tissue_masks
 from training.physics import lesion, smoothed_masks
 from training.projection import Kernel
 from training.simulate import F50, added_noise, unit_noise
+from training.sources.layouts import find
+from training.sources.pairs import load_pair
+from training.sources.phantom import chest_abdomen, tissue_masks
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]

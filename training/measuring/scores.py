@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from pipelines.base import Options, Pipeline
 from pipelines.noise import noise_level
-from training.cases import Trial, lesions, with_inserted
+from training.measuring.cases import Trial, lesions, with_inserted
+from training.measuring.rods import Quality
 from training.metrics import FULL, LUNG, SOFT_TISSUE, Window, l1, mutual_information, nmse, psnr, rmse, ssim
 from training.physics import (
     Curve,
@@ -23,7 +24,6 @@ from training.physics import (
     peak_frequency,
     radial_nps,
 )
-from training.rods import Quality
 
 Array = NDArray[np.float32]
 

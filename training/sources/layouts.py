@@ -357,4 +357,4 @@ def _digest(identity: str) -> str:
     Slow on purpose (10 ms): a plain digest of a number of seven digits is undone in seconds by trying all. It is a
     pseudonym all the same, not anonymous.
     """
-    return hashlib.scrypt(identity.encode(), salt=b"training.layouts", n=2**12, r=8, p=1, dklen=8).hex()
+    return hashlib.scrypt(identity.encode(), salt=b"training.sources.layouts", n=2**12, r=8, p=1, dklen=8).hex()

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from pipelines.noise import noise_level
 from pipelines.safety import network_input
 from pipelines.volume import read_volume
-from training.layouts import Case
-from training.lesions import add_lesions
-from training.pairs import load_pair
-from training.phantom import chest_abdomen
 from training.projection import Kernel
 from training.simulate import unit_noise
+from training.sources.layouts import Case
+from training.sources.lesions import add_lesions
+from training.sources.pairs import load_pair
+from training.sources.phantom import chest_abdomen
 
 Array = NDArray[np.float32]
 Half = NDArray[np.float16]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from training.measuring.scores import Row, values
 from training.metrics import LUNG, SOFT_TISSUE, Window
-from training.scores import Row, values
 
 
 @dataclass(frozen=True, slots=True)
