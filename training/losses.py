@@ -48,10 +48,10 @@ def _float32(values: torch.Tensor) -> torch.autocast:
     return torch.autocast(values.device.type, enabled=False)
 
 
-def charbonnier(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """``mean(sqrt((output − target)² + ε²)) − ε``."""
+def charbonnier(output: torch.Tensor, target: torch.Tensor, epsilon: float = CHARBONNIER_EPSILON) -> torch.Tensor:
+    """``mean(sqrt((output − target)² + ε²)) − ε``: a mean square below ε, a mean absolute value above."""
     error = output.float() - target.float()
-    return (error * error + CHARBONNIER_EPSILON**2).sqrt().mean() - CHARBONNIER_EPSILON
+    return (error * error + epsilon**2).sqrt().mean() - epsilon
 
 
 def l1(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -38,8 +38,11 @@ MODULES = {
 """Module of this package that holds the recipe of each name."""
 ENVELOPE = {"slice_spacing_mm": [0.5, 10.0], "pixel_spacing_mm": [0.4, 1.5], "min_slices": 1, "max_slices": 3000}
 """`pipelines.base.Envelope` of what is trained on the data of training.sources.scans."""
-TYPICAL_NOISE, NOISE_FLOOR = to_network(30.0), to_network(5.0)
-"""A patch with `TYPICAL_NOISE` has about the weight 1 in `relative_charbonnier`; `NOISE_FLOOR` limits the weight."""
+NOISE_FLOOR = to_network(5.0)
+"""Limits the weight of patches that hold hardly any noise in `relative_charbonnier`."""
+QUADRATIC_UP_TO = 3.0
+"""Errors below so many noise levels count by their square. A mean absolute value tends to the median, and the median of
+what may be a faint lesion and may be noise is: nothing there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +110,9 @@ def volume(network: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor
 
 
 def relative_charbonnier(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Charbonnier loss of the error as a part of the noise: a decibel counts alike at every dose."""
-    weight = (TYPICAL_NOISE / (batch.level + NOISE_FLOOR)).view(-1, *[1] * (target.ndim - 1))
-    return charbonnier(denoised * weight, target * weight)
+    """Charbonnier loss of the error over the noise level: a decibel counts alike at every dose."""
+    weight = 1 / (batch.level + NOISE_FLOOR).view(-1, *[1] * (target.ndim - 1))
+    return charbonnier(denoised.float() * weight, target * weight, QUADRATIC_UP_TO)
 
 
 def flat(network: nn.Module) -> nn.Module:
