@@ -15,6 +15,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ from pipelines.scaling import to_hu
 from training.card import Plateau, TrainingRecord, commit, source_of, write_network
 from training.curve import draw
 from training.data import Batch, Sampler
-from training.loop import Run
+from training.features import Backbone
+from training.loop import Loss, Run
 from training.metrics import SOFT_TISSUE, psnr
 from training.recipes import MODULES, Recipe, recipe
 from training.sources.layouts import Case, find
@@ -50,6 +52,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--leave-one-out", action="store_true", help="one training for each subject, which it never sees (folder each)")
     add("--z-target-mm", type=float, help="learn slices this far apart from thicker ones")
     add("--start", type=Path, default=WEIGHTS, help="folder with the weights of the network that this one begins with")
+    add(
+        "--features",
+        choices=get_args(Backbone),
+        help="backbone of a perceptual loss (default: our auto-encoder, ct-ae)",
+    )
+    add("--feature-weights", type=Path, metavar="FILE", help="its weights; VGG's are never downloaded")
     add("--store", type=Path, help="folder that keeps prepared data for the next training (default: OUT/store)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
     add("--workers", type=int, default=0, help="processes that prepare scans and batches; use some beside a GPU")
@@ -116,6 +124,14 @@ def validation(
     return measure
 
 
+def _loss(how: Recipe, args: argparse.Namespace) -> Loss:
+    if args.features is None and args.feature_weights is None:
+        return how.loss()
+    if how.perceptual is None:
+        raise SystemExit(f"{args.recipe} compares no features: leave --features and --feature-weights out")
+    return how.perceptual(args.features or "ct-ae", args.feature_weights)
+
+
 def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: Sequence[Case], out: Path) -> float:
     """Train into `out`; the last validated PSNR (dB)."""
     torch.manual_seed(args.seed)
@@ -136,7 +152,7 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
     training = Run(
         network,
         how.predict,
-        how.loss(),
+        _loss(how, args),
         Sampler(scans, how.patch_zyx, how.batch, how.real_part, args.seed),
         schedule,
         validation(how.predict, [checks[k] for k in range(VALIDATION_BATCHES)]),
@@ -146,7 +162,9 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
         args.workers,
     )
     # last part of each path only: where the folders lay on this machine is nobody's business
-    folders = {str(path): path.name for path in (args.out, args.start, args.store, *args.data) if path}
+    folders = {
+        str(path): path.name for path in (args.out, args.start, args.store, args.feature_weights, *args.data) if path
+    }
     command = shlex.join(folders.get(word, word) for word in args.words)
 
     def write(average: nn.Module) -> None:

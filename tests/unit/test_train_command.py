@@ -19,6 +19,7 @@ from training import train
 from training.__main__ import COMMANDS, main
 from training.card import UNCHECKED, Source, source_of
 from training.export import export
+from training.features import WeightsMissing
 from training.recipes import MODULES, Recipe, recipe
 from training.sources import scans
 from training.sources.layouts import Case
@@ -127,6 +128,17 @@ def test_a_series_that_is_refused_stops_no_training(tmp_path: Path, capsys: pyte
     said = capsys.readouterr().out
     assert "L011 STANDARD 2 mm: left out. " in said
     assert "2 scans to learn from" in said  # a phantom and L010
+
+
+def test_features_are_for_recipes_that_compare_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LDCT_VGG_WEIGHTS", raising=False)
+    words = ["--phantoms", "0", "--steps", "1", "--data", str(_challenge(tmp_path / "data", ["L010"]))]
+    with pytest.raises(SystemExit, match="dcscn compares no features"):
+        main(["train", "dcscn", "--out", str(tmp_path / "a"), *words, "--features", "random"])
+    with pytest.raises(WeightsMissing, match="vgg16"):
+        main(["train", "drl", "--out", str(tmp_path / "b"), *words, "--features", "vgg16"])
+    main(["train", "drl", "--out", str(tmp_path / "c"), *words, "--features", "random"])
+    assert (tmp_path / "c" / "drl.safetensors").exists()
 
 
 def test_export_installs_what_belongs_together(tmp_path: Path) -> None:

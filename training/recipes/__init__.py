@@ -13,6 +13,7 @@ from torch import nn
 
 from pipelines.scaling import to_network
 from training.data import Batch
+from training.features import Backbone
 from training.loop import Adversary, Loss, Predict, Schedule
 from training.losses import charbonnier
 
@@ -61,6 +62,8 @@ class Recipe:
         Steps and rates.
     adversary
         The critic, if there is one.
+    perceptual
+        Makes the loss with another feature backbone, and a file of its weights, if the loss compares features.
     start
         Fills the network with weights of an earlier training, given the folder that holds them.
     real_part
@@ -75,6 +78,7 @@ class Recipe:
     batch: int
     schedule: Schedule
     adversary: Adversary | None = None
+    perceptual: Callable[[Backbone, Path | None], Loss] | None = None
     start: Callable[[nn.Module, Path], None] | None = None
     real_part: float = 0.3
 

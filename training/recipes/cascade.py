@@ -17,7 +17,7 @@ from torch import nn
 from pipelines.cascade import CNN10_HALO, DRL, DRL_HALO, Cascade, WuCNN10
 from pipelines.runtime import load_network, read_card
 from training.data import Batch
-from training.features import FeatureLoss, PerceptualLoss, ShareWeight
+from training.features import Backbone, FeatureLoss, PerceptualLoss, ShareWeight
 from training.loop import Loss, Schedule
 from training.losses import mse
 from training.recipes import ENVELOPE, Recipe, flat, plane
@@ -30,9 +30,9 @@ PERCEPTUAL = "Trained with a perceptual loss: texture counts as well as values."
 class Perceptual(nn.Module):
     """MSE and the difference of features; its weight is a part of the checkpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, backbone: Backbone = "ct-ae", weights: Path | None = None) -> None:
         super().__init__()
-        self.both = PerceptualLoss(FeatureLoss(), ShareWeight(PERCEPTUAL_SHARE))
+        self.both = PerceptualLoss(FeatureLoss(backbone, weights), ShareWeight(PERCEPTUAL_SHARE))
 
     def forward(self, denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
         value: torch.Tensor = self.both(denoised, target)
@@ -90,6 +90,7 @@ def _recipe(
         patch_zyx=(1, 64, 64),
         batch=32,
         schedule=Schedule(steps=steps, learning_rate=1e-3, betas=(0.9, 0.999)),
+        perceptual=Perceptual if loss is Perceptual else None,
         start=start,
     )
 
