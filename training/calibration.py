@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from pydicom import dcmread
-from scipy.ndimage import gaussian_filter, gaussian_filter1d, median_filter, minimum_filter, uniform_filter
+from scipy.ndimage import convolve1d, gaussian_filter, gaussian_filter1d, minimum_filter, uniform_filter
 
 from pipelines.elements import BadElement, numbers, shown, text
 from pipelines.noise import SOFT_TISSUE_HU, WINDOW_MM, noise_level
@@ -64,8 +64,8 @@ _TISSUE_PART = 0.97
 _LOOKED_AT = 8
 """Slices that are scanned virtually for the photons."""
 _BODY_HU = -200.0
-_MOST_CORRECTION = 2.0
-"""By how much the noise may contradict the tube current of the headers."""
+_MOST_CONTRADICTION = 0.35
+"""By how much the noise of a slice may contradict the tube current of the headers, in the logarithm of the photons."""
 _MOST_MODULATION = 20.0
 """Highest over lowest tube current of a series that is believed."""
 _ROUNDS = (2, _LOOKED_AT)
@@ -249,8 +249,8 @@ def _with_photons(found: Calibration, volume: Volume, pixel_mm: float, seed: int
         photons = float(np.median(missing))
         beam = replace(beam, n0=float(f"{beam.n0 * photons:.3g}"))
     along = np.argsort(looked_at)
-    relative = median_filter(np.array(missing)[along] / photons, min(3, len(missing)), mode="nearest")
-    relative = np.clip(relative, 1 / _MOST_CORRECTION, _MOST_CORRECTION)
+    contradiction = np.clip(np.log(np.array(missing)[along] / photons), -_MOST_CONTRADICTION, _MOST_CONTRADICTION)
+    relative = np.exp(convolve1d(contradiction, (0.25, 0.5, 0.25), mode="nearest"))
     factor = np.interp(np.arange(len(volume.hu)), np.array(looked_at)[along], relative)
     return replace(
         found, beam=beam, current=tuple(round(float(a * b), 3) for a, b in zip(current, factor, strict=True))
