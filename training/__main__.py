@@ -10,7 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "training.train",
     "evaluate": "training.evaluate",
-    "simulate": "training.simulated_series",
+    "simulate": "training.simulation.simulated_series",
     "radiomics": "training.radiomics.command",
     "export": "training.export",
 }

@@ -3,9 +3,10 @@
 The method is that of Naziroglu et al., Phys Med 2017;36:12-23 (virtual sinogram, bow-tie, noise image added back):
 
 1. HU become attenuation, and attenuation becomes parallel line integrals p(θ, t) (coarse: only for the variance).
-2. A ray counts N = N0·B(t)·m(θ, t)·exp(−p) photons; B is a bow-tie filter, m the tube current. See `training.counts`.
+2. A ray counts N = N0·B(t)·m(θ, t)·exp(−p) photons; B is a bow-tie filter, m the tube current
+   (`training.simulation.counts`).
 3. A noise sinogram with the variance of −ln of that count is reconstructed by filtered back-projection with the ramp
-   times the kernel's apodisation (`training.projection.Kernel`). Anatomy is never reconstructed, so never blurred.
+   times the kernel's apodisation (`training.simulation.projection`). Anatomy is never reconstructed, so never blurred.
 
 Without electronic noise the variance is proportional to 1/dose: one unit noise image (full dose) scales exactly to
 every other dose. The physics and its limits: docs/simulation.md.
@@ -22,8 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.counts import N0, Beam, Draw, added, added_poisson, full_dose, poisson_streams
-from training.projection import MU_WATER_PER_MM, Grid, Kernel, line_integrals, reconstruct
+from training.simulation.counts import N0, Beam, Draw, added, added_poisson, full_dose, poisson_streams
+from training.simulation.projection import MU_WATER_PER_MM, Grid, Kernel, line_integrals, reconstruct
 
 Array = NDArray[np.float32]
 
@@ -59,8 +60,8 @@ def unit_noise(
     n0
         Unattenuated photons per mm of detector and degree of rotation.
     f50, boost
-        The kernel, see `training.projection.Kernel`: half-value frequency in 1/mm; 0 for soft kernels, about 2 for
-        sharp ones.
+        `training.simulation.projection.Kernel`: half-value frequency in 1/mm; 0 for soft kernels, about 2 for sharp
+        ones.
     overlap
         Slice thickness over increment. Above 1, neighbouring slices share part of their noise, as `slice_weights` says.
     device
@@ -92,7 +93,7 @@ def full_dose_noise(
     hu, pixel_mm, seed, overlap, device
         As in `unit_noise`.
     kernel, beam
-        Of the scanner; `training.calibration` finds them.
+        Of the scanner; `training.simulation.calibration` finds them.
     current
         Tube current of each slice, that of `beam` being 1; empty: 1 everywhere.
     """

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from pipelines.volume import Geometry, Volume, read_volume
 from tests.ct_builder import write_series
-from training.calibration import DEFAULT_KERNEL, KERNELS, calibrate, overlap_of, tube_current
-from training.counts import ELECTRONIC_COUNTS, Beam
-from training.projection import Kernel
 from training.simulate import full_dose_noise
-from training.simulation_check import check
+from training.simulation.calibration import DEFAULT_KERNEL, KERNELS, calibrate, overlap_of, tube_current
+from training.simulation.check import check
+from training.simulation.counts import ELECTRONIC_COUNTS, Beam
+from training.simulation.projection import Kernel
 
 Array = NDArray[np.float32]
 N, SLICES, PIXEL_MM = 256, 8, 1.0

@@ -22,8 +22,8 @@ from training.measuring.cases import (
     volume_of,
     with_inserted,
 )
-from training.projection import Kernel
 from training.simulate import low_dose
+from training.simulation.projection import Kernel
 from training.sources.phantom import chest_abdomen
 
 MATRIX = 192

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from training.counts import Beam, added, added_poisson, full_dose, poisson_quantile, poisson_streams
-from training.projection import MU_WATER_PER_MM, Grid
+from training.simulation.counts import Beam, added, added_poisson, full_dose, poisson_quantile, poisson_streams
+from training.simulation.projection import MU_WATER_PER_MM, Grid
 
 GRID = Grid(128, 1.0, 180)
 

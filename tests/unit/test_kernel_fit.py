@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from training.kernel_fit import fit_kernel, tile_size, tile_spectrum
 from training.physics import Curve, mean_frequency, nps_2d, radial_nps
-from training.projection import Kernel
 from training.simulate import unit_noise
+from training.simulation.kernel_fit import fit_kernel, tile_size, tile_spectrum
+from training.simulation.projection import Kernel
 
 N = 256
 KERNELS = [(Kernel(0.35), 0.8), (Kernel(0.5, 1.8), 0.65), (Kernel(0.6), 0.9)]

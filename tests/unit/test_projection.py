@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from training.projection import MU_WATER_PER_MM, Grid, Kernel, line_integrals, project, reconstruct
+from training.simulation.projection import MU_WATER_PER_MM, Grid, Kernel, line_integrals, project, reconstruct
 
 N = 127  # odd: all agree on the centre
 PIXEL_MM = 2.0

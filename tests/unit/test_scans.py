@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.projection import Kernel
+from training.simulation.projection import Kernel
 from training.sources import scans
 from training.sources.scans import Scan, kept, phantom_scan, seen_through, thick_to_thin
 

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from training import simulate
-from training.counts import N0, Beam
-from training.projection import MU_WATER_PER_MM, Kernel
 from training.simulate import F50, added_noise, full_dose_noise, low_dose, mix, slice_weights, unit_noise
+from training.simulation.counts import N0, Beam
+from training.simulation.projection import MU_WATER_PER_MM, Kernel
 
 Array = NDArray[np.float32]
 

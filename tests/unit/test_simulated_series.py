@@ -19,14 +19,14 @@ from pipelines.ct_slice import SeriesRefused, is_own_output
 from pipelines.volume import Volume, read_volume
 from tests.conftest import require_peer
 from tests.ct_builder import edit, write_series
-from training import simulated_series
 from training.__main__ import main
-from training.calibration import Calibration
-from training.counts import Beam
-from training.projection import Kernel
 from training.simulate import added_noise
-from training.simulated_series import read_series
-from training.simulated_volume import simulate, unmeasured
+from training.simulation import simulated_series
+from training.simulation.calibration import Calibration
+from training.simulation.counts import Beam
+from training.simulation.projection import Kernel
+from training.simulation.simulated_series import read_series
+from training.simulation.simulated_volume import simulate, unmeasured
 
 Array = NDArray[np.float32]
 N = 96

@@ -19,10 +19,10 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from pipelines.noise import noise_level
 from pipelines.safety import network_input
 from pipelines.volume import Geometry, Volume, read_volume
-from training.calibration import calibrate
 from training.physics import lesion, smoothed_masks
-from training.projection import Kernel
 from training.simulate import F50, added_noise, unit_noise
+from training.simulation.calibration import calibrate
+from training.simulation.projection import Kernel
 from training.sources.layouts import find
 from training.sources.pairs import load_pair
 from training.sources.phantom import chest_abdomen, tissue_masks

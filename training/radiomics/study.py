@@ -15,11 +15,11 @@ from pipelines.base import Options, Pipeline
 from pipelines.gate import check
 from pipelines.safety import network_input
 from pipelines.volume import Volume, read_volume
-from training.calibration import Calibration, calibrate
 from training.measuring.cases import volume_of
 from training.nodules import Box, Nodule, insert
 from training.radiomics.extraction import features
 from training.simulate import F50, added_noise, full_dose_noise, unit_noise
+from training.simulation.calibration import Calibration, calibrate
 from training.sources.phantom import chest_abdomen
 
 Array = NDArray[np.float32]

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pipelines.noise import noise_level
 from pipelines.safety import network_input
 from pipelines.volume import read_volume
-from training.projection import Kernel
 from training.simulate import unit_noise
+from training.simulation.projection import Kernel
 from training.sources.layouts import Case
 from training.sources.lesions import add_lesions
 from training.sources.pairs import load_pair
@@ -32,7 +32,7 @@ PHANTOM_SLICES = 24
 HU_RANGE = (-1024.0, 4000.0)
 """Targets are clipped to this; padding becomes air."""
 SOFT_F50, SHARP_F50, SHARP_BOOST = (0.35, 0.8), (0.5, 1.1), (0.5, 3.0)
-"""Kernels for soft tissue, and for lung and bone: see `training.projection.Kernel`."""
+"""Kernels for soft tissue, and for lung and bone: see `training.simulation.projection.Kernel`."""
 SHARP_PART = 0.3
 """Part of the phantoms that were reconstructed with a sharp kernel."""
 OVERLAP, OVERLAP_PART = (1.0, 2.0), 0.3

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from training.projection import MU_WATER_PER_MM, Grid
+from training.simulation.projection import MU_WATER_PER_MM, Grid
 
 N0 = 8.0e6
 """Unattenuated photons on the axis per mm of detector and degree of rotation."""

@@ -1,6 +1,6 @@
 """Does the noise that the simulator inserts fit real series? A table, one row for each series.
 
-    python -m training.simulation_check SERIES...
+    python -m training.simulation.check SERIES...
 
 At a quarter of the dose the noise index must double, and the inserted noise must have the texture of the series' own.
 """
@@ -19,11 +19,18 @@ import numpy as np
 
 from pipelines.noise import noise_level
 from pipelines.volume import SeriesRefused, Volume
-from training.calibration import Calibration, calibrate, noise_spectrum, square_pixel_mm, tissue_tiles, without_padding
-from training.kernel_fit import tile_size
 from training.physics import mean_frequency, nps_2d, radial_nps
 from training.simulate import added_noise
-from training.simulated_series import read_series
+from training.simulation.calibration import (
+    Calibration,
+    calibrate,
+    noise_spectrum,
+    square_pixel_mm,
+    tissue_tiles,
+    without_padding,
+)
+from training.simulation.kernel_fit import tile_size
+from training.simulation.simulated_series import read_series
 
 DOSE = 0.25
 _SEED = 101
@@ -73,7 +80,7 @@ def check(volume: Volume, found: Calibration, slices: int) -> Check:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m training.simulation_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.simulation.check", description=__doc__)
     parser.add_argument("series", type=Path, nargs="+", metavar="SERIES", help="folder of one CT series at full dose")
     parser.add_argument("--slices", type=int, default=9, help="how many of each (default: %(default)s)")
     args = parser.parse_args(words)

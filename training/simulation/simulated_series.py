@@ -34,8 +34,8 @@ from pydicom.uid import (
 from pipelines.ct_slice import read_slice
 from pipelines.elements import BadElement, items, numbers, text, texts
 from pipelines.volume import SeriesRefused, Volume, read_volume
-from training.calibration import Calibration, calibrate
-from training.simulated_volume import simulate, unmeasured
+from training.simulation.calibration import Calibration, calibrate
+from training.simulation.simulated_volume import simulate, unmeasured
 
 HELP = "make a low-dose series out of a full-dose one"
 NAMESPACE = uuid.UUID("0a3d5a86-8c53-4f0e-b7f1-4a5b1b7f7a0e")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from training.physics import Curve, mean_frequency, radial_nps
-from training.projection import Kernel
+from training.simulation.projection import Kernel
 
 Float64 = NDArray[np.float64]
 

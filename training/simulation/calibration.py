@@ -23,11 +23,11 @@ from scipy.ndimage import convolve1d, gaussian_filter, gaussian_filter1d, minimu
 from pipelines.elements import BadElement, numbers, shown, text
 from pipelines.noise import SOFT_TISSUE_HU, WINDOW_MM, noise_level
 from pipelines.volume import Volume
-from training.counts import ELECTRONIC_COUNTS, Beam
-from training.kernel_fit import fit_kernel, tile_size
 from training.physics import Curve, nps_2d, radial_nps
-from training.projection import Kernel
 from training.simulate import full_dose_noise
+from training.simulation.counts import ELECTRONIC_COUNTS, Beam
+from training.simulation.kernel_fit import fit_kernel, tile_size
+from training.simulation.projection import Kernel
 
 Array = NDArray[np.float32]
 
@@ -92,7 +92,7 @@ class Calibration:
     tiles: int = 0
     """Quiet tiles that the kernel was found from."""
     residual: float = math.nan
-    """`training.kernel_fit.Fit.residual`; NaN if nothing was fitted."""
+    """`training.simulation.kernel_fit.Fit.residual`; NaN if nothing was fitted."""
 
 
 def calibrate(volume: Volume, seed: int = 0, modulation: float = 0.0, device: str = "cpu") -> Calibration:
@@ -105,7 +105,7 @@ def calibrate(volume: Volume, seed: int = 0, modulation: float = 0.0, device: st
     seed
         Of the noise of the virtual scan.
     modulation
-        Tube-current modulation over the angle, see `training.counts.Beam`.
+        Tube-current modulation over the angle, see `training.simulation.counts.Beam`.
     device
         Of torch.
 

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.volume import Volume
-from training.calibration import Calibration, calibrate, square_pixel_mm, without_padding
 from training.simulate import added_noise
+from training.simulation.calibration import Calibration, calibrate, square_pixel_mm, without_padding
 
 Array = NDArray[np.float32]
 
@@ -31,7 +31,7 @@ def simulate(
     seed
         Same seed, same noise.
     calibration
-        Of this series; None: `training.calibration.calibrate`.
+        Of this series; None: `training.simulation.calibration.calibrate`.
     poisson
         As in `training.simulate.added_noise`.
     device
