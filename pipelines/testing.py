@@ -16,6 +16,8 @@ MAX_SHIFT_HU = 1.0
 """Largest change of the mean of water and of air."""
 PADDING_LEAK_HU = 0.01
 """Largest change of tissue when only the value of the padding changes: none but for rounding."""
+MIXING_HU = 0.01
+"""Largest difference between blend or strength 0.5 and half of the change: none but for rounding."""
 
 
 class ContractBroken(AssertionError):
@@ -137,12 +139,21 @@ def _blends(pipeline: Pipeline) -> None:
     volume = water_volume((_slices(pipeline, 3), 48, 48))
     out = _run(pipeline, volume, Options(blend=0.0))
     _demand(np.array_equal(out, volume.hu), "blend 0 is not the input to the last bit")
+    _makes_half(pipeline, volume, Options(blend=0.5), "blend")
 
 
 def _obeys_strength(pipeline: Pipeline) -> None:
     volume = water_volume((_slices(pipeline, 3), 48, 48))
     out = _run(pipeline, volume, Options(strength=0.0))
     _demand(np.array_equal(out, volume.hu), "strength 0 is not the input to the last bit")
+    if not pipeline.card.noise_map:  # what a network makes of half the noise, nobody can say
+        _makes_half(pipeline, volume, Options(strength=0.5), "strength")
+
+
+def _makes_half(pipeline: Pipeline, volume: Volume, options: Options, option: str) -> None:
+    middle = (volume.hu + _run(pipeline, volume)) / 2
+    off = float(np.abs(_run(pipeline, volume, options) - middle).max())
+    _demand(off <= MIXING_HU, f"{option} 0.5 is up to {off:.2f} HU off the middle of input and output")
 
 
 def _reports_progress(pipeline: Pipeline) -> None:

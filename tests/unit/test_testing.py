@@ -99,6 +99,16 @@ BROKEN: list[tuple[Act, str]] = [
         lambda volume, options, progress: good(volume, Options(blend=options.blend), progress),
         "strength 0 is not the input",
     ),
+    (
+        lambda volume, options, progress: good(volume, replace(options, blend=float(options.blend > 0)), progress),
+        "blend 0.5 is up to",
+    ),
+    (
+        lambda volume, options, progress: good(
+            volume, replace(options, strength=float(options.strength > 0)), progress
+        ),
+        "strength 0.5 is up to",
+    ),
     (silent, "progress ended at nothing"),
     (backwards, "progress went backwards"),
     (shares, "the output is the memory of the input"),
