@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -38,7 +37,9 @@ from torch import nn
 from pipelines.scaling import to_hu, to_network
 from pipelines.volume import read_volume
 from training.card import source_of
+from training.command_line import without_folders
 from training.features import CT_AE_SLOPE, CT_AE_WEIGHTS, CT_AE_WIDTHS, ct_encoder
+from training.sources.layouts import Case, find
 from training.sources.phantom import chest_abdomen
 
 Half = NDArray[np.float16]
@@ -154,8 +155,16 @@ def _phantom(seed: int) -> Half:
     return chest_abdomen(PHANTOM_SLICES, 512, pixel_mm, spacing_mm, seed, f50).astype(np.float16)
 
 
-def _series(folder: Path) -> Half:
-    volume = read_volume(sorted(folder.glob("*.dcm")))
+def _case(folder: Path) -> Case:
+    """The one series in `folder`."""
+    cases = find(folder)
+    if len(cases) != 1:
+        raise SystemExit(f"{len(cases)} CT series in {folder}: name the folder of one")
+    return cases[0]
+
+
+def _volume(case: Case) -> Half:
+    volume = read_volume(case.full)
     return np.clip(np.where(volume.padding, HU_RANGE[0], volume.hu), *HU_RANGE).astype(np.float16)
 
 
@@ -197,27 +206,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     torch.set_num_threads(1)
     phantoms = [_phantom(args.seed * 1000 + k) for k in range(PHANTOMS)]
-    real = [_series(folder) for folder in args.series]
+    cases = [_case(folder) for folder in args.series]
+    held_out = {folder.name: _case(folder) for folder in args.held_out}
+    real = [_volume(case) for case in cases]
     start = time.monotonic()
     network = train_autoencoder((phantoms, real), args.steps, args.seed)
     hours = (time.monotonic() - start) / 3600
     # what ships is half precision, so that is what is measured
     network.load_state_dict({name: tensor.half().float() for name, tensor in network.state_dict().items()})
     measured = {f"phantom of seed {_HELD_OUT_SEED}": reconstruction_rmse_hu(network, _phantom(_HELD_OUT_SEED))}
-    measured |= {folder.name: reconstruction_rmse_hu(network, _series(folder)) for folder in args.held_out}
-    # last part of each path only: where the folders lay on this machine is nobody's business
-    folders = {str(path): path.name for path in (args.out, *args.series, *args.held_out)}
+    measured |= {name: reconstruction_rmse_hu(network, _volume(case)) for name, case in held_out.items()}
     facts = {
         "trained_on": f"{PHANTOMS} noise-free chest-and-abdomen phantoms of {PHANTOM_SLICES} slices, and the full-dose "
         f"series below ({REAL_PART:.0%} of the patches); patches of {PATCH_PX}×{PATCH_PX}, mean square error",
         "training": {
-            "command": "python -m training.autoencoder " + shlex.join(folders.get(word, word) for word in words),
+            "command": "python -m training.autoencoder "
+            + without_folders(words, (args.out, *args.series, *args.held_out)),
             "seed": args.seed,
             "steps": args.steps,
             "batch": BATCH,
             "hours": round(hours, 2),
             "hardware": f"CPU ({platform.machine()}), 1 thread, float32",
-            "series": [asdict(source_of(folder)) for folder in args.series],
+            "series": [asdict(source_of(case)) for case in cases],
         },
         "measured": {
             "reconstruction_rmse_hu": {name: round(error, 2) for name, error in measured.items()},

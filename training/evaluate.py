@@ -7,7 +7,6 @@ The truth of a real image is its full-dose image, which has noise of its own; on
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.base import Options, Pipeline, load, names
+from training.command_line import without_folders
 from training.measuring import bar, classical, model_page, rods
 from training.measuring.cases import Trial, pair_trials, phantom_trials, simulated_trials
 from training.measuring.lpips import lpips
@@ -68,10 +68,8 @@ def _trials(args: argparse.Namespace) -> Iterator[Trial]:
 
 
 def command_line(args: argparse.Namespace) -> str:
-    """The command, with the last part of each path only: where the folders lay is nobody's business."""
-    paths = (args.out, args.pairs, args.lpips, *args.series)
-    short = {str(path): path.name for path in paths if path is not None}
-    return "python -m training " + shlex.join(short.get(word, word) for word in args.words)
+    """The command, with the last part of each path only."""
+    return "python -m training " + without_folders(args.words, (args.out, args.pairs, args.lpips, *args.series))
 
 
 class _Entrant(NamedTuple):

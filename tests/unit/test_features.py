@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ct_builder import write_series
 from numpy.typing import NDArray
 from plain_convolution import convolve, max_pool
 from safetensors.torch import load_file
@@ -297,6 +298,28 @@ def test_auto_encoder_learns_and_sees_the_same_patches_again(monkeypatch: pytest
     water = volumes[1][0][:, :64, :64]
     before, after = (reconstruction_rmse_hu(train_autoencoder(volumes, steps), water) for steps in (1, 12))
     assert after < 0.6 * before < 0.6 * 250
+
+
+def test_training_the_auto_encoder_writes_weights_with_their_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = np.random.default_rng(0).normal(40, 60, (2, 64, 64)).astype(np.float16)
+    monkeypatch.setattr(autoencoder, "_phantom", lambda seed: small)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    for name in ("teaches", "held out"):
+        write_series(tmp_path / "secret" / name, np.full((2, 64, 64), 30), name=name)
+        (tmp_path / "secret" / name / "notes.txt").write_text("no image", encoding="utf-8")
+    series, held_out = (str(tmp_path / "secret" / name) for name in ("teaches", "held out"))
+    autoencoder.main(["--out", f"{tmp_path}/ae/", "--series", f"{series}/", "--held-out", held_out, "--steps", "1"])
+    text = (tmp_path / "ae" / "ct-ae.json").read_text(encoding="utf-8")
+    assert "secret" not in text
+    card = json.loads(text)
+    assert "--out ae --series teaches --held-out 'held out' --steps 1" in card["training"]["command"]
+    assert [source["licence"] for source in card["training"]["series"]] == ["not stated"]
+    assert card["measured"]["reconstruction_rmse_hu"]["held out"] > 0
+    FeatureLoss(weights=tmp_path / "ae" / "ct-ae.safetensors")  # what the card says of the file holds
+    with pytest.raises(SystemExit, match="2 CT series in"):
+        autoencoder.main(["--out", str(tmp_path / "two"), "--series", str(tmp_path / "secret")])
 
 
 def test_window_reaches_vgg(tmp_path: Path) -> None:

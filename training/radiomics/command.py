@@ -8,12 +8,12 @@ has after the reference pipeline. Writes features.csv, comparison.csv, radiomics
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.base import Pipeline, load
+from training.command_line import without_folders
 from training.radiomics.equivalence import Agreement, agree
 from training.radiomics.extraction import FEATURES, PRESET_57
 from training.radiomics.report import Setting, draw, markdown, write_comparison, write_features
@@ -141,6 +141,5 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command line with the last part of each path only: where folders lay is nobody's business."""
-    paths = {str(path): path.resolve().name for path in (args.out, args.masks, *(args.series or ())) if path}
-    return "python -m training " + shlex.join(paths.get(word, word) for word in args.words)
+    """The command line with the last part of each path only."""
+    return "python -m training " + without_folders(args.words, (args.out, args.masks, *(args.series or ())))
