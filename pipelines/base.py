@@ -40,7 +40,9 @@ class ModelCard:
     doi: str
     input: Literal["slice", "slab3", "volume"]
     patch_zyx: tuple[int, int, int]
+    """Size of a patch in training."""
     overlap_zyx: tuple[int, int, int]
+    """Slices, rows and columns that a result depends on in each direction: the radius of the receptive field."""
     hu_window: tuple[float, float]
     """HU range of the training data; values outside pass the network unclipped."""
     precision: str
