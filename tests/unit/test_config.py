@@ -298,6 +298,10 @@ REFUSALS = [
         "pipelines: {identity: {strength: 1.6}}\n",
         r"pipelines\.identity\.strength: 1\.6 is out of range; .* at most 1\.5",
     ),
+    (
+        "pipelines: {identity: {strength: -0.1}}\n",
+        r"pipelines\.identity\.strength: -0\.1 is out of range; .* at least 0",
+    ),
     ("pipelines: {identity: {uses: st3d}}\n", r"identity is the name of an installed pipeline; choose another"),
     # routes
     (ROUTE + "  priority: 0\n  action: ignore\n", r":4: routes\[a\]\.priority: 0 is out of range; .* at least 1"),
