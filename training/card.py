@@ -47,8 +47,9 @@ class Source:
 class Plateau:
     """Did the network still learn when its learning rate began to fall?"""
 
-    gain_db: float
-    """Rise of the validated PSNR over the last third of the constant part, from a straight line through it."""
+    gain_db: float | None
+    """Rise of the validated PSNR over the last third of the constant part, from a straight line through it; None if
+    there were too few validations to tell."""
     reached: bool
 
     @classmethod
@@ -58,7 +59,7 @@ class Plateau:
         checks = [(row["step"], row["validation_psnr_db"]) for row in rows if "validation_psnr_db" in row]
         last = [(step, value) for step, value in checks if decay_from * 2 / 3 <= step <= decay_from]
         if len(last) < _CHECKS_OF_A_LINE:
-            return cls(float("nan"), False)
+            return cls(None, False)
         steps, values = np.array(last).T
         gain = float(np.polyfit(steps, values, 1)[0] * decay_from / 3)
         return cls(round(gain, 3), gain < PLATEAU_DB)
@@ -144,11 +145,22 @@ def write_network(out: Path, card: Mapping[str, Any], network: nn.Module, record
 
     The card starts without measurements; ``python -m training evaluate`` adds them once both files are installed in
     pipelines/weights.
+
+    Raises
+    ------
+    ValueError
+        If a weight is not finite, or too large for half precision (65504).
     """
     state = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in network.state_dict().items()
     }
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{card['name']}: {len(broken)} tensors are not finite in half precision, the first is {broken[0]}: the "
+            "training has diverged; start it again with a lower learning rate"
+        )
     weights = save(state)
     digest = hashlib.sha256(weights).hexdigest()
     (out / f"{card['name']}.safetensors").write_bytes(weights)
@@ -163,4 +175,4 @@ def write_network(out: Path, card: Mapping[str, Any], network: nn.Module, record
         "training": asdict(record),
         "measured": {},
     }
-    (out / f"{card['name']}.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
+    (out / f"{card['name']}.json").write_text(json.dumps(full, indent=2, allow_nan=False) + "\n", encoding="utf-8")

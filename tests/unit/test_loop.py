@@ -149,4 +149,4 @@ def test_plateau_is_a_rise_below_the_bar_in_the_last_third(tmp_path: Path) -> No
     assert rising.gain_db == pytest.approx(0.02 * 4, abs=0.002)
     assert not rising.reached
     assert plateau([30.0, 33.0, 34.0, 34.5, 34.8, *[35.0, 35.01] * 4]).reached
-    assert not plateau([30.0, 30.0]).reached  # too few to say
+    assert plateau([30.0, 30.0]) == Plateau(None, False)  # too few to say

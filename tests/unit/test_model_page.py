@@ -43,10 +43,10 @@ def test_shipped_page_is_that_of_the_shipped_card(name: str) -> None:
     [
         (0.02, True, "The plateau was reached: the validated PSNR rose by 0.02 dB"),
         (0.31, False, "The plateau was **not** reached: the validated PSNR rose by 0.31 dB"),
-        (float("nan"), False, "The plateau was **not** reached: there were too few validations to tell."),
+        (None, False, "The plateau was **not** reached: there were too few validations to tell."),
     ],
 )
-def test_page_says_whether_the_plateau_was_reached(gain_db: float, reached: bool, says: str) -> None:
+def test_page_says_whether_the_plateau_was_reached(gain_db: float | None, reached: bool, says: str) -> None:
     card = json.loads((runtime.WEIGHTS / "st3d.json").read_text(encoding="utf-8"))
     card["training"] |= {"plateau": {"gain_db": gain_db, "reached": reached}, "samples": 320, "commit": "abc"}
     text = page(card)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def _how(training: dict[str, Any]) -> list[str]:
             f"The plateau was {'' if plateau['reached'] else '**not** '}reached: "
             + (
                 "there were too few validations to tell."
-                if math.isnan(gain)
+                if gain is None
                 else f"the validated PSNR rose by {gain:.2f} dB in the last third before the learning rate fell."
             ),
         ]
