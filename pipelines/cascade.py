@@ -8,7 +8,8 @@ parameters) and CNN10 (335,873), and goes on with DRL for both.
 - DRL: Gholizadeh-Ansari M., Alirezaie J., Babyn P., "Deep Learning for Low-Dose CT Denoising Using Perceptual Loss and
   Edge Detection Layer", J Digit Imaging 2020;33:504-515. Dilated convolutions, two skips, the input added at the end.
 - CNN10: Wu D., Kim K., El Fakhri G., Li Q., "A Cascaded Convolutional Neural Network for X-ray Low-dose CT Image
-  Denoising", arXiv 1705.04267. Predicts the difference, noisy minus clean.
+  Denoising", arXiv 1705.04267. Predicts the difference, noisy minus clean. Benchmarks call another network CNN-10: the
+  three layers of Chen H. et al., Biomed Opt Express 2017;8:679-694.
 
 What the paper leaves open, and what we chose:
 
@@ -18,7 +19,7 @@ What the paper leaves open, and what we chose:
   one channel after DRL (225,611); the paper's number says it does not.
 - Batch normalisation with Keras's constants, Glorot's uniform initialisation without offsets (its defaults). The last
   layer starts small, so that each untrained network is nearly the identity.
-- Zeros around the image, Keras's "same".
+- Zeros around the image, Keras's "same"; there zero is air, in our units it is water.
 - The sign of the final subtraction: the paper writes it the other way round than its labels demand. With the label
   (result of the first − clean), clean is the result of the first minus the prediction.
 - In a later stage DRL does not add its input: it predicts a difference.
