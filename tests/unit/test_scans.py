@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ct_builder import write_series
 
 from training.simulation.projection import Kernel
 from training.sources import scans
+from training.sources.layouts import Case
+from training.sources.prepare import Preparation
 from training.sources.scans import Scan, kept, phantom_scan, seen_through, thick_to_thin
 
 
@@ -37,6 +40,9 @@ def test_thick_slices_show_the_same_with_less_noise() -> None:
     # between two thick slices of weight 3/4 and 1/4, each the mean of two slices
     expected = 10 * np.sqrt((0.75**2 + 0.25**2) / 2)
     assert thick.noises[0][3].astype(np.float32).std() == pytest.approx(expected, rel=0.02)
+    # places at 1/4 and 3/4 between thick slices, and at the two ends a thick slice itself
+    variances = [0.5, *[(0.75**2 + 0.25**2) / 2] * 6, 0.5, 0.5]
+    assert thick.noise_hu == pytest.approx([10 * np.sqrt(np.mean(variances))] * 2, rel=0.02)
 
 
 def test_a_scan_is_made_once(tmp_path: Path) -> None:
@@ -65,3 +71,12 @@ def test_a_phantom_comes_with_the_noise_that_it_says(monkeypatch: pytest.MonkeyP
     for noise, level in zip(scan.noises, scan.noise_hu, strict=True):
         assert noise.astype(np.float32)[body].std() == pytest.approx(level, rel=0.35)  # the middle is noisier
     assert np.corrcoef(*(n.astype(np.float32)[body] for n in scan.noises))[0, 1] == pytest.approx(0, abs=0.05)
+
+
+def test_an_oblong_series_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write_series(tmp_path / "series", np.full((3, 48, 64), 40))
+    case = Case("somebody", "1.2.3", tuple(files), None, None, "", 1.0)
+    assert Preparation(tmp_path / "store", 1, None).case(case) is None
+    said = capsys.readouterr().out
+    assert said.startswith("1.2.3: left out. ")
+    assert "the virtual scan needs square ones" in said

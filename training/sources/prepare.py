@@ -13,7 +13,7 @@ import torch
 from pipelines.volume import SeriesRefused
 from training.sources.layouts import Case
 from training.sources.pairs import PairRefused
-from training.sources.scans import Scan, kept, paired_scan, phantom_scan, real_scan, thick_to_thin
+from training.sources.scans import Scan, ScanRefused, kept, paired_scan, phantom_scan, real_scan, thick_to_thin
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Preparation:
                 return kept(self.store, what, lambda: real_scan(case, self.seed))
             low = [str(path) for path in case.low]
             return kept(self.store, {**what, "low": low}, lambda: paired_scan(case, self.z_target_mm))
-        except (SeriesRefused, PairRefused) as error:
+        except (SeriesRefused, PairRefused, ScanRefused) as error:
             print(f"{case.name}: left out. {error}")
             return None
 

@@ -19,6 +19,7 @@ from pipelines.noise import noise_level
 from pipelines.safety import network_input
 from pipelines.volume import read_volume
 from training.simulate import unit_noise
+from training.simulation.calibration import square_pixel_mm
 from training.simulation.projection import Kernel
 from training.sources.layouts import Case
 from training.sources.lesions import add_lesions
@@ -41,6 +42,10 @@ DETECTOR_F50 = 1.2
 """Frequency (1/mm) that focal spot and detector halve, before any kernel."""
 STORE_REVISION = 3
 """Raise it when a stored scan would come out otherwise today."""
+
+
+class ScanRefused(ValueError):
+    """A series is no scan to learn from; says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +130,14 @@ def real_scan(case: Case, seed: int) -> Scan:
     ------
     pipelines.volume.SeriesRefused
         If the series is none that may be denoised.
-    ValueError
+    ScanRefused
         If its slices are not square.
     """
     volume = read_volume(case.full)
+    try:
+        square_pixel_mm(volume)
+    except ValueError as error:
+        raise ScanRefused(str(error)) from error
     rng = np.random.default_rng((seed, 2))
     target = np.minimum(network_input(volume), np.float32(HU_RANGE[1]))
     spacing_mm = volume.geometry.spacing_mm
@@ -157,7 +166,7 @@ def paired_scan(case: Case, z_target_mm: float | None = None) -> Scan:
 def thick_to_thin(scan: Scan) -> Scan:
     """`scan` with a source twice as thick as its target: two slices averaged, then interpolated to the slices again.
 
-    Wei and Hsu (MIDL 2021) learn 1.0 mm from 2.0 mm. The noise is that of the thick slices.
+    Wei and Hsu (MIDL 2021) learn 1.0 mm from 2.0 mm. The noise is that of the thick slices, and so are its levels.
     """
 
     def averaged(hu: Half) -> Half:
@@ -169,8 +178,13 @@ def thick_to_thin(scan: Scan) -> Scan:
         thick: Half = ((1 - part) * pairs[low] + part * pairs[low + 1]).astype(np.float16)
         return thick
 
+    noises = tuple(averaged(n) for n in scan.noises)
+    levels = (
+        level * float(after.std(dtype=np.float64) / before.std(dtype=np.float64))
+        for level, before, after in zip(scan.noise_hu, scan.noises, noises, strict=True)
+    )
     return replace(
-        scan, name=f"{scan.name}, thick", source=averaged(scan.source), noises=tuple(averaged(n) for n in scan.noises)
+        scan, name=f"{scan.name}, thick", source=averaged(scan.source), noises=noises, noise_hu=tuple(levels)
     )
 
 
