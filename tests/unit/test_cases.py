@@ -64,7 +64,7 @@ def test_a_series_gets_the_noise_of_its_dose(monkeypatch: pytest.MonkeyPatch, tm
     full = low_dose(chest_abdomen(5, 192, 2.0, 5.0, seed=4), 2.0, 0.5, seed=4)
     padding = np.zeros(full.shape, np.bool_)
     padding[:, :4] = True
-    monkeypatch.setattr(cases, "read_volume", lambda paths: volume_of(full, 2.0, 5.0, padding))
+    monkeypatch.setattr(cases, "read_series", lambda folder: volume_of(full, 2.0, 5.0, padding))
     quarter, tenth = simulated_trials(tmp_path / "series", [0.25, 0.1], 2)
     assert quarter.case == "series"
     assert quarter.scored == slice(1, 3)

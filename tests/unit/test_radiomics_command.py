@@ -46,7 +46,7 @@ def chest_volume(noise_hu: float = 20, padded: bool = True) -> Volume:
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodules, "DIAMETER_MM", (6.0, 9.0))
-    monkeypatch.setattr(study, "read_volume", lambda paths: chest_volume())
+    monkeypatch.setattr(study, "read_series", lambda folder: chest_volume())
 
 
 def test_equivalence_is_that_of_two_one_sided_tests() -> None:

@@ -18,11 +18,12 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from pipelines.noise import noise_level
 from pipelines.safety import network_input
-from pipelines.volume import Geometry, Volume, read_volume
+from pipelines.volume import Geometry, Volume
 from training.physics import lesion, smoothed_masks
 from training.simulate import F50, added_noise, unit_noise
 from training.simulation.calibration import calibrate
 from training.simulation.projection import Kernel
+from training.simulation.simulated_series import read_series
 from training.sources.layouts import find
 from training.sources.pairs import load_pair
 from training.sources.phantom import chest_abdomen, tissue_masks
@@ -139,7 +140,7 @@ def simulated_trials(folder: Path, doses: Sequence[float], slices: int, seed: in
     ValueError
         If the slices are not square, or there is no noise to calibrate with.
     """
-    volume = read_volume(sorted(folder.glob("*.dcm")))
+    volume = read_series(folder)
     scanner = calibrate(volume, seed)
     read, scored = _block(len(volume.hu), slices)
     spacing_mm, pixel_mm, _ = volume.geometry.spacing_mm

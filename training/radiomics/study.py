@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from pipelines.base import Options, Pipeline
 from pipelines.gate import check
 from pipelines.safety import network_input
-from pipelines.volume import Volume, read_volume
+from pipelines.volume import Volume
 from training.measuring.cases import volume_of
 from training.nodules import Box, Nodule, insert
 from training.radiomics.extraction import features
 from training.simulate import F50, added_noise, full_dose_noise, unit_noise
 from training.simulation.calibration import Calibration, calibrate
+from training.simulation.simulated_series import read_series
 from training.sources.phantom import chest_abdomen
 
 Array = NDArray[np.float32]
@@ -95,7 +96,7 @@ def series_case(folder: Path, nodules: int, dose: float, seed: int) -> Case:
     ValueError
         If its slices are not square, its noise cannot be told, or there is no room in its lungs.
     """
-    volume = read_volume(sorted(folder.glob("*.dcm")))
+    volume = read_series(folder)
     scanner = calibrate(volume, seed)
     given, spacing = network_input(volume), volume.geometry.spacing_mm
     hu, inserted = insert(
@@ -121,7 +122,7 @@ def masked_case(folder: Path, masks: Path, dose: float, seed: int) -> Case:
     ValueError
         If its slices are not square, its noise cannot be told, or the masks are not there or not of this series.
     """
-    volume = read_volume(sorted(folder.glob("*.dcm")))
+    volume = read_series(folder)
     regions = read_masks(masks / f"{folder.name}.npz", volume)
     return Case(folder.name, volume, _low_dose(volume, calibrate(volume, seed), dose, seed), regions)
 
