@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.base import Options, Pipeline, load, names
+from pipelines.base import Options, Pipeline, check_options, load, names
 from training.command_line import without_folders
 from training.measuring import bar, classical, model_page, rods
 from training.measuring.cases import Trial, pair_trials, phantom_trials, simulated_trials
@@ -49,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--doses", type=_dose, nargs="+", default=[0.25, 0.1], help="parts of the full dose (default: 0.25 0.1)")
     add("--classical", nargs="*", default=[], choices=sorted(classical.METHODS), help="filters to compare with")
     add("--blend", type=float, default=1.0, help="part of the denoised image in the output, 0 to 1 (default: 1)")
-    add("--strength", type=float, default=1.0, help="scale of the noise level that a pipeline is told (default: 1)")
+    add("--strength", type=float, default=1.0, help="how much is denoised, 1 as trained (default: 1)")
     add("--slices", type=int, default=12, help="slices of each series, from its middle (default: %(default)s)")
     add("--out", type=Path, default=Path("evaluation"), help="folder of the report (default: %(default)s)")
     add("--title", default="Measured image quality", help="heading of the report (default: %(default)s)")
@@ -81,12 +81,12 @@ class _Entrant(NamedTuple):
 
 
 def _networks(args: argparse.Namespace) -> list[_Entrant]:
-    """The low-dose image itself, and the networks; a blind one takes no strength."""
+    """The low-dose image itself, and the networks; one that cannot take the options is refused at once."""
+    options = Options(args.strength, args.blend)
     loaded = [(name, load(name)) for name in args.pipelines]
-    return [
-        _Entrant(INPUT, None, Options()),
-        *(_Entrant(n, p, Options(args.strength if p.card.noise_map else 1.0, args.blend)) for n, p in loaded),
-    ]
+    for _, pipeline in loaded:
+        check_options(pipeline.card, options)
+    return [_Entrant(INPUT, None, Options()), *(_Entrant(name, pipeline, options) for name, pipeline in loaded)]
 
 
 def _filters(args: argparse.Namespace, trial: Trial, measured: Measurement) -> Iterator[_Entrant]:

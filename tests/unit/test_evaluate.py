@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.base import OptionRefused
 from training import evaluate
 from training.measuring import model_page
 from training.measuring.cases import phantom_trials
@@ -62,6 +63,12 @@ def test_options_reach_the_pipeline(tmp_path: Path) -> None:
     by = {(r.pipeline, r.metric): r.value for r in rows if r.case == "phantom" and not r.window}
     assert by["soft", "contrast recovery"] == pytest.approx(1, abs=1e-6)
     assert by["soft", "noise level (HU)"] == by[INPUT, "noise level (HU)"]
+
+
+def test_options_that_a_pipeline_cannot_take_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "phantom_trials", lambda *args: pytest.fail("measured already"))
+    with pytest.raises(OptionRefused, match=r"strength 1\.6"):
+        evaluate.measure(_parsed("soft", "--strength", "1.6"))
 
 
 def test_card_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Measur
         measured.begin(trial)
         measured.add(trial, INPUT, _result(trial, INPUT, [value - 5 for value in psnr]))
         measured.add(trial, "net", _result(trial, "net", psnr))
-    measured.steady["net"] = Steadiness(0.5, 100.0, "strength 0", 0.0)
+    measured.steady["net"] = Steadiness(0.5, 100.0, 0.0)
     return out, markdown(measured, out), measured
 
 
