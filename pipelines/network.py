@@ -55,7 +55,7 @@ class NetworkPipeline:
 
     Raises
     ------
-    FileNotFoundError
+    pipelines.runtime.WeightsMissing
         If there is no such card or no weights.
     pipelines.runtime.WeightsDamaged
         If they do not belong together.

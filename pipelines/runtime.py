@@ -32,9 +32,30 @@ class WeightsDamaged(RuntimeError):
     """Weights and card do not belong together."""
 
 
+class WeightsMissing(RuntimeError):
+    """There is no such card, or no weights for it. No `FileNotFoundError`: that is for files of the series."""
+
+
+def _content(name: str, suffix: str, folder: Path) -> bytes:
+    path = folder / f"{name}.{suffix}"
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise WeightsMissing(
+            f"there are no weights of {name!r} in {folder.name} ({path.name} is missing): train them "
+            "(docs/training.md) and install them by `python -m training export`"
+        ) from error
+
+
 def read_card(name: str, folder: Path = WEIGHTS) -> ModelCard:
-    """The card of the pipeline `name`; what the card says beyond `ModelCard` is for people."""
-    values = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    """The card of the pipeline `name`; what the card says beyond `ModelCard` is for people.
+
+    Raises
+    ------
+    WeightsMissing
+        If there is no card.
+    """
+    values = json.loads(_content(name, "json", folder))
     known: dict[str, Any] = {field.name: values[field.name] for field in fields(ModelCard) if field.name in values}
     for key in ("patch_zyx", "overlap_zyx", "hu_window"):
         known[key] = tuple(known[key])
@@ -47,15 +68,17 @@ def load_network(network: nn.Module, card: ModelCard, folder: Path = WEIGHTS) ->
 
     Raises
     ------
+    WeightsMissing
+        If there is no file of weights.
     WeightsDamaged
         If the file is not the one that the card was written for.
     """
-    path = folder / f"{card.name}.safetensors"
-    content = path.read_bytes()
+    content = _content(card.name, "safetensors", folder)
     digest = hashlib.sha256(content).hexdigest()
     if digest != card.weights_sha256:
         raise WeightsDamaged(
-            f"{path.name} has SHA-256 {digest}, its card says {card.weights_sha256}: install both files again"
+            f"{card.name}.safetensors has SHA-256 {digest}, its card says {card.weights_sha256}: "
+            "install both files again"
         )
     network.load_state_dict({name: tensor.float() for name, tensor in load(content).items()})
     return network.eval().requires_grad_(False)

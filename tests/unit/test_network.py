@@ -13,7 +13,7 @@ from untrained import install
 from pipelines.base import OptionRefused, Options
 from pipelines.network import NetworkPipeline
 from pipelines.noise import noise_level
-from pipelines.runtime import WeightsDamaged
+from pipelines.runtime import WeightsDamaged, WeightsMissing
 from pipelines.safety import network_input
 from pipelines.stresnet import STResNet, st3d
 from pipelines.testing import water_volume
@@ -130,5 +130,15 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     (tmp_path / "st3d.safetensors").write_bytes(b"damaged")
     with pytest.raises(WeightsDamaged, match=r"st3d\.safetensors has SHA-256"):
         st3d(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"absent\.json"):
-        NetworkPipeline("absent", Blind(), folder=tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["json", "safetensors"])
+def test_missing_weights_are_no_missing_file_of_a_series(tmp_path: Path, missing: str) -> None:
+    """A `FileNotFoundError` would read as: restore the series from a backup."""
+    install(tmp_path, "blind", Blind(), "slice")
+    (tmp_path / f"blind.{missing}").unlink()
+    told = rf"no weights of 'blind' in {tmp_path.name} \(blind\.{missing} is missing\): train them .* training export"
+    with pytest.raises(WeightsMissing, match=told) as caught:
+        NetworkPipeline("blind", Blind(), folder=tmp_path)
+    assert not isinstance(caught.value, OSError)
+    assert str(tmp_path.parent) not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,12 @@ class Talkative(Identity):
 class Unloadable(Identity):
     def __init__(self):
         raise RuntimeError("no weights here")
+
+
+class Untrained(Identity):
+    def __init__(self):
+        from pipelines.runtime import read_card
+        read_card("absent")
 """
 
 
@@ -63,7 +70,7 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: talkative\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[dicomnode.pipelines]\ntest-talkative = talkative:Talkative\ntest-unloadable = talkative:Unloadable\n"
-        "test-absent = no_such_module:Pipeline\n"
+        "test-absent = no_such_module:Pipeline\ntest-untrained = talkative:Untrained\n"
     )
     return folder
 
@@ -186,6 +193,16 @@ def test_a_pipeline_that_cannot_be_loaded_is_named_with_its_error(worker: Worker
     with pytest.raises(NodeError, match=f"pipeline '{name}' cannot be loaded: {reason}"):
         worker.describe(name, Options())
     assert worker.describe("identity", Options())
+
+
+def test_weights_that_are_missing_are_no_missing_slices(worker: Worker, request_for: Callable[..., Request]) -> None:
+    told = "WeightsMissing: there are no weights of 'absent' in weights (absent.json is missing): train them"
+    with pytest.raises(NodeError, match=re.escape(f"pipeline 'test-untrained' cannot be loaded: {told}")):
+        worker.describe("test-untrained", Options())
+    outcome = worker.run(request_for("test-untrained"), ignore)
+    assert outcome.kind == "failed"
+    assert outcome.detail.startswith(told)
+    assert "backup" not in outcome.detail
 
 
 def test_a_dead_child_costs_the_attempt_and_the_next_request_starts_another(
