@@ -17,7 +17,12 @@ from pipelines.runtime import WeightsDamaged, load_network, read_card, run_plane
 from pipelines.streaming import triples
 from pipelines.stresnet import STResNet
 
-NAMES = ("st3d", "fast-2.5d")
+NAMES = sorted(card.stem for card in runtime.WEIGHTS.glob("*.json"))
+"""All networks whose weights ship."""
+
+
+def test_defaults_ship() -> None:
+    assert {"fast-2.5d", "st3d"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
