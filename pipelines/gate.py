@@ -23,6 +23,9 @@ MAX_SPACING_PER_THICKNESS = 1.25
 have at most 1; some headers round the thickness down."""
 MAX_TILT_DEG = 0.5
 """Largest angle between slice normal and stacking direction that counts as none: 0.01 mm per mm of table feed."""
+MIN_MATRIX = 32
+"""Least rows and columns. No scanner reconstructs fewer, and a network would see more border than tissue: receptive
+fields are 17 pixels wide and more, RED-CNN fails below 21."""
 NAMED = 3
 """How many places a reason names."""
 
@@ -33,11 +36,16 @@ def check(volume: Volume, card: ModelCard) -> None:
     Raises
     ------
     SeriesRefused
-        ``outside-envelope`` for every pipeline; ``gap``, ``irregular-spacing`` and ``gantry-tilt`` for one that looks
-        at neighbouring slices.
+        ``too-small`` and ``outside-envelope`` for every pipeline; ``gap``, ``irregular-spacing`` and ``gantry-tilt``
+        for one that looks at neighbouring slices.
     """
     envelope = card.valid_for
-    slices = volume.hu.shape[0]
+    slices, rows, columns = volume.hu.shape
+    if min(rows, columns) < MIN_MATRIX:
+        raise SeriesRefused(
+            "too-small",
+            f"slices of {rows} x {columns} pixels; at least {MIN_MATRIX} x {MIN_MATRIX} are denoised",
+        )
     if not envelope.min_slices <= slices <= envelope.max_slices:
         _refuse_outside(card, f"{slices} slices", (envelope.min_slices, envelope.max_slices), "")
     low, high = envelope.pixel_spacing_mm

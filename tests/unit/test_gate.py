@@ -20,16 +20,21 @@ def card(kind: Any, **envelope: Any) -> ModelCard:
 
 
 def volume(
-    positions_mm: list[float], *, thickness_mm: float = 0.0, tilt_deg: float = 0.0, pixel_mm: float = 0.7
+    positions_mm: list[float],
+    *,
+    thickness_mm: float = 0.0,
+    tilt_deg: float = 0.0,
+    pixel_mm: float = 0.7,
+    matrix: tuple[int, int] = (32, 32),
 ) -> Volume:
     n = len(positions_mm)
     step = float(np.median(np.diff(positions_mm))) if n > 1 else thickness_mm
     return Volume(
-        hu=np.zeros((n, 8, 8), np.float32),
+        hu=np.zeros((n, *matrix), np.float32),
         geometry=Geometry((0, 0, 0), (step, pixel_mm, pixel_mm), ((0, 0, 1), (0, 1, 0), (1, 0, 0)), "2.25.1"),
         slice_uids=tuple(f"2.25.{k}" for k in range(n)),
         slice_paths=tuple(Path(str(k)) for k in range(n)),
-        padding=np.zeros((n, 8, 8), np.bool_),
+        padding=np.zeros((n, *matrix), np.bool_),
         positions_mm=tuple(positions_mm),
         thickness_mm=thickness_mm,
         tilt_deg=tilt_deg,
@@ -119,3 +124,11 @@ def test_the_envelope_holds_for_every_pipeline(kind: str, bad: Volume, envelope:
     refused = refusal(bad, card(kind, **envelope))
     assert refused.code == "outside-envelope"
     assert told in refused.detail
+
+
+@pytest.mark.parametrize("kind", ["slice", "slab3", "volume"])
+@pytest.mark.parametrize("matrix", [(31, 512), (512, 31), (1, 1)])
+def test_a_matrix_without_an_inside_is_refused(kind: str, matrix: tuple[int, int]) -> None:
+    refused = refusal(regular(2, matrix=matrix), card(kind))
+    assert refused.code == "too-small"
+    assert f"{matrix[0]} x {matrix[1]} pixels" in refused.detail
