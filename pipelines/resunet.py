@@ -8,7 +8,8 @@ Neural Networks", ICLR 2020).
 
 Ours, not the paper's: three neighbouring slices in and the noise of the centre slice out; 32, 64 and 128 features in
 three levels of two blocks each (there 64 to 512 in four levels of four), because it must run on the CPU of a node; and
-the last layers start small, so that the untrained network is nearly the identity.
+the last layers start small, so that the untrained network is nearly the identity. The 3×3 convolutions start with He's
+initialisation, the strided and transposed ones keep PyTorch's.
 """
 
 from __future__ import annotations
