@@ -25,6 +25,14 @@ What the paper leaves open, and what we chose:
 - In a later stage DRL does not add its input: it predicts a difference.
 - A third stage does for the second what the second does for the first; the paper finds it adds next to nothing.
 - Its output is 0.3 parts of the input and 0.7 of the denoised image: `pipelines.base.Options.blend` = 0.7.
+
+What could be had and is left out:
+
+- The edge layer of the original DRL (four Sobel filters beside the input, 232,001 parameters): the cascade's own number
+  is without it, and nobody asked for the other.
+- CNN10 as the second stage: the paper goes on with DRL alone, and nobody asked for the mixture.
+- Stages that see the noisy image beside the result so far, as in Wu et al.: the paper gives them the result alone, and
+  nobody asked for both.
 """
 
 from __future__ import annotations

@@ -19,6 +19,11 @@ What the paper leaves open, and what we chose:
 - He's initialisation as there, and a small last layer: untrained, DCSCN is nearly the identity.
 - The plain generator ends with a ReLU where images are scaled to [0, 1]; in signed units (air is −1) its last layer
   must be linear. It has no skip, so untrained it is not the identity.
+
+What could be had and is left out:
+
+- A 3×3 reconstruction (26,333 parameters), which would be Yamanaka's rather than the figure's: nobody asked for it.
+- Neighbouring slices as channels: the paper's patches are two-dimensional, and nobody asked for more.
 """
 
 from __future__ import annotations
