@@ -71,7 +71,11 @@ class TrainingRecord:
 
     command: str
     commit: str
-    """Of the code that trained it; empty outside a checkout."""
+    """Of the code that trained it, with the step from which on if there were several; empty outside a checkout."""
+    began_with: str
+    """Network whose weights it began with, and their digest; empty if it began with chance."""
+    features: str
+    """Digest of the weights that a perceptual loss compared features with; empty without one."""
     seed: int
     hours: float
     steps: int

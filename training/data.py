@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipelines.scaling import to_network
 from training.simulate import mix
-from training.sources.scans import Scan
+from training.sources.scans import HU_RANGE, Scan
 
 ADDED_NOISE_HU = (3.0, 150.0)
 """Noise level added to a target without noise, drawn log-uniformly: a smooth thick slice to a sharp kernel at a tenth
@@ -54,7 +54,8 @@ class Sampler(torch.utils.data.Dataset[Batch]):
         z, y, x = self.patch_zyx
         n, rows, columns = scan.target.shape
         while True:
-            first = int(rng.integers(-(z // 4), max(n - z, 0) + z // 4 + 1))
+            beyond = max(z // 4, int(z > 1))
+            first = int(rng.integers(-beyond, max(n - z, 0) + beyond + 1))
             top, left = int(rng.integers(0, rows - y + 1)), int(rng.integers(0, columns - x + 1))
             planes = np.clip(np.arange(first, first + z), 0, n - 1)
             window = slice(top, top + y), slice(left, left + x)
@@ -82,7 +83,8 @@ class Sampler(torch.utils.data.Dataset[Batch]):
             n[planes[0] : planes[-1] + 1, rows, columns][planes - planes[0]].astype(np.float32) for n in scan.noises
         )
         noise = mix(a, b, angle) * np.float32(added_hu / unit_hu)
-        return source + noise, math.hypot(scan.source_noise_hu, added_hu)
+        # as a scanner stores it
+        return np.maximum(source + noise, np.float32(HU_RANGE[0])), math.hypot(scan.source_noise_hu, added_hu)
 
     def __getitem__(self, step: int) -> Batch:
         """Batch number `step`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -80,6 +81,10 @@ Predict = Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
 Loss = Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor]
 
 
+class OtherTraining(RuntimeError):
+    """The folder holds another training, or a longer one."""
+
+
 class Run:
     """A training in a folder: ``checkpoint.pt``, ``before-decay.pt`` and ``log.jsonl``.
 
@@ -97,6 +102,10 @@ class Run:
         Measures the averaged network: names and values for the log.
     out
         The folder.
+    what
+        What is trained on what; a checkpoint of something else is refused.
+    commit
+        Of the code, for the record of who trained which steps.
     device
         ``cpu`` or ``cuda``; computes in bfloat16 where that is safe (autocast) and float32 elsewhere.
     """
@@ -110,6 +119,8 @@ class Run:
         schedule: Schedule,
         validate: Callable[[nn.Module], dict[str, float]],
         out: Path,
+        what: str = "",
+        commit: str = "",
         adversary: Adversary | None = None,
         device: str = "cpu",
         workers: int = 0,
@@ -128,7 +139,9 @@ class Run:
             self.critic_optimizer = torch.optim.Adam(
                 self.critic.parameters(), lr=adversary.learning_rate, betas=adversary.betas
             )
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.what, self.commit = 0, 0.0, what, commit
+        self.stretches: list[tuple[int, str]] = []
+        """Step from which on a commit of the code trained."""
         out.mkdir(parents=True, exist_ok=True)
         self._resume()
 
@@ -136,16 +149,31 @@ class Run:
         path = self.out / "checkpoint.pt"
         if not path.exists():
             return
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         before = self.out / "before-decay.pt"
         if state["steps"] != self.schedule.steps and before.exists():  # longer than planned then: forget that decay
-            state = torch.load(before, map_location=self.device, weights_only=True)
+            state = torch.load(before, map_location="cpu", weights_only=True)
+        if state["what"] != self.what:
+            raise OtherTraining(
+                f"{self.out} holds the training of {state['what']}, this is {self.what}: choose another"
+            )
+        if state["step"] > self.schedule.steps:
+            raise OtherTraining(
+                f"{self.out} is at step {state['step']} already: ask for more than {self.schedule.steps}"
+            )
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.step, self.seconds = state["step"], state["seconds"]
-        log = self.out / "log.jsonl"  # what came after the checkpoint comes again
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= self.step]
-        log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self.step, self.seconds, self.stretches = state["step"], state["seconds"], state["stretches"]
+        log = self.out / "log.jsonl"
+        kept = []
+        for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+            # what came after the checkpoint comes again; a line that a kill has cut comes after it
+            if not line.endswith("\n") or json.loads(line)["step"] > self.step:
+                break
+            kept.append(line)
+        partial = log.with_suffix(".part")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(log)
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"network": self.network, "average": self.average, "optimizer": self.optimizer}
@@ -159,7 +187,8 @@ class Run:
         """Write everything that the next step depends on."""
         state = {key: part.state_dict() for key, part in self._parts().items()}
         partial = self.out / f"{name}.part"
-        torch.save({**state, "step": self.step, "seconds": self.seconds, "steps": self.schedule.steps}, partial)
+        where = {"step": self.step, "seconds": self.seconds, "steps": self.schedule.steps}
+        torch.save({**state, **where, "what": self.what, "stretches": self.stretches}, partial)
         partial.replace(self.out / name)
 
     def _autocast(self) -> AbstractContextManager[None]:
@@ -173,6 +202,7 @@ class Run:
         value = self.adversary.critic_loss(self.critic, denoised.float(), target.float(), number)
         self.critic_optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        nn.utils.clip_grad_norm_(self.critic.parameters(), math.inf, error_if_nonfinite=True)
         self.critic_optimizer.step()
 
     def _teach(self, batch: Batch) -> torch.Tensor:
@@ -185,7 +215,7 @@ class Run:
             group["lr"] = self.schedule.rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_LIMIT)
+        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_LIMIT, error_if_nonfinite=True)
         self.optimizer.step()
         decay = min(AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -213,6 +243,8 @@ class Run:
         """
         begun = start = saved = time.monotonic()
         first = self.step
+        if first < self.schedule.steps and (not self.stretches or self.stretches[-1][1] != self.commit):
+            self.stretches.append((first, self.commit))
         each = self.adversary.critic_steps if self.adversary else 0  # batches of the critic per step of the network
         numbers = range(self.step * (1 + each), self.schedule.steps * (1 + each))
         loader = torch.utils.data.DataLoader(self.batches, batch_size=None, sampler=numbers, num_workers=self.workers)

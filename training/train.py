@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,15 +19,17 @@ from typing import get_args
 import torch
 from torch import nn
 
-from pipelines.runtime import WEIGHTS
+from pipelines.runtime import WEIGHTS, read_card
 from pipelines.scaling import to_hu
 from training.card import Plateau, TrainingRecord, commit, source_of, write_network
+from training.command_line import without_folders
 from training.curve import draw
 from training.data import Batch, Sampler
 from training.features import Backbone
 from training.loop import Loss, Run
 from training.metrics import SOFT_TISSUE, psnr
 from training.recipes import MODULES, Recipe, recipe
+from training.recipes.cascade import Perceptual
 from training.sources.layouts import Case, find
 from training.sources.prepare import Preparation, make, scans_of
 from training.sources.splits import entry_of, folds, split
@@ -36,8 +37,10 @@ from training.sources.splits import entry_of, folds, split
 HELP = "train a network; started again, it goes on where it was stopped"
 VALIDATION_BATCHES = 6
 VALIDATION_PHANTOMS = 4
+SEEDS_EACH, HIGHEST_SEED = 1000, 700
+"""Phantoms of a training have the thousandfold of its seed and the following ones."""
 VALIDATION_SEED = 800_000
-"""Phantoms of the validation have this seed and the following ones, those of a training the thousandfold of its own."""
+"""Phantoms of the validation have this seed and the following ones; those of a measurement lie higher still."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +49,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("recipe", choices=sorted(MODULES), help="name of the network and its training")
     add("--out", type=Path, required=True, help="folder of the training: checkpoint, log, curve, weights, card")
     add("--data", type=Path, nargs="*", default=[], help="folders with CT: a collection, or series of your own")
-    add("--phantoms", type=int, default=40, help="number of phantoms to learn from as well (default %(default)s)")
+    add(
+        "--phantoms",
+        type=_limited(SEEDS_EACH),
+        default=40,
+        help="number of phantoms to learn from as well (default %(default)s)",
+    )
     add("--steps", type=int, help="steps in all (default: the recipe's); more than before makes a training longer")
     add("--leave-out", nargs="*", default=[], metavar="SUBJECT", help="subjects that validate instead of teaching")
     add("--leave-one-out", action="store_true", help="one training for each subject, which it never sees (folder each)")
@@ -61,8 +69,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--store", type=Path, help="folder that keeps prepared data for the next training (default: OUT/store)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
     add("--workers", type=int, default=0, help="processes that prepare scans and batches; use some beside a GPU")
-    add("--seed", type=int, default=1, help="of everything random (default %(default)s)")
+    add("--seed", type=_limited(HIGHEST_SEED), default=1, help="of everything random (default %(default)s)")
     parser.set_defaults(run=run)
+
+
+def _limited(limit: int) -> Callable[[str], int]:
+    """A number from 0 to below `limit`: beyond it, phantoms of a training would be those that measure."""
+
+    def number(word: str) -> int:
+        if not 0 <= int(word) < limit:
+            raise ValueError(word)
+        return int(word)
+
+    return number
 
 
 def _device() -> str:
@@ -92,6 +111,9 @@ def divided(cases: Sequence[Case], left_out: Sequence[str]) -> tuple[list[Case],
 
     What the split table teaches is not drawn.
     """
+    if unknown := set(left_out) - {case.subject for case in cases}:
+        known = ", ".join(sorted({case.subject for case in cases}))
+        raise SystemExit(f"no subject {', '.join(sorted(unknown))} among the data; there are: {known}")
     drawn = {case.subject for case in cases if entry_of(case.name) is None}
     validating = set(left_out or split(drawn)["validation"])
     return (
@@ -136,41 +158,43 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
     """Train into `out`; the last validated PSNR (dB)."""
     torch.manual_seed(args.seed)
     preparation = Preparation(args.store or args.out / "store", args.seed, args.z_target_mm)
-    seeds = [args.seed * 1000 + k for k in range(args.phantoms)]
-    held_seeds = [] if check else [VALIDATION_SEED + k for k in range(VALIDATION_PHANTOMS)]
-    make(preparation, [*seeds, *held_seeds, *teach, *check], args.workers)
+    seeds = [args.seed * SEEDS_EACH + k for k in range(args.phantoms)]
+    held_seeds = [VALIDATION_SEED + k for k in range(VALIDATION_PHANTOMS)]
+    make(preparation, [*seeds, *([] if check else held_seeds), *teach, *check], args.workers)
     shown = scans_of(preparation, teach)
     scans = [*map(preparation.phantom, seeds), *shown.values()]
-    held = [*scans_of(preparation, check).values(), *map(preparation.phantom, held_seeds)]
+    held = list(scans_of(preparation, check).values()) or [*map(preparation.phantom, held_seeds)]
+    if not scans:
+        raise SystemExit("nothing to learn from: give --data with CT series, or --phantoms")
     print(f"{len(scans)} scans to learn from, {len(held)} to validate on")
 
     schedule = how.schedule if args.steps is None else how.schedule.until(args.steps)
-    network = how.network()
+    network, loss = how.network(), _loss(how, args)
     if how.start:
         how.start(network, args.start)
     checks = Sampler(held, how.patch_zyx, how.batch, how.real_part, VALIDATION_SEED)
     training = Run(
         network,
         how.predict,
-        _loss(how, args),
+        loss,
         Sampler(scans, how.patch_zyx, how.batch, how.real_part, args.seed),
         schedule,
         validation(how.predict, [checks[k] for k in range(VALIDATION_BATCHES)]),
         out,
+        f"{args.recipe}, seed {args.seed}, {how.batch} patches of {how.patch_zyx}, {len(scans)} scans",
+        commit(),
         how.adversary,
         _device(),
         args.workers,
     )
-    # last part of each path only: where the folders lay on this machine is nobody's business
-    folders = {
-        str(path): path.name for path in (args.out, args.start, args.store, args.feature_weights, *args.data) if path
-    }
-    command = shlex.join(folders.get(word, word) for word in args.words)
+    paths = (args.out, args.start, args.store, args.feature_weights, *args.data)
 
     def write(average: nn.Module) -> None:
         record = TrainingRecord(
-            command=f"python -m training {command}",
-            commit=commit(),
+            command=f"python -m training {without_folders(args.words, paths)}",
+            commit=", ".join(f"{by} from step {step}" if step else by for step, by in training.stretches),
+            began_with=f"{how.begins_with} {read_card(how.begins_with, args.start).version}" if how.start else "",
+            features=loss.features if isinstance(loss, Perceptual) else "",
             seed=args.seed,
             hours=round(training.seconds / 3600, 2),
             steps=training.step,
@@ -183,7 +207,8 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
         )
         write_network(out, how.card, average, record)
 
-    write(training.train(partial(write, training.average)))
+    if training.step < schedule.steps:
+        write(training.train(partial(write, training.average)))
     draw({args.recipe: out / "log.jsonl"}, out / "curve.png")
     lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     measured: list[float] = [v["validation_psnr_db"] for v in map(json.loads, lines) if "validation_psnr_db" in v]

@@ -13,7 +13,7 @@ from torch import nn
 
 from training.card import Plateau
 from training.data import Batch, Sampler
-from training.loop import Adversary, Run, Schedule
+from training.loop import Adversary, OtherTraining, Run, Schedule
 from training.losses import charbonnier
 from training.sources.scans import Scan
 
@@ -58,11 +58,11 @@ CRITIC = Adversary(
 STEADY = Schedule(9, 1e-3, warm_up=2, decay_part=0)
 
 
-def _run(out: Path, schedule: Schedule, adversary: Adversary | None = None) -> Run:
+def _run(out: Path, schedule: Schedule, adversary: Adversary | None = None, what: str = "", commit: str = "a") -> Run:
     torch.manual_seed(1)
     network = _Network()
     validate = lambda network: {"validation_psnr_db": 30.0}  # noqa: E731  # a measure of no interest here
-    return Run(network, _predict, _loss, _sampler(), schedule, validate, out, adversary)
+    return Run(network, _predict, _loss, _sampler(), schedule, validate, out, what, commit, adversary)
 
 
 def _weights(run: Run) -> dict[str, torch.Tensor]:
@@ -109,6 +109,42 @@ def test_a_longer_run_forgets_the_decay_of_the_shorter_one(tmp_path: Path) -> No
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert steps == [20]  # the last validation of the short run is gone with its decay
+
+
+def test_another_training_in_the_folder_is_refused(tmp_path: Path) -> None:
+    _run(tmp_path, STEADY, what="a, seed 1").train(lambda: None)
+    with pytest.raises(OtherTraining, match="holds the training of a, seed 1, this is a, seed 2"):
+        _run(tmp_path, STEADY, what="a, seed 2")
+    with pytest.raises(OtherTraining, match="at step 9 already"):
+        _run(tmp_path, replace(STEADY, steps=5), what="a, seed 1")
+
+
+def test_who_trained_which_steps_is_kept(tmp_path: Path) -> None:
+    short = Schedule(5, 1e-3, decay_part=0)
+    _run(tmp_path, short, commit="a").train(lambda: None)
+    _run(tmp_path, replace(short, steps=8), commit="a").train(lambda: None)
+    last = _run(tmp_path, replace(short, steps=12), commit="b")
+    last.train(lambda: None)
+    assert last.stretches == [(0, "a"), (8, "b")]
+
+
+def test_a_log_that_a_kill_has_cut_is_mended(tmp_path: Path) -> None:
+    run = _run(tmp_path, replace(STEADY, steps=60))
+    run.train(lambda: None)
+    whole = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_text(whole + '{"step": 60, "los')
+    _run(tmp_path, replace(STEADY, steps=60))
+    assert (tmp_path / "log.jsonl").read_text() == whole
+
+
+def test_what_is_no_number_ends_the_training_and_spoils_no_checkpoint(tmp_path: Path) -> None:
+    _run(tmp_path, STEADY).train(lambda: None)
+    run = _run(tmp_path, replace(STEADY, steps=20))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    run.loss = lambda denoised, target, batch: denoised.sum() * float("nan")
+    with pytest.raises(RuntimeError, match="non-finite"):
+        run.train(lambda: None, checkpoint_minutes=0)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_rates_warm_up_stay_and_fall() -> None:

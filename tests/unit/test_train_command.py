@@ -124,7 +124,9 @@ def test_a_series_that_is_refused_stops_no_training(tmp_path: Path, capsys: pyte
     for path in (root / "L011" / "quarter_3mm").iterdir():
         edit(path, lambda ds: setattr(ds, "PixelSpacing", [2.0, 2.0]))
     words = ["--data", str(root), "--phantoms", "1", "--steps", "1", "--out", str(tmp_path / "run")]
-    main(["train", "fast-2.5d", *words, "--leave-out", "nobody"])
+    with pytest.raises(SystemExit, match="no subject nobody among the data; there are: L010, L011"):
+        main(["train", "fast-2.5d", *words, "--leave-out", "nobody"])
+    main(["train", "fast-2.5d", *words])
     said = capsys.readouterr().out
     assert "L011 STANDARD 2 mm: left out. " in said
     assert "2 scans to learn from" in said  # a phantom and L010

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from pipelines.noise import noise_level
-from pipelines.safety import network_input
+from pipelines.safety import LOWEST_HU, network_input
 from pipelines.volume import Geometry, Volume
 from training.physics import lesion, smoothed_masks
-from training.simulate import F50, added_noise, unit_noise
+from training.simulate import F50, unit_noise
 from training.simulation.calibration import calibrate
 from training.simulation.projection import Kernel
 from training.simulation.simulated_series import read_series
+from training.simulation.simulated_volume import simulate
 from training.sources.layouts import find
 from training.sources.pairs import load_pair
 from training.sources.phantom import chest_abdomen, tissue_masks
@@ -108,7 +109,7 @@ def phantom_trials(doses: Sequence[float], slices: int, seed: int = PHANTOM_SEED
     truth = chest_abdomen(slices + 2 * CONTEXT, matrix, pixel_mm, spacing_mm, seed)
     noises = [unit_noise(truth, pixel_mm, s) for s in (seed, seed + _SECOND)]
     for dose in doses:
-        low, again = (truth + noise * np.float32(dose**-0.5) for noise in noises)
+        low, again = (np.maximum(truth + noise * np.float32(dose**-0.5), np.float32(LOWEST_HU)) for noise in noises)
         yield Trial(
             "phantom",
             "phantom",
@@ -146,19 +147,10 @@ def simulated_trials(folder: Path, doses: Sequence[float], slices: int, seed: in
     spacing_mm, pixel_mm, _ = volume.geometry.spacing_mm
     truth, padding = network_input(volume)[read], np.ascontiguousarray(volume.padding[read])
     level_hu = noise_level(truth, padding, pixel_mm)
+    block = volume_of(np.ascontiguousarray(volume.hu[read]), pixel_mm, spacing_mm, padding)
+    scanner = replace(scanner, current=scanner.current[read])
     for dose in doses:
-        low, again = (
-            volume_of(
-                truth
-                + added_noise(
-                    truth, pixel_mm, dose, s, scanner.kernel, scanner.beam, scanner.overlap, scanner.current[read]
-                ),
-                pixel_mm,
-                spacing_mm,
-                padding,
-            )
-            for s in (seed, seed + _SECOND)
-        )
+        low, again = (block.with_hu(simulate(block, dose, s, scanner)) for s in (seed, seed + _SECOND))
         yield Trial(folder.name, "simulated", dose, low, again, truth, scored, level_hu, _half_value(scanner.kernel))
 
 

@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from pipelines.base import Options, Pipeline
 from pipelines.gate import check
-from pipelines.safety import network_input
+from pipelines.safety import LOWEST_HU, network_input
 from pipelines.volume import Volume
 from training.measuring.cases import volume_of
 from training.nodules import Box, Nodule, insert
 from training.radiomics.extraction import features
-from training.simulate import F50, added_noise, full_dose_noise, unit_noise
-from training.simulation.calibration import Calibration, calibrate
+from training.simulate import F50, full_dose_noise, unit_noise
+from training.simulation.calibration import calibrate
 from training.simulation.simulated_series import read_series
+from training.simulation.simulated_volume import simulate
 from training.sources.phantom import chest_abdomen
 
 Array = NDArray[np.float32]
@@ -78,7 +79,7 @@ def phantom_case(number: int, nodules: int, dose: float, seed: int) -> Case:
     truth, inserted = insert(truth, spacing, nodules, own)
     noise, more = (unit_noise(truth, PHANTOM_PIXEL_MM, own + k) for k in (0, _SECOND))
     full, low = (
-        volume_of(truth + n, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM)
+        volume_of(np.maximum(truth + n, np.float32(LOWEST_HU)), PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM)
         for n in (noise, noise + np.float32(math.sqrt(1 / dose - 1)) * more)
     )
     return Case(f"phantom {own}", full, low, _regions(inserted))
@@ -109,7 +110,7 @@ def series_case(folder: Path, nodules: int, dose: float, seed: int) -> Case:
         noise=full_dose_noise(given, spacing[1], seed, scanner.kernel, scanner.beam, scanner.overlap, scanner.current),
     )
     full = volume.with_hu(np.where(hu == given, volume.hu, hu))
-    return Case(folder.name, full, _low_dose(full, scanner, dose, seed), _regions(inserted))
+    return Case(folder.name, full, full.with_hu(simulate(full, dose, seed + _SECOND, scanner)), _regions(inserted))
 
 
 def masked_case(folder: Path, masks: Path, dose: float, seed: int) -> Case:
@@ -124,23 +125,7 @@ def masked_case(folder: Path, masks: Path, dose: float, seed: int) -> Case:
     """
     volume = read_series(folder)
     regions = read_masks(masks / f"{folder.name}.npz", volume)
-    return Case(folder.name, volume, _low_dose(volume, calibrate(volume, seed), dose, seed), regions)
-
-
-def _low_dose(full: Volume, scanner: Calibration, dose: float, seed: int) -> Volume:
-    """`full`, which holds the noise of full dose, with what a lower dose adds where something was measured."""
-    pixel_mm = full.geometry.spacing_mm[1]
-    noise = added_noise(
-        network_input(full),
-        pixel_mm,
-        dose,
-        seed + _SECOND,
-        scanner.kernel,
-        scanner.beam,
-        scanner.overlap,
-        scanner.current,
-    )
-    return full.with_hu(np.where(full.padding, full.hu, full.hu + noise))
+    return Case(folder.name, volume, volume.with_hu(simulate(volume, dose, seed + _SECOND)), regions)
 
 
 def _regions(nodules: Sequence[Nodule]) -> tuple[Region, ...]:

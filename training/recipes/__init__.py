@@ -64,8 +64,8 @@ class Recipe:
         The critic, if there is one.
     perceptual
         Makes the loss with another feature backbone, and a file of its weights, if the loss compares features.
-    start
-        Fills the network with weights of an earlier training, given the folder that holds them.
+    begins_with, start
+        Name of the network that it begins with, if any; fills it with those weights from the folder that holds them.
     real_part
         Part of the patches from real series, if there are any.
     """
@@ -79,6 +79,7 @@ class Recipe:
     schedule: Schedule
     adversary: Adversary | None = None
     perceptual: Callable[[Backbone, Path | None], Loss] | None = None
+    begins_with: str = ""
     start: Callable[[nn.Module, Path], None] | None = None
     real_part: float = 0.3
 

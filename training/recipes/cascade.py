@@ -22,8 +22,10 @@ from training.loop import Loss, Schedule
 from training.losses import mse
 from training.recipes import ENVELOPE, Recipe, flat, plane
 
+VGG_WEIGHT = 0.1 * 0.4**2
+"""The paper's λ = 0.1 belongs to images that are 1 at 400 HU; network units are 1 at 1000 HU."""
 PERCEPTUAL_SHARE = 0.5
-"""Part of the perceptual term in the loss; the paper's λ = 0.1 belongs to VGG16."""
+"""Part of the perceptual term in the loss with any other backbone."""
 PERCEPTUAL = "Trained with a perceptual loss: texture counts as well as values."
 
 
@@ -32,7 +34,11 @@ class Perceptual(nn.Module):
 
     def __init__(self, backbone: Backbone = "ct-ae", weights: Path | None = None) -> None:
         super().__init__()
-        self.both = PerceptualLoss(FeatureLoss(backbone, weights), ShareWeight(PERCEPTUAL_SHARE))
+        features = FeatureLoss(backbone, weights)
+        weight = VGG_WEIGHT if features.is_vgg else ShareWeight(PERCEPTUAL_SHARE)
+        self.both = PerceptualLoss(features, weight)
+        self.features = f"{backbone} {features.sha256}".strip()
+        """Backbone and digest of its weights."""
 
     def forward(self, denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
         value: torch.Tensor = self.both(denoised, target)
@@ -78,7 +84,7 @@ def _recipe(
     network: Callable[[], nn.Module],
     loss: Callable[[], Loss],
     steps: int,
-    start: Callable[[nn.Module, Path], None] | None = None,
+    begins_with: str = "",
     halo: int = DRL_HALO,
     limits: str = "",
 ) -> Recipe:
@@ -91,7 +97,8 @@ def _recipe(
         batch=32,
         schedule=Schedule(steps=steps, learning_rate=1e-3, betas=(0.9, 0.999)),
         perceptual=Perceptual if loss is Perceptual else None,
-        start=start,
+        begins_with=begins_with,
+        start=_after(begins_with) if begins_with else None,
     )
 
 
@@ -99,14 +106,14 @@ RECIPES = {
     "drl": _recipe("drl", DRL, Perceptual, 12_000, limits=PERCEPTUAL),
     "drl-mse": _recipe("drl-mse", DRL, lambda: _mse, 12_000),
     "cnn10": _recipe("cnn10", WuCNN10, lambda: _mse, 12_000, halo=CNN10_HALO),
-    "cascade": _recipe("cascade", Cascade, lambda: _mse, 8_000, _after("drl"), 2 * DRL_HALO, PERCEPTUAL),
-    "cascade-mse": _recipe("cascade-mse", Cascade, lambda: _mse, 8_000, _after("drl-mse"), 2 * DRL_HALO),
+    "cascade": _recipe("cascade", Cascade, lambda: _mse, 8_000, "drl", 2 * DRL_HALO, PERCEPTUAL),
+    "cascade-mse": _recipe("cascade-mse", Cascade, lambda: _mse, 8_000, "drl-mse", 2 * DRL_HALO),
     "cascade-3": _recipe(
         "cascade-3",
         lambda: Cascade(3),
         lambda: _mse,
         8_000,
-        _after("cascade"),
+        "cascade",
         3 * DRL_HALO,
         PERCEPTUAL,
     ),

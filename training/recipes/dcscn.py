@@ -106,6 +106,7 @@ def _adversarial(
         batch=16,  # not stated
         schedule=Schedule(steps=4_000, learning_rate=1e-4, betas=(0.5, 0.9), warm_up=0),  # not stated
         adversary=ADVERSARY,
+        begins_with=begun_with,
         start=_from(begun_with),
     )
 

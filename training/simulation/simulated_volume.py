@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.safety import LOWEST_HU
 from pipelines.volume import Volume
 from training.simulate import added_noise
 from training.simulation.calibration import Calibration, calibrate, square_pixel_mm, without_padding
@@ -40,7 +41,8 @@ def simulate(
     Returns
     -------
     numpy.ndarray
-        float32 HU, (z, y, x), not rounded. What `unmeasured` names is as it was.
+        float32 HU, (z, y, x), not rounded, and not below the lowest measured HU of the source. What `unmeasured` names
+        is as it was.
 
     Raises
     ------
@@ -53,9 +55,12 @@ def simulate(
     noise = added_noise(
         scanned, pixel_mm, dose, seed, found.kernel, found.beam, found.overlap, found.current, poisson, device
     )
-    noise[unmeasured(volume)] = 0
-    noise += volume.hu
-    return noise
+    measured = ~unmeasured(volume)
+    noise[~measured] = 0
+    low = volume.hu + noise
+    # scanners store nothing below the lowest value of their bits, so lungs at a low dose are cut there
+    floor = max(float(volume.hu[measured].min(initial=np.inf)), LOWEST_HU)
+    return np.where(measured & (volume.hu >= floor), np.maximum(low, np.float32(floor)), low)
 
 
 def unmeasured(volume: Volume) -> NDArray[np.bool_]:
