@@ -144,12 +144,12 @@ def run_planes(
         for a network of stride 1.
     """
     out = np.empty_like(hu)
-    pad = ((0, 0), (0, -hu.shape[1] % stride), (0, -hu.shape[2] % stride))
+    rows, columns = (-(-size // stride) * stride for size in hu.shape[1:])
+    pad = ((0, 0), (0, 0), (0, rows - hu.shape[1]), (0, columns - hu.shape[2]))
+    height = rows if halo is None else max(PLANE_PIXELS_AT_ONCE // columns, 1)
     with torch.inference_mode():
-        volume = to_network(torch.from_numpy(np.pad(hu, pad, mode="symmetric")))
-        rows, columns = volume.shape[1:]
-        height = rows if halo is None else max(PLANE_PIXELS_AT_ONCE // columns, 1)
-        for k, plane in enumerate(stack(volume)):
+        for k, seen in enumerate(stack(torch.from_numpy(hu))):
+            plane = to_network(torch.from_numpy(np.pad(seen.numpy(), pad, mode="symmetric")))
             for read, keep, where in strips(rows, height, halo or 0):
                 given = [plane[:, :, read].contiguous(memory_format=torch.channels_last)]
                 if noise_hu is not None:
