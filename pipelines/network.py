@@ -49,7 +49,7 @@ class NetworkPipeline:
         Pixels of the image per pixel of the noise map.
     halo
         Pixels that a result depends on in each direction; large slices are then run in strips. None: a slice is run as
-        a whole, however large.
+        a whole, however large. Only for a network of stride 1.
     folder
         Where card and weights lie.
 
@@ -59,6 +59,8 @@ class NetworkPipeline:
         If there is no such card or no weights.
     pipelines.runtime.WeightsDamaged
         If they do not belong together.
+    ValueError
+        For a card of a ``volume`` with a noise map, and for a `halo` with a `stride` above 1: nothing runs them.
     """
 
     def __init__(
@@ -72,6 +74,16 @@ class NetworkPipeline:
         folder: Path = WEIGHTS,
     ) -> None:
         self.card: ModelCard = read_card(name, folder)
+        if self.card.input == "volume" and self.card.noise_map:
+            raise ValueError(
+                f"the card of {name!r} says input 'volume' and noise_map true: a network that streams in depth "
+                "is given none; correct the card"
+            )
+        if halo is not None and stride > 1:
+            raise ValueError(
+                f"{name!r} has halo {halo} and stride {stride}: a strip may begin on any row, so a network of stride "
+                "above 1 is run on whole slices; leave the halo out"
+            )
         if self.card.input != "volume":  # the quicker order of memory for convolutions in the plane
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self._network = load_network(network, self.card, folder)

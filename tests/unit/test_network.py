@@ -123,6 +123,15 @@ def test_rails_are_around_the_network(blind: NetworkPipeline) -> None:
     assert np.array_equal(out[metal], volume.hu[metal])
 
 
+def test_what_no_network_is_run_as_is_refused(tmp_path: Path) -> None:
+    install(tmp_path, "told", Told(), "volume", noise_map=True)
+    with pytest.raises(ValueError, match=r"card of 'told' says input 'volume' and noise_map true.*correct the card"):
+        NetworkPipeline("told", Told(), folder=tmp_path)
+    install(tmp_path, "blind", Blind(), "slice")
+    with pytest.raises(ValueError, match=r"'blind' has halo 1 and stride 2.*leave the halo out"):
+        NetworkPipeline("blind", Blind(), halo=1, stride=2, folder=tmp_path)
+
+
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     install(tmp_path, "st3d", STResNet(features=8, blocks=2), "volume")
     with pytest.raises(RuntimeError, match="size mismatch"):
