@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pipelines.base import Options, Pipeline, load
+from pipelines.runtime import WEIGHTS
 from training.measuring.cases import volume_of
 from training.measuring.model_page import measure
 from training.simulate import low_dose
@@ -14,9 +15,10 @@ from training.sources.phantom import chest_abdomen
 
 Array = NDArray[np.float32]
 PIXEL_MM = 0.75
+SHIPPED = sorted(path.stem for path in WEIGHTS.glob("*.json"))
 
 
-@pytest.fixture(scope="module", params=["st3d", "fast-2.5d"])
+@pytest.fixture(scope="module", params=SHIPPED)
 def pipeline(request: pytest.FixtureRequest) -> Pipeline:
     return load(request.param)
 
