@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -165,6 +166,7 @@ class HQINet(nn.Module):
             nn.Sequential(_layer(before + skip, after, 3), _layer(after, after, 3))
             for before, after in pairwise([aspp, *decoders])
         )
+        self.fused_from = list(decoders)
         self.fuse = _layer(sum(decoders), fused, 3)
         self.reconstruction = nn.Conv2d(fused, 1, 1)
         for module in self.modules():
@@ -186,11 +188,13 @@ class HQINet(nn.Module):
             y = stage(y)
             results.append(y)
         y = self.aspp(y)
-        decoded = []
-        for reduced, decoder, result in zip(self.skips, self.decoders, results[-2::-1], strict=True):
+        # the convolution of `fuse` over all decoders is the sum of one over each: only one is held at full size
+        parts = torch.split(cast(nn.Conv2d, self.fuse[0]).weight, self.fused_from, 1)
+        fused = slices.new_zeros(())
+        for reduced, decoder, result, part in zip(self.skips, self.decoders, results[-2::-1], parts, strict=True):
             y = decoder(torch.cat([_resized(y, result), reduced(result)], 1))
-            decoded.append(_resized(y, slices))
-        image: torch.Tensor = self.reconstruction(self.fuse(torch.cat(decoded, 1)))
+            fused = fused + functional.conv2d(_resized(y, slices), part, padding=1)
+        image: torch.Tensor = self.reconstruction(self.fuse[1:](fused))
         return slices[:, SLICES // 2 : SLICES // 2 + 1] + image if self.residual else image
 
 

@@ -104,6 +104,26 @@ def test_options_change_what_they_say() -> None:
     assert _count(HQINet(**small, pool=False)) < _count(plain)  # type: ignore[arg-type]
 
 
+def test_reconstruction_is_of_all_decoders_together() -> None:
+    """As of their concatenation, of which only one part is held at a time."""
+    torch.manual_seed(0)
+    network = HQINet.lite().eval().double()
+    decoded: list[torch.Tensor] = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    for decoder in network.decoders:
+        decoder.register_forward_hook(lambda module, given, made: decoded.append(made))
+    slices = torch.randn(1, 3, 64, 48, dtype=torch.double)
+    with torch.inference_mode():
+        out = network(slices)
+        full = [functional.interpolate(y, (64, 48), mode="bilinear", align_corners=False) for y in decoded]
+        expected = slices[:, 1:2] + network.reconstruction(network.fuse(torch.cat(full, 1)))
+    assert [y.shape[1:] for y in decoded] == [(64, 8, 6), (32, 16, 12), (32, 32, 24), (16, 64, 48)]
+    assert float((expected - slices[:, 1:2]).abs().mean()) > 0.1
+    assert torch.allclose(out, expected, rtol=1e-10)
+
+
 def test_initialisation_is_the_stated_one() -> None:
     torch.manual_seed(0)
     weights = torch.cat([m.weight.detach().flatten() for m in HQINet.lite().modules() if isinstance(m, nn.Conv2d)])
