@@ -314,16 +314,21 @@ def contrast_recovery(with_lesion: Array, without_lesion: Array, inserted: Array
     return float(difference.mean()) / contrast_in
 
 
+def smoothed(hu: Array, pixel_mm: float) -> NDArray[np.float32]:
+    """A noisy image (z, y, x) as masks are taken from: smoothed in the plane (σ 2 mm)."""
+    smooth = hu.astype(np.float32)
+    for axis in (1, 2):
+        smooth = gaussian_filter1d(smooth, _MASK_SIGMA_MM / pixel_mm, axis=axis)
+    return smooth
+
+
 def smoothed_masks(hu: Array, pixel_mm: float) -> dict[str, Mask]:
-    """Masks of `training.sources.phantom.TISSUES` from a noisy image, (z, y, x), smoothed in the plane (σ 2 mm).
+    """Masks of `training.sources.phantom.TISSUES` from a noisy image, (z, y, x), `smoothed`.
 
     A threshold on the noisy image itself selects noise with the tissue, which denoising then removes: a bias of some HU
     that is none.
     """
-    smooth = hu.astype(np.float32)
-    for axis in (1, 2):
-        smooth = gaussian_filter1d(smooth, _MASK_SIGMA_MM / pixel_mm, axis=axis)
-    return tissue_masks(smooth)
+    return tissue_masks(smoothed(hu, pixel_mm))
 
 
 def hu_bias(after: Array, before: Array, masks: dict[str, Mask]) -> dict[str, float]:

@@ -39,6 +39,18 @@ def test_air_lung_and_bone_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert changed[:, 20:40].mean() > 0.3
 
 
+def test_lesions_of_a_noisy_image_have_no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise of 100 HU takes one voxel in ten out of the range of soft tissue; the lesions are those without noise."""
+    monkeypatch.setattr(lesions, "PER_LITRE", 20.0)
+    flat = np.full((40, 120, 120), 40, np.float32)
+    noise = np.random.default_rng(2).normal(0, 100, flat.shape).astype(np.float32)
+    clean = add_lesions(flat, VOXEL_MM, np.random.default_rng(4)) - flat
+    noisy = add_lesions(flat + noise, VOXEL_MM, np.random.default_rng(4), noisy=True) - flat - noise
+    assert np.count_nonzero(np.abs(clean) > 8) > 1000
+    assert np.allclose(noisy, clean, atol=1e-3)
+    assert not np.allclose(add_lesions(flat + noise, VOXEL_MM, np.random.default_rng(4)) - flat - noise, clean, atol=1)
+
+
 def test_nothing_to_put_lesions_into() -> None:
     air = np.full((4, 8, 8), -1000, np.float32)
     assert np.array_equal(add_lesions(air, VOXEL_MM, np.random.default_rng(1)), air)

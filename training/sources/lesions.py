@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from training.physics import smoothed
+
 Array = NDArray[np.float32]
 
 DIAMETER_MM = (3.0, 20.0)
@@ -18,7 +20,9 @@ PER_LITRE = 80.0
 """Lesions per litre of that tissue."""
 
 
-def add_lesions(hu: Array, voxel_mm: tuple[float, float, float], rng: np.random.Generator) -> Array:
+def add_lesions(
+    hu: Array, voxel_mm: tuple[float, float, float], rng: np.random.Generator, noisy: bool = False
+) -> Array:
     """`hu` with ellipsoids of a faint contrast at random places.
 
     Parameters
@@ -29,9 +33,13 @@ def add_lesions(hu: Array, voxel_mm: tuple[float, float, float], rng: np.random.
         Distances of slices, rows and columns.
     rng
         Everything random.
+    noisy
+        Find the tissue in the smoothed image: a threshold on the noise leaves holes in the lesions.
     """
     out = hu.copy()
-    places = np.flatnonzero((hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1]))
+    seen = smoothed(hu, voxel_mm[2]) if noisy else hu
+    tissue = (seen > TISSUE_HU[0]) & (seen < TISSUE_HU[1])
+    places = np.flatnonzero(tissue)
     litres = len(places) * float(np.prod(voxel_mm)) * 1e-6
     size = np.array(hu.shape)
     for place in rng.choice(places, rng.poisson(PER_LITRE * litres)) if len(places) else ():
@@ -45,6 +53,6 @@ def add_lesions(hu: Array, voxel_mm: tuple[float, float, float], rng: np.random.
         distance = np.sqrt(sum((g * mm / r) ** 2 for g, mm, r in zip(grid, voxel_mm, radii_mm, strict=True)))
         inside = 1 / (1 + np.exp(np.clip((distance - 1) * radii_mm.mean() / (EDGE_MM / 2.2), -30, 30)))
         box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        tissue = (hu[box] > TISSUE_HU[0]) & (hu[box] < TISSUE_HU[1])  # never across the edge of an organ of air or bone
-        out[box] += np.where(tissue, contrast * inside, 0).astype(np.float32)
+        # never across the edge of an organ of air or bone
+        out[box] += np.where(tissue[box], contrast * inside, 0).astype(np.float32)
     return out

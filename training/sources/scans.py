@@ -141,7 +141,7 @@ def real_scan(case: Case, seed: int) -> Scan:
     rng = np.random.default_rng((seed, 2))
     target = np.minimum(network_input(volume), np.float32(HU_RANGE[1]))
     spacing_mm = volume.geometry.spacing_mm
-    target = add_lesions(target, spacing_mm, rng)
+    target = add_lesions(target, spacing_mm, rng, noisy=True)
     kernels = Kernel(rng.uniform(*SOFT_F50)), Kernel(rng.uniform(*SOFT_F50))
     overlap = max((volume.thickness_mm or spacing_mm[0]) / spacing_mm[0], 1.0)
     return _with_noise(case.name, case.subject, target, spacing_mm[1], False, kernels, overlap, seed)
