@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ct_builder import write_series
+from numpy.typing import NDArray
 
+from training.physics import mean_frequency, nps_2d, radial_nps
+from training.simulate import unit_noise
 from training.simulation.projection import Kernel
-from training.sources import scans
+from training.sources import prepare, scans
 from training.sources.layouts import Case
 from training.sources.prepare import Preparation
-from training.sources.scans import Scan, kept, phantom_scan, seen_through, thick_to_thin
+from training.sources.scans import Scan, kept, phantom_scan, real_scan, seen_through, thick_to_thin
 
 
 def _ramp() -> Scan:
@@ -80,3 +84,36 @@ def test_an_oblong_series_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert said.startswith("1.2.3: left out. ")
     assert "the virtual scan needs square ones" in said
+
+
+def test_a_real_series_gets_noise_of_its_own_kernel(tmp_path: Path) -> None:
+    """Its own noise, made here with a known kernel, and the noise to add have about the same spectrum."""
+    pixel_mm, kernel = 1.5, Kernel(0.25)
+    rng = np.random.default_rng(8)
+    y, x = np.mgrid[:192, :192] - 95.5
+    clean = np.where(np.hypot(x, y) < 85, 40.0, -1000.0)[None].repeat(8, 0).astype(np.float32)
+    own = unit_noise(clean, pixel_mm, 3, f50=kernel.f50)
+    series = clean + own * np.float32(20 / own[:, 64:128, 64:128].std()) + rng.normal(0, 0.1, clean.shape)
+    files = write_series(tmp_path, series, spacing_mm=(2.0, pixel_mm, pixel_mm), SliceThickness=3)
+    scan = real_scan(Case("somebody", "1.2.3", tuple(files), None, None, "", 3.0), 1)
+    assert scan.target_noise_hu == pytest.approx(20, rel=0.2)
+
+    def mean(noise: NDArray[np.float32]) -> float:
+        tiles = noise[:, 64:128, 64:128]
+        return mean_frequency(radial_nps(nps_2d(tiles, pixel_mm), pixel_mm))
+
+    for noise in scan.noises:
+        assert mean(noise.astype(np.float32)) == pytest.approx(mean(own), rel=0.25)
+    # slices of 3 mm every 2 mm share a third of what they show
+    between = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairwise(scan.noises[0][:, 64:128, 64:128])]
+    assert np.mean(between) == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_phantoms_stay_in_the_store_when_real_scans_are_made_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phantoms are known by seed and revision alone; the digest is that of sha256sum."""
+    monkeypatch.setattr(prepare, "phantom_scan", lambda seed: _ramp())
+    Preparation(tmp_path, 1, None).phantom(5)
+    # printf '{"phantom": 5, "revision": 3}' | sha256sum
+    assert [path.name for path in tmp_path.iterdir()] == ["fa5544340e1a0669"]

@@ -13,7 +13,17 @@ import torch
 from pipelines.volume import SeriesRefused
 from training.sources.layouts import Case
 from training.sources.pairs import PairRefused
-from training.sources.scans import Scan, ScanRefused, kept, paired_scan, phantom_scan, real_scan, thick_to_thin
+from training.sources.scans import (
+    PHANTOM_REVISION,
+    REAL_REVISION,
+    Scan,
+    ScanRefused,
+    kept,
+    paired_scan,
+    phantom_scan,
+    real_scan,
+    thick_to_thin,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +44,17 @@ class Preparation:
 
     def phantom(self, seed: int) -> Scan:
         """The phantom `seed`."""
-        scan = kept(self.store, {"phantom": seed}, lambda: phantom_scan(seed))
+        scan = kept(self.store, {"revision": PHANTOM_REVISION, "phantom": seed}, lambda: phantom_scan(seed))
         return thick_to_thin(scan) if self.z_target_mm else scan
 
     def case(self, case: Case) -> Scan | None:
         """The scan of a case; none if it is refused, which is no reason to stop a training with hundreds of others."""
-        what = {"full": [str(path) for path in case.full], "seed": self.seed, "z_target_mm": self.z_target_mm}
+        what = {
+            "revision": REAL_REVISION,
+            "full": [str(path) for path in case.full],
+            "seed": self.seed,
+            "z_target_mm": self.z_target_mm,
+        }
         try:
             if case.low is None:
                 return kept(self.store, what, lambda: real_scan(case, self.seed))

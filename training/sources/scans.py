@@ -19,7 +19,7 @@ from pipelines.noise import noise_level
 from pipelines.safety import network_input
 from pipelines.volume import read_volume
 from training.simulate import unit_noise
-from training.simulation.calibration import square_pixel_mm
+from training.simulation.calibration import calibrate
 from training.simulation.projection import Kernel
 from training.sources.layouts import Case
 from training.sources.lesions import add_lesions
@@ -40,8 +40,9 @@ OVERLAP, OVERLAP_PART = (1.0, 2.0), 0.3
 """Slice thickness over distance of the phantoms whose slices overlap, and their part."""
 DETECTOR_F50 = 1.2
 """Frequency (1/mm) that focal spot and detector halve, before any kernel."""
-STORE_REVISION = 3
-"""Raise it when a stored scan would come out otherwise today."""
+PHANTOM_REVISION, REAL_REVISION = 3, 4
+"""Parts of what a stored phantom, or a stored scan of real series, is known by: raise the one whose scans would come
+out otherwise today."""
 
 
 class ScanRefused(ValueError):
@@ -124,27 +125,29 @@ def phantom_scan(seed: int) -> Scan:
 
 
 def real_scan(case: Case, seed: int) -> Scan:
-    """A real series as target, with faint lesions put into it and simulated noise to add.
+    """A real series as target, with faint lesions put into it and noise to add as its own scanner would make it.
+
+    The kernel of that noise is near the one that the noise of the series itself shows: a sharp image under soft noise
+    is what no scanner makes.
 
     Raises
     ------
     pipelines.volume.SeriesRefused
         If the series is none that may be denoised.
     ScanRefused
-        If its slices are not square.
+        If its slices are not square, or nothing can be learnt of its scanner.
     """
     volume = read_volume(case.full)
     try:
-        square_pixel_mm(volume)
+        scanner = calibrate(volume, seed)
     except ValueError as error:
         raise ScanRefused(str(error)) from error
     rng = np.random.default_rng((seed, 2))
     target = np.minimum(network_input(volume), np.float32(HU_RANGE[1]))
     spacing_mm = volume.geometry.spacing_mm
     target = add_lesions(target, spacing_mm, rng, noisy=True)
-    kernels = Kernel(rng.uniform(*SOFT_F50)), Kernel(rng.uniform(*SOFT_F50))
-    overlap = max((volume.thickness_mm or spacing_mm[0]) / spacing_mm[0], 1.0)
-    return _with_noise(case.name, case.subject, target, spacing_mm[1], False, kernels, overlap, seed)
+    kernels = _near(scanner.kernel, rng), _near(scanner.kernel, rng)
+    return _with_noise(case.name, case.subject, target, spacing_mm[1], False, kernels, scanner.overlap, seed)
 
 
 def paired_scan(case: Case, z_target_mm: float | None = None) -> Scan:
@@ -196,11 +199,11 @@ def kept(store: Path, what: dict[str, Any], make: Callable[[], Scan]) -> Scan:
     store
         Folder that keeps the scans.
     what
-        Everything the scan depends on.
+        Everything the scan depends on, its revision included.
     make
         Makes it.
     """
-    key = hashlib.sha256(json.dumps({"revision": STORE_REVISION, **what}, sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     folder = store / key
     if not folder.exists():
         scan = make()
