@@ -109,6 +109,29 @@ def test_a_real_series_gets_noise_of_its_own_kernel(tmp_path: Path) -> None:
     assert np.mean(between) == pytest.approx(1 / 3, abs=0.05)
 
 
+def test_files_that_were_replaced_are_read_again(tmp_path: Path) -> None:
+    """Another export of a pair under the same names, of either dose."""
+    rng = np.random.default_rng(0)
+    files = {
+        dose: tuple(write_series(tmp_path / dose, rng.normal(40, 20, (3, 48, 48)), name=dose)) for dose in ("f", "l")
+    }
+    case = Case("somebody", "a pair", files["f"], files["l"], 0.25, "", 2.0)
+
+    def middle() -> tuple[float, float]:
+        scan = Preparation(tmp_path / "store", 1, None).case(case)
+        assert scan is not None
+        return float(np.median(scan.target)), float(np.median(scan.source))
+
+    first = middle()
+    assert middle() == first
+    assert len(list((tmp_path / "store").iterdir())) == 1
+    for k, dose in enumerate("fl"):
+        write_series(tmp_path / dose, rng.normal(300, 20, (3, 48, 48)), name=dose)
+        changed = middle()
+        assert changed[k] == pytest.approx(300, abs=5)
+        assert len(list((tmp_path / "store").iterdir())) == 2 + k
+
+
 def test_phantoms_stay_in_the_store_when_real_scans_are_made_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

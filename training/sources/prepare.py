@@ -51,18 +51,23 @@ class Preparation:
         """The scan of a case; none if it is refused, which is no reason to stop a training with hundreds of others."""
         what = {
             "revision": REAL_REVISION,
-            "full": [str(path) for path in case.full],
+            "full": _known(case.full),
             "seed": self.seed,
             "z_target_mm": self.z_target_mm,
         }
         try:
             if case.low is None:
                 return kept(self.store, what, lambda: real_scan(case, self.seed))
-            low = [str(path) for path in case.low]
-            return kept(self.store, {**what, "low": low}, lambda: paired_scan(case, self.z_target_mm))
+            return kept(self.store, {**what, "low": _known(case.low)}, lambda: paired_scan(case, self.z_target_mm))
         except (SeriesRefused, PairRefused, ScanRefused) as error:
             print(f"{case.name}: left out. {error}")
             return None
+
+
+def _known(files: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Path, size and time of each file: another export under the same names is another series."""
+    states = ((path, path.stat()) for path in files)
+    return [(str(path), state.st_size, state.st_mtime_ns) for path, state in states]
 
 
 def _make(how: Preparation, what: Case | int) -> None:
