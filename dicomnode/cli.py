@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_USAGE
     except BrokenPipeError:  # e.g. `| head`
         return OK
-    except (NodeError, SeriesRefused, OSError) as error:
+    except (NodeError, SeriesRefused, base.WeightsMissing, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
     except sa.exc.DBAPIError as error:

@@ -122,6 +122,10 @@ class UnknownPipeline(LookupError):
     """No installed package announces a pipeline of that name."""
 
 
+class WeightsMissing(RuntimeError):
+    """A pipeline is announced but was not trained here. No `FileNotFoundError`: that is for files of a series."""
+
+
 def names() -> tuple[str, ...]:
     """Names of all installed pipelines; reads package metadata only, imports none of them."""
     return tuple(sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)}))
@@ -134,6 +138,8 @@ def load(name: str) -> Pipeline:
     ------
     UnknownPipeline
         With the names that exist.
+    WeightsMissing
+        If it is one of ours and has no weights; with what to do.
     """
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         factory: Callable[[], Pipeline] = point.load()

@@ -55,7 +55,7 @@ class NetworkPipeline:
 
     Raises
     ------
-    pipelines.runtime.WeightsMissing
+    pipelines.base.WeightsMissing
         If there is no such card or no weights.
     pipelines.runtime.WeightsDamaged
         If they do not belong together.

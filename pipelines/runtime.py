@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import nn
 
-from pipelines.base import Envelope, ModelCard, Progress
+from pipelines.base import Envelope, ModelCard, Progress, WeightsMissing
 from pipelines.scaling import to_hu, to_network
 from pipelines.streaming import Stream, slices, strips
 
@@ -30,10 +30,6 @@ PLANE_PIXELS_AT_ONCE = 512 * 512
 
 class WeightsDamaged(RuntimeError):
     """Weights and card do not belong together."""
-
-
-class WeightsMissing(RuntimeError):
-    """There is no such card, or no weights for it. No `FileNotFoundError`: that is for files of the series."""
 
 
 def _content(name: str, suffix: str, folder: Path) -> bytes:
@@ -52,7 +48,7 @@ def read_card(name: str, folder: Path = WEIGHTS) -> ModelCard:
 
     Raises
     ------
-    WeightsMissing
+    pipelines.base.WeightsMissing
         If there is no card.
     """
     values = json.loads(_content(name, "json", folder))
@@ -68,7 +64,7 @@ def load_network(network: nn.Module, card: ModelCard, folder: Path = WEIGHTS) ->
 
     Raises
     ------
-    WeightsMissing
+    pipelines.base.WeightsMissing
         If there is no file of weights.
     WeightsDamaged
         If the file is not the one that the card was written for.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.base import load, names
-from pipelines.runtime import WEIGHTS, WeightsMissing
+from pipelines.base import WeightsMissing, load, names
+from pipelines.runtime import WEIGHTS
 from pipelines.testing import check_pipeline
 from training.recipes import MODULES
 

@@ -16,6 +16,7 @@ from pydicom import dcmread
 from dicomnode import jobs as job_table
 from dicomnode.cli import BAD_USAGE, FAILED, OK, main
 from dicomnode.db import JobKind, JobState, SeriesState, now, open_database, series
+from pipelines import base
 
 SERIES = "1.2.3.4"
 
@@ -178,6 +179,20 @@ def test_denoise_says_why_not(config: Path, tmp_path: Path, capsys: pytest.Captu
     arguments = ["denoise", str(tmp_path / "ct"), str(tmp_path / "out"), "--pipeline", "identity"]
     assert main([*arguments, "--config", str(config)]) == FAILED
     assert "localizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_denoise_without_weights_is_one_sentence(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def untrained(name: str) -> base.Pipeline:
+        raise base.WeightsMissing(f"there are no weights of {name!r}")
+
+    monkeypatch.setattr(base, "load", untrained)
+    write_series(tmp_path / "ct", phantom(2))
+    arguments = ["denoise", str(tmp_path / "ct"), str(tmp_path / "out"), "--pipeline", "identity"]
+    assert main([*arguments, "--config", str(config)]) == FAILED
+    assert capsys.readouterr().err.strip() == "WeightsMissing: there are no weights of 'identity'"
     assert not (tmp_path / "out").exists()
 
 

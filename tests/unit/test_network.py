@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from untrained import install
 
-from pipelines.base import OptionRefused, Options
+from pipelines.base import OptionRefused, Options, WeightsMissing
 from pipelines.network import NetworkPipeline
 from pipelines.noise import noise_level
-from pipelines.runtime import WeightsDamaged, WeightsMissing
+from pipelines.runtime import WeightsDamaged
 from pipelines.safety import network_input
 from pipelines.stresnet import STResNet, st3d
 from pipelines.testing import water_volume
