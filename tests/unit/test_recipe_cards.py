@@ -16,12 +16,6 @@ from pipelines.network import NetworkPipeline, Streamed
 from training.recipes import MODULES, recipe
 
 FACTORIES = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name in MODULES}
-FIRST_STAGES = {"drl-mse"}
-"""Trained only to begin another training with."""
-
-
-def test_every_recipe_has_a_pipeline() -> None:
-    assert set(MODULES) - set(FACTORIES) == FIRST_STAGES
 
 
 @pytest.mark.parametrize("name", sorted(FACTORIES))
