@@ -74,7 +74,7 @@ class Sampler(torch.utils.data.Dataset[Batch]):
         unit_hu = math.hypot(math.cos(angle) * scan.noise_hu[0], math.sin(angle) * scan.noise_hu[1])
         if scan.target_noise_hu > 0:
             dose = _log_uniform(ADDED_DOSE, rng)
-            added_hu = scan.target_noise_hu * math.sqrt(1 / dose - 1)
+            added_hu = scan.source_noise_hu * math.sqrt(1 / dose - 1)
         else:
             added_hu = _log_uniform(ADDED_NOISE_HU, rng)
         if rng.random() < IDENTITY_PART:

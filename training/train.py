@@ -58,7 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="steps in all (default: the recipe's); more than before makes a training longer")
     add("--leave-out", nargs="*", default=[], metavar="SUBJECT", help="subjects that validate instead of teaching")
     add("--leave-one-out", action="store_true", help="one training for each subject, which it never sees (folder each)")
-    add("--z-target-mm", type=float, help="learn slices this far apart from thicker ones")
+    add("--z-target-mm", type=float, help="learn thin slices from thick ones; pairs get this slice distance")
     add("--start", type=Path, default=WEIGHTS, help="folder with the weights of the network that this one begins with")
     add(
         "--features",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,6 +48,13 @@ def test_thick_slices_show_the_same_with_less_noise() -> None:
     # places at 1/4 and 3/4 between thick slices, and at the two ends a thick slice itself
     variances = [0.5, *[(0.75**2 + 0.25**2) / 2] * 6, 0.5, 0.5]
     assert thick.noise_hu == pytest.approx([10 * np.sqrt(np.mean(variances))] * 2, rel=0.02)
+
+
+def test_the_own_noise_of_a_real_series_falls_with_its_slices() -> None:
+    scan = replace(_ramp(), target_noise_hu=8.0, source_noise_hu=8.0)
+    thick = thick_to_thin(scan)
+    assert thick.target_noise_hu == 8
+    assert thick.source_noise_hu == pytest.approx(0.8 * thick.noise_hu[0])
 
 
 def test_a_scan_is_made_once(tmp_path: Path) -> None:
@@ -130,6 +138,29 @@ def test_files_that_were_replaced_are_read_again(tmp_path: Path) -> None:
         changed = middle()
         assert changed[k] == pytest.approx(300, abs=5)
         assert len(list((tmp_path / "store").iterdir())) == 2 + k
+
+
+@pytest.mark.parametrize("slices", [1, 6])
+def test_a_series_without_partner_is_shown_thick_too(
+    tmp_path: Path, slices: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every second slice brighter: averaged in pairs, that is gone."""
+    rng = np.random.default_rng(3)
+    hu = rng.normal(40, 20, (slices, 96, 96)) + 60.0 * (np.arange(slices) % 2)[:, None, None]
+    files = write_series(tmp_path / "series", hu, spacing_mm=(2.0, 2.0, 2.0))
+    case = Case("somebody", "1.2.3", tuple(files), None, None, "", 1.0)
+    scan = Preparation(tmp_path / "store", 1, 1.0).case(case)
+    if slices == 1:
+        assert scan is None
+        assert "1.2.3: left out. one slice only" in capsys.readouterr().out
+        return
+    assert scan is not None
+    assert np.ptp(np.median(scan.target.astype(np.float32), axis=(1, 2))) == pytest.approx(60, abs=3)
+    assert np.ptp(np.median(scan.source.astype(np.float32), axis=(1, 2))) < 5
+    unpaired = Preparation(tmp_path / "store", 1, None).case(case)
+    assert unpaired is not None
+    assert np.array_equal(unpaired.source, unpaired.target)
+    assert np.array_equal(unpaired.target, scan.target)
 
 
 def test_phantoms_stay_in_the_store_when_real_scans_are_made_otherwise(

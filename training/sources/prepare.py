@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ class Preparation:
     seed
         Of the noise of real series.
     z_target_mm
-        As in `training.sources.pairs.load_pair`; phantoms are then shown in thick slices.
+        As in `training.sources.pairs.load_pair`; what has no partner is then shown in slices twice as thick.
     """
 
     store: Path
@@ -49,16 +50,13 @@ class Preparation:
 
     def case(self, case: Case) -> Scan | None:
         """The scan of a case; none if it is refused, which is no reason to stop a training with hundreds of others."""
-        what = {
-            "revision": REAL_REVISION,
-            "full": _known(case.full),
-            "seed": self.seed,
-            "z_target_mm": self.z_target_mm,
-        }
+        what: dict[str, Any] = {"revision": REAL_REVISION, "full": _known(case.full), "seed": self.seed}
         try:
             if case.low is None:
-                return kept(self.store, what, lambda: real_scan(case, self.seed))
-            return kept(self.store, {**what, "low": _known(case.low)}, lambda: paired_scan(case, self.z_target_mm))
+                scan = kept(self.store, what, lambda: real_scan(case, self.seed))
+                return thick_to_thin(scan) if self.z_target_mm else scan
+            what |= {"low": _known(case.low), "z_target_mm": self.z_target_mm}
+            return kept(self.store, what, lambda: paired_scan(case, self.z_target_mm))
         except (SeriesRefused, PairRefused, ScanRefused) as error:
             print(f"{case.name}: left out. {error}")
             return None

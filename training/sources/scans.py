@@ -169,8 +169,16 @@ def paired_scan(case: Case, z_target_mm: float | None = None) -> Scan:
 def thick_to_thin(scan: Scan) -> Scan:
     """`scan` with a source twice as thick as its target: two slices averaged, then interpolated to the slices again.
 
-    Wei and Hsu (MIDL 2021) learn 1.0 mm from 2.0 mm. The noise is that of the thick slices, and so are its levels.
+    Wei and Hsu (MIDL 2021) learn 1.0 mm from 2.0 mm. The noise is that of the thick slices, and so are its levels; the
+    own noise of a real target falls as the noise to add does.
+
+    Raises
+    ------
+    ScanRefused
+        If there is one slice only.
     """
+    if len(scan.target) < 2:
+        raise ScanRefused("one slice only: there is none to average it with")
 
     def averaged(hu: Half) -> Half:
         pairs = hu[: len(hu) // 2 * 2].astype(np.float32).reshape(-1, 2, *hu.shape[1:]).mean(1)
@@ -182,12 +190,17 @@ def thick_to_thin(scan: Scan) -> Scan:
         return thick
 
     noises = tuple(averaged(n) for n in scan.noises)
-    levels = (
-        level * float(after.std(dtype=np.float64) / before.std(dtype=np.float64))
-        for level, before, after in zip(scan.noise_hu, scan.noises, noises, strict=True)
-    )
+    falls = [
+        float(after.std(dtype=np.float64) / before.std(dtype=np.float64))
+        for before, after in zip(scan.noises, noises, strict=True)
+    ]
     return replace(
-        scan, name=f"{scan.name}, thick", source=averaged(scan.source), noises=noises, noise_hu=tuple(levels)
+        scan,
+        name=f"{scan.name}, thick",
+        source=averaged(scan.source),
+        source_noise_hu=scan.source_noise_hu * sum(falls) / len(falls),
+        noises=noises,
+        noise_hu=tuple(level * fall for level, fall in zip(scan.noise_hu, falls, strict=True)),
     )
 
 
