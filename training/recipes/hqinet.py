@@ -17,6 +17,9 @@ from training.losses import l1_ssim
 from training.recipes import ENVELOPE, Recipe, flat, plane
 
 
+WHOLE = "Every pixel depends on means over the whole image, so what lies elsewhere in it can change a region."
+
+
 def _card(name: str, limits: str) -> dict[str, Any]:
     return {
         "name": name,
@@ -25,7 +28,7 @@ def _card(name: str, limits: str) -> dict[str, Any]:
         "doi": "",
         "input": "slab3",
         "patch_zyx": [3, 256, 256],
-        "overlap_zyx": [1, 128, 128],
+        "overlap_zyx": [1, 512, 512],  # means over the image: the whole of it
         "valid_for": ENVELOPE,
         "noise_map": False,
         "limits": limits,
@@ -38,7 +41,7 @@ def _loss(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.T
 
 RECIPES = {
     "hqinet": Recipe(
-        card=_card("hqinet", "Blind to the noise level."),
+        card=_card("hqinet", f"Blind to the noise level. {WHOLE}"),
         network=lambda: flat(HQINet()),
         predict=plane,
         loss=lambda: _loss,
@@ -47,7 +50,7 @@ RECIPES = {
         schedule=Schedule(steps=6_000, learning_rate=0.01, betas=(0.9, 0.999), warm_up=0, decay_part=0),
     ),
     "hqinet-lite": Recipe(
-        card=_card("hqinet-lite", "A small HQINet for the CPU. Blind to the noise level."),
+        card=_card("hqinet-lite", f"A small HQINet for the CPU. Blind to the noise level. {WHOLE}"),
         network=lambda: flat(HQINet.lite()),
         predict=plane,
         loss=lambda: _loss,
