@@ -16,7 +16,6 @@ from training.loop import Schedule
 from training.losses import l1_ssim
 from training.recipes import ENVELOPE, Recipe, flat, plane
 
-
 WHOLE = "Every pixel depends on means over the whole image, so what lies elsewhere in it can change a region."
 
 
