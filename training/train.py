@@ -30,6 +30,7 @@ from training.loop import Loss, Run
 from training.metrics import SOFT_TISSUE, psnr
 from training.recipes import MODULES, Recipe, recipe
 from training.recipes.cascade import Perceptual
+from training.simulation.simulated_series import is_simulated
 from training.sources.layouts import Case, find
 from training.sources.prepare import Preparation, make, scans_of
 from training.sources.splits import entry_of, folds, split
@@ -95,14 +96,20 @@ def _hardware() -> str:
 
 
 def taught(cases: Sequence[Case]) -> list[Case]:
-    """Cases to learn from; what the split table keeps for tests, or from being a target, is not among them."""
+    """Cases to learn from.
+
+    What the split table keeps for tests, or from being a target, is not among them, nor is a series whose full dose is
+    a simulated low one.
+    """
     teach = []
     for case in cases:
         entry = entry_of(case.name)
-        if entry is None or entry.target:
-            teach.append(case)
-        else:
+        if entry is not None and not entry.target:
             print(f"{entry.series}: left out, {entry.role}. {entry.reason}")
+        elif is_simulated(case.full[0]):
+            print(f"{case.name}: left out, a low dose that `simulate` made: give the series that it was made of")
+        else:
+            teach.append(case)
     return teach
 
 

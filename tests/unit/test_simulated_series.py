@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from pydicom import dcmread, dcmwrite
+from pydicom.dataset import Dataset
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from pipelines.ct_slice import SeriesRefused, is_own_output
@@ -47,6 +48,18 @@ def source(tmp_path: Path) -> list[Path]:
 
 def write(volume: Volume, hu: Array, out: Path, made: str = "made") -> list[Path]:
     return simulated_series.write_series(volume, hu, 0.25, made, out)
+
+
+def test_a_simulated_series_is_known_as_one(source: list[Path], tmp_path: Path) -> None:
+    def made_by(ds: Dataset, manufacturer: str) -> None:
+        ds.ContributingEquipmentSequence = [Dataset()]
+        ds.ContributingEquipmentSequence[0].Manufacturer = manufacturer
+
+    volume = read_volume(source)
+    assert not simulated_series.is_simulated(source[0])
+    assert all(simulated_series.is_simulated(path) for path in write(volume, volume.hu, tmp_path / "out"))
+    edit(source[0], lambda ds: made_by(ds, "dicomnode training"))
+    assert not simulated_series.is_simulated(source[0])
 
 
 def test_what_is_read_back_is_what_was_simulated(source: list[Path], tmp_path: Path) -> None:

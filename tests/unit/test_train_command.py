@@ -15,14 +15,16 @@ from safetensors.torch import load_file
 
 from pipelines.ffdnet import FFDNet
 from pipelines.runtime import WeightsDamaged, load_network, read_card
+from pipelines.volume import read_volume
 from training import train
 from training.__main__ import COMMANDS, main
 from training.card import UNCHECKED, Source, source_of
 from training.export import export
 from training.features import WeightsMissing
 from training.recipes import MODULES, Recipe, recipe
+from training.simulation import simulated_series
 from training.sources import scans
-from training.sources.layouts import Case
+from training.sources.layouts import Case, find
 
 
 @pytest.fixture(autouse=True)
@@ -112,11 +114,21 @@ def test_leave_one_out_trains_once_without_each(tmp_path: Path, capsys: pytest.C
         assert not any(subject in name for name in names)
 
 
-def test_series_kept_for_tests_are_never_taught(capsys: pytest.CaptureFixture[str]) -> None:
+def test_series_kept_for_tests_are_never_taught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["philips-brilliance16-lungdxA0001-B-5mm", "ge-lightspeed16-rider-chestpe-1p25mm", "of the user"]
-    cases = [Case(name, name, (), None, None, "", 1.0) for name in names]
+    files = tuple(write_series(tmp_path, np.zeros((1, 8, 8))))
+    cases = [Case(name, name, files, None, None, "", 1.0) for name in names]
     assert [case.name for case in train.taught(cases)] == [names[0], names[2]]
     assert f"{names[1]}: left out, test." in capsys.readouterr().out
+
+
+def test_a_simulated_low_dose_is_no_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write_series(tmp_path / "data" / "own", np.zeros((2, 8, 8)))
+    volume = read_volume(files)
+    simulated_series.write_series(volume, volume.hu, 0.25, "made", tmp_path / "data" / "made")
+    (taught,) = train.taught(find(tmp_path / "data"))
+    assert set(taught.full) == set(files)
+    assert "left out, a low dose that `simulate` made" in capsys.readouterr().out
 
 
 def test_a_series_that_is_refused_stops_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ from training.simulation.simulated_volume import simulate, unmeasured
 HELP = "make a low-dose series out of a full-dose one"
 NAMESPACE = uuid.UUID("0a3d5a86-8c53-4f0e-b7f1-4a5b1b7f7a0e")
 """Made once at random. Never change it: every simulated object would get another identity."""
-MANUFACTURER = "dicomnode training"
+MANUFACTURER, MODEL = "dicomnode training", "low-dose simulation"
 """In the ContributingEquipmentSequence; not that of the node, which refuses what it derived itself."""
 SERIES_NUMBER_OFFSET = 2000
 LO_MAX_CHARACTERS = 64
@@ -127,6 +127,22 @@ def describe(found: Calibration) -> str:
         f"(from {found.kernel_from}{fitted}); {found.beam.n0:.3g} photons per mm and degree; thickness/increment "
         f"{found.overlap:.2f}; current {min(found.current):.2f} to {max(found.current):.2f}"
     )
+
+
+def is_simulated(path: Path) -> bool:
+    """Was this image written by `write_series`? Its ContributingEquipmentSequence tells (PS3.3 C.12.1).
+
+    Raises
+    ------
+    pipelines.elements.BadElement
+        If that sequence cannot be read.
+    """
+    with _pydicom_silent():
+        ds = dcmread(path, stop_before_pixels=True, specific_tags=["ContributingEquipmentSequence"])
+        return any(
+            (text(item, "Manufacturer"), text(item, "ManufacturerModelName")) == (MANUFACTURER, MODEL)
+            for item in items(ds, "ContributingEquipmentSequence")
+        )
 
 
 def read_series(folder: Path) -> Volume:
@@ -253,7 +269,7 @@ def _say(ds: Dataset, series_uid: str, uid: str, dose: float, made: str) -> None
     ds.SourceImageSequence = Sequence([source])
     equipment = Dataset()
     equipment.Manufacturer = MANUFACTURER
-    equipment.ManufacturerModelName = "low-dose simulation"
+    equipment.ManufacturerModelName = MODEL
     equipment.ContributionDescription = "Low-dose simulation"
     equipment.PurposeOfReferenceCodeSequence = Sequence([_code("109102", "Processing Equipment")])
     _append(ds, "ContributingEquipmentSequence", equipment)
