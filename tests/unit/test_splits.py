@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 from conftest import DATA
 
-from training.sources.splits import Role, entry_of, folds, kernel_pairs, split, table
+from training.sources.splits import Role, entry_of, folds, split, table
 
 Fractions = dict[Role, float]
 
@@ -69,20 +69,8 @@ def test_a_series_is_known_by_name_and_by_uid() -> None:
 def test_targets_teach_and_are_no_sharp_twins() -> None:
     targets = [entry for entry in table() if entry.target]
     assert {entry.role for entry in targets} == {"train"}
-    assert not {entry.series for entry in targets} & {pair.sharp for pair in kernel_pairs()}
+    assert not [entry.series for entry in targets if "Sharp kernel" in entry.reason]
     assert len({entry.subject for entry in targets}) == len(targets) == 4
-
-
-def test_kernel_pairs_are_two_series_of_a_subject_that_teaches() -> None:
-    of = {entry.series: entry for entry in table()}
-    assert {(pair.soft, pair.sharp) for pair in kernel_pairs()} == {
-        ("philips-brilliance16-lungdxA0001-B-5mm", "philips-brilliance16-lungdxA0001-L-5mm"),
-        ("siemens-sensation10-lungdxA0002-B40f-8mm", "siemens-sensation10-lungdxA0002-B70f-8mm"),
-        ("philips-ingenuity-headphantom-1mm-UB", "philips-ingenuity-headphantom-1mm-YA"),
-    }
-    for pair in kernel_pairs():
-        assert of[pair.soft].subject == of[pair.sharp].subject == pair.subject
-        assert of[pair.soft].role == of[pair.sharp].role == "train"
 
 
 @pytest.mark.parametrize(

@@ -40,18 +40,6 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelPair:
-    """Two reconstructions of one acquisition on the same voxels: the sharp minus the soft one is real noise texture.
-
-    Edges are in the difference as well, and the soft one may be an iterative reconstruction.
-    """
-
-    subject: str
-    soft: str
-    sharp: str
-
-
-@dataclass(frozen=True, slots=True)
 class Fold:
     """One part of a leave-one-patient-out cross-validation."""
 
@@ -63,12 +51,6 @@ class Fold:
 def table() -> tuple[Entry, ...]:
     """The split table."""
     return tuple(Entry(**row) for row in json.loads(_TABLE.read_text(encoding="utf-8"))["series"])
-
-
-@cache
-def kernel_pairs() -> tuple[KernelPair, ...]:
-    """Pairs of series of the table that show one acquisition in two kernels."""
-    return tuple(KernelPair(**row) for row in json.loads(_TABLE.read_text(encoding="utf-8"))["kernel_pairs"])
 
 
 def entry_of(series: str) -> Entry | None:
