@@ -317,18 +317,11 @@ def _texture(drawn: _Drawn, spacing_mm: Triple, rng: np.random.Generator) -> Arr
     return np.asarray(amplitude * field / field.std(), np.float32)
 
 
-def lungs(hu: Array, spacing_mm: Triple) -> Mask:
+def _coarse_lungs(hu: Array, spacing_mm: Triple) -> tuple[Mask, int]:
     """Where lung is, without its larger vessels, from an image smoothed over 2 mm; (z, y, x).
 
-    Lung that the edge of the image cuts is left out.
+    On pixels larger by the factor that is returned too. Lung that the edge of the image cuts is left out.
     """
-    coarse, factor = _coarse_lungs(hu, spacing_mm)
-    fine = coarse.repeat(factor, axis=1).repeat(factor, axis=2)
-    return np.pad(fine, [(0, n - m) for n, m in zip(hu.shape, fine.shape, strict=True)])
-
-
-def _coarse_lungs(hu: Array, spacing_mm: Triple) -> tuple[Mask, int]:
-    """The lungs on pixels larger by the factor that is returned too."""
     factor = max(round(_COARSE_MM / spacing_mm[1]), 1)
     rows, columns = (n // factor for n in hu.shape[1:])
     blocks = hu[:, : rows * factor, : columns * factor].reshape(-1, rows, factor, columns, factor)
