@@ -17,7 +17,7 @@ from pipelines.base import Options, Pipeline, check_options, load, names
 from training.command_line import without_folders
 from training.measuring import bar, classical, model_page, rods
 from training.measuring.cases import Trial, pair_trials, phantom_trials, simulated_trials
-from training.measuring.lpips import lpips
+from training.measuring.lpips import digests, lpips
 from training.measuring.report import Measurement, markdown, write_csv
 from training.measuring.scores import INPUT, rod_rows, score
 from training.metrics import LUNG
@@ -117,7 +117,10 @@ def measure(args: argparse.Namespace) -> Measurement:
     networks = _networks(args)
     filters: dict[float, list[_Entrant]] = {}
     measured = Measurement(command_line(args), args.title)
-    perceptual = None if args.lpips is None else partial(lpips, window=LUNG, weights=args.lpips)
+    perceptual = None
+    if args.lpips is not None:
+        perceptual = partial(lpips, window=LUNG, weights=args.lpips)
+        measured.lpips_weights = digests(args.lpips)
     for trial in _trials(args):
         measured.begin(trial)
         own = list(_filters(args, trial, measured))

@@ -71,6 +71,14 @@ def test_options_that_a_pipeline_cannot_take_are_refused_at_once(monkeypatch: py
         evaluate.measure(_parsed("soft", "--strength", "1.6"))
 
 
+def test_weights_of_lpips_come_into_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "digests", lambda weights: {"alexnet": str(weights)})
+    monkeypatch.setattr(evaluate, "lpips", lambda image, truth, window, weights: 0.25)
+    measured = evaluate.measure(_parsed("soft", "--doses", "0.25", "--slices", "1", "--lpips", "folder"))
+    assert measured.lpips_weights == {"alexnet": "folder"}
+    assert {row.value for row in measured.rows if row.metric == "LPIPS"} == {0.25}
+
+
 def test_card_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     written = []
 

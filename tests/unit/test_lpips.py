@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from plain_convolution import convolve, max_pool
 
 from training.features import WeightsMissing
-from training.measuring.lpips import BACKBONE_FILE, HEADS_FILE, Lpips, lpips
+from training.measuring.lpips import BACKBONE_FILE, HEADS_FILE, Lpips, digests, lpips
 from training.metrics import LUNG, SOFT_TISSUE, Window
 
 Float64 = NDArray[np.float64]
@@ -101,6 +102,11 @@ def test_lpips_is_that_of_the_package(weights: Path, pair: tuple[Float64, Float6
     with torch.no_grad():
         expected = reference(*planes).mean().item()
     assert lpips(*pair, LUNG, weights) == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_are_told_apart_by_their_digests(weights: Path) -> None:
+    expected = {name: hashlib.sha256((weights / name).read_bytes()).hexdigest() for name in (BACKBONE_FILE, HEADS_FILE)}
+    assert digests(weights) == expected
 
 
 def test_equal_images_and_what_is_clipped(weights: Path, pair: tuple[Float64, Float64]) -> None:

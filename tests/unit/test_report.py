@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Measur
         measured.add(trial, INPUT, _result(trial, INPUT, [value - 5 for value in psnr]))
         measured.add(trial, "net", _result(trial, "net", psnr))
     measured.steady["net"] = Steadiness(0.5, 100.0, 0.0)
+    measured.lpips_weights = {"alexnet.pth": "12ab", "heads.pth": "34cd"}
     return out, markdown(measured, out), measured
 
 
@@ -64,6 +66,13 @@ def test_the_bar_stands_above(written: tuple[Path, str, Measurement]) -> None:
     _, text, _ = written
     assert text.index("## The bar") < text.index("## What was measured")
     assert "| net | contrast recovery of 6 mm, 30 HU at least 0.95 | 0.987 in scan A at 0.25 | pass |" in text
+
+
+def test_weights_of_lpips_are_named(written: tuple[Path, str, Measurement]) -> None:
+    out, text, measured = written
+    assert "SHA-256: alexnet.pth `12ab`, heads.pth `34cd`." in text
+    without = markdown(replace(measured, lpips_weights={}), out)
+    assert "by weights of SHA-256" not in without
 
 
 def test_pictures_are_there_small_and_named_by_the_data(written: tuple[Path, str, Measurement]) -> None:

@@ -121,6 +121,11 @@ def _network(weights: Path) -> Lpips:
     return Lpips(weights)
 
 
+def digests(weights: Path) -> dict[str, str]:
+    """SHA-256 of both files by name; raises as `Lpips`."""
+    return dict(zip((BACKBONE_FILE, HEADS_FILE), _network(weights).sha256, strict=True))
+
+
 def lpips(image: Array, truth: Array, window: Window, weights: Path) -> float:
     """LPIPS of an image against the truth, 0 for equal ones; the mean over axial slices.
 

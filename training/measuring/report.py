@@ -55,6 +55,8 @@ class Measurement:
     spectra: dict[float, dict[str, dict[str, Curve]]] = field(default_factory=dict)
     steady: dict[str, bar.Steadiness] = field(default_factory=dict)
     """Filled where the bar was asked for."""
+    lpips_weights: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file, where LPIPS was measured."""
 
     def begin(self, trial: Trial) -> None:
         """Note a trial whose results follow."""
@@ -190,6 +192,9 @@ def markdown(measured: Measurement, out: Path) -> str:
         passed = sum(line.passed for line in lines)
         parts += ["## The bar", f"{passed} of {len(lines)} lines passed.", bar.table(lines)]
     parts += ["## What was measured", METHODS, _grid(head, []) + "\n" + "\n".join(measured.cases)]
+    if measured.lpips_weights:
+        weights = ", ".join(f"{name} `{digest}`" for name, digest in measured.lpips_weights.items())
+        parts.append(f"LPIPS is that of AlexNet, version 0.1, by weights of SHA-256: {weights}.")
     if measured.parameters:
         parts.append(
             _grid(["filter", "case", "dose", "parameter", "value"], []) + "\n" + "\n".join(measured.parameters)
