@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from training.measuring import bar, figures, papers
 from training.measuring.cases import Trial
-from training.measuring.scores import IMAGE_METRICS, WINDOWS, Result, Row, values
+from training.measuring.scores import IMAGE_METRICS, WINDOWS, Result, Row, case_means, values
 from training.metrics import SOFT_TISSUE
 from training.physics import Curve
 
@@ -85,8 +85,7 @@ class Measurement:
 
 def _mean_of_cases(rows: Sequence[Row], metric: str) -> str:
     """Mean over slices, then over cases."""
-    cases = dict.fromkeys(row.case for row in rows)
-    means = [float(np.mean(found)) for case in cases if (found := values(rows, case=case, metric=metric))]
+    means = case_means(rows, metric)
     return f"{np.mean(means):.{_DIGITS.get(metric, 3)}f}" if means else "–"
 
 

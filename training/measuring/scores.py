@@ -64,6 +64,15 @@ def values(rows: Iterable[Row], **where: str | float) -> list[float]:
     return [row.value for row in rows if all(getattr(row, field) == wanted for field, wanted in where.items())]
 
 
+def case_means(rows: Iterable[Row], metric: str) -> list[float]:
+    """Mean over the slices of each case that has `metric`."""
+    cases: dict[str, list[float]] = {}
+    for row in rows:
+        if row.metric == metric:
+            cases.setdefault(row.case, []).append(row.value)
+    return [float(np.mean(found)) for found in cases.values()]
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """The rows of one pipeline on one trial, and what pictures need of it."""
