@@ -17,11 +17,13 @@ from torch import nn
 from training.data import ADDED_DOSE, ADDED_NOISE_HU
 from training.sources.layouts import Case
 from training.sources.scans import HU_RANGE
+from training.sources.splits import entry_of
 
-NEVER_TRIED = (
-    "Head, neck, limbs, children; iterative or network reconstructions; dual-energy, cone-beam; sharp (lung, bone) "
-    "kernels; photon starvation and metal streaks; reading by a radiologist."
+_NEVER_TAUGHT = (
+    "Head, neck and limbs of patients; children; iterative or network reconstructions of patients; dual-energy, "
+    "cone-beam; photon starvation and metal streaks"
 )
+"""What neither phantoms nor the series of the split table that teach show."""
 UNCHECKED = (
     "Given here as known to us, not checked against the collection's own page; check there before redistributing."
 )
@@ -144,6 +146,16 @@ def _trained_on(record: TrainingRecord) -> str:
     return " ".join(parts) + (f" Series: {names}." if names else "")
 
 
+def _never_tried_on(record: TrainingRecord) -> str:
+    """What the training did not show; of series that our table does not know, their owner knows that alone."""
+    if any(entry_of(source.name) is None for source in record.series):
+        seen = "the series named above and the phantoms" if record.phantoms else "the series named above"
+        never = f"Whatever {seen} do not show: regions, ages, kernels, reconstructions, artefacts"
+    else:  # those of the table are all of soft kernels
+        never = _NEVER_TAUGHT + ("" if record.phantoms else "; sharp (lung, bone) kernels")
+    return never + "; reading by a radiologist."
+
+
 def write_network(out: Path, card: Mapping[str, Any], network: nn.Module, record: TrainingRecord) -> None:
     """Write ``NAME.safetensors`` (half precision) and ``NAME.json`` into `out`.
 
@@ -175,7 +187,7 @@ def write_network(out: Path, card: Mapping[str, Any], network: nn.Module, record
         "precision": "fp32",
         "weights_sha256": digest,
         "trained_on": _trained_on(record),
-        "never_tried_on": NEVER_TRIED,
+        "never_tried_on": _never_tried_on(record),
         "training": asdict(record),
         "measured": {},
     }
