@@ -20,8 +20,10 @@ from training.data import Batch, Sampler
 
 GRADIENT_LIMIT = 1.0
 AVERAGE_DECAY = 0.998
-CHECK_EVERY, LOG_EVERY = 500, 50
-"""Steps between two validations, and between two lines of the log."""
+LOG_EVERY = 50
+"""Steps between two lines of the log."""
+_CHECKS, _CHECK_EVERY = 20, 500
+"""Validations of a training, at least; and steps between two of them, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,11 @@ class Schedule:
     def decay_from(self) -> int:
         """Step at which the decay begins."""
         return round(self.steps * (1 - self.decay_part))
+
+    @property
+    def check_every(self) -> int:
+        """Steps between two validations; so few that `training.card.Plateau` finds enough of them."""
+        return max(min(_CHECK_EVERY, self.steps // _CHECKS), 1)
 
     def until(self, steps: int) -> Schedule:
         """The same with another number of steps."""
@@ -272,7 +279,7 @@ class Run:
                     left = (now - begun) / (self.step - first) * (self.schedule.steps - self.step)
                     print(f"step {self.step}/{self.schedule.steps}  loss {mean:.5f}  ETA {left / 60:.0f} min", end="\r")
                     sys.stdout.flush()
-                if self.step % CHECK_EVERY == 0 or self.step == self.schedule.steps:
+                if self.step % self.schedule.check_every == 0 or self.step == self.schedule.steps:
                     measured = self.validate(self.average)
                     write(**measured)
                     words = "  ".join(f"{name} {value:.3f}" for name, value in measured.items())

@@ -108,7 +108,7 @@ def test_a_longer_run_forgets_the_decay_of_the_shorter_one(tmp_path: Path) -> No
     ours, theirs = _weights(whole), _weights(again)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
-    assert steps == [20]  # the last validation of the short run is gone with its decay
+    assert steps == list(range(1, 21))  # the validations in the decay of the short run are gone with it
 
 
 def test_another_training_in_the_folder_is_refused(tmp_path: Path) -> None:
@@ -155,6 +155,18 @@ def test_rates_warm_up_stay_and_fall() -> None:
     assert {Schedule(100, 0.01, warm_up=0, decay_part=0).rate(step) for step in range(100)} == {0.01}
 
 
+@pytest.mark.parametrize("decay_part", [0.0, 0.2])
+@pytest.mark.parametrize("steps", [20, 50, 250, 1000, 4000, 4300, 7000, 10_000, 60_000])
+def test_validations_are_enough_to_tell_a_plateau(tmp_path: Path, steps: int, decay_part: float) -> None:
+    schedule = Schedule(steps, 1.0, decay_part=decay_part)
+    assert schedule.check_every <= 500
+    checks = range(schedule.check_every, steps + 1, schedule.check_every)
+    assert len(checks) <= max(40, steps // 500)
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(f'{{"step": {k}, "validation_psnr_db": 30.0}}\n' for k in checks), encoding="utf-8")
+    assert Plateau.of(log, schedule.decay_from).gain_db == pytest.approx(0, abs=1e-6)
+
+
 def test_it_learns_and_logs(tmp_path: Path) -> None:
     _run(tmp_path, Schedule(200, 3e-3, warm_up=10)).train(lambda: None)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -162,7 +174,7 @@ def test_it_learns_and_logs(tmp_path: Path) -> None:
     assert [(line["step"], line["samples"]) for line in logged] == [(50, 200), (100, 400), (150, 600), (200, 800)]
     assert logged[-1]["loss"] < 0.7 * logged[0]["loss"]
     assert logged[-1]["rate"] < logged[1]["rate"]
-    assert [line["step"] for line in lines if "validation_psnr_db" in line] == [200]
+    assert [line["step"] for line in lines if "validation_psnr_db" in line] == list(range(10, 201, 10))
 
 
 def test_frozen_weights_stay(tmp_path: Path) -> None:
