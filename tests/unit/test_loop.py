@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from training.card import Plateau
 from training.data import Batch, Sampler
-from training.loop import Adversary, OtherTraining, Run, Schedule
+from training.loop import Adversary, Loss, OtherTraining, Run, Schedule
 from training.losses import charbonnier
 from training.sources.scans import Scan
 
@@ -47,6 +48,20 @@ def _loss(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.T
     return charbonnier(denoised, target)
 
 
+class _Tiring(nn.Module):
+    """A loss that depends on what it has seen before."""
+
+    seen: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+        self.seen += 1
+        return charbonnier(denoised, target) + charbonnier(denoised, batch.noisy[:, 1:2]) / self.seen
+
+
 CRITIC = Adversary(
     critic=lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 1)),
     critic_loss=lambda critic, denoised, target, number: (critic(denoised) - critic(target)).mean(),
@@ -58,11 +73,18 @@ CRITIC = Adversary(
 STEADY = Schedule(9, 1e-3, warm_up=2, decay_part=0)
 
 
-def _run(out: Path, schedule: Schedule, adversary: Adversary | None = None, what: str = "", commit: str = "a") -> Run:
+def _run(
+    out: Path,
+    schedule: Schedule,
+    adversary: Adversary | None = None,
+    what: str = "",
+    commit: str = "a",
+    loss: Loss = _loss,
+) -> Run:
     torch.manual_seed(1)
     network = _Network()
     validate = lambda network: {"validation_psnr_db": 30.0}  # noqa: E731  # a measure of no interest here
-    return Run(network, _predict, _loss, _sampler(), schedule, validate, out, what, commit, adversary)
+    return Run(network, _predict, loss, _sampler(), schedule, validate, out, what, commit, adversary)
 
 
 def _weights(run: Run) -> dict[str, torch.Tensor]:
@@ -72,9 +94,15 @@ def _weights(run: Run) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
 
 
-@pytest.mark.parametrize("adversary", [None, CRITIC])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, adversary: Adversary | None) -> None:
-    whole = _run(tmp_path / "whole", STEADY, adversary)
+@pytest.mark.parametrize(
+    ("adversary", "loss"),
+    [(None, lambda: _loss), (CRITIC, lambda: _loss), (None, _Tiring)],
+    ids=["plain", "critic", "loss with state"],
+)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    tmp_path: Path, adversary: Adversary | None, loss: Callable[[], Loss]
+) -> None:
+    whole = _run(tmp_path / "whole", STEADY, adversary, loss=loss())
     whole.train(lambda: None)
 
     class Stopped(Exception):
@@ -83,11 +111,11 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, adversa
     def stop() -> None:
         raise Stopped
 
-    parts = _run(tmp_path / "parts", STEADY, adversary)
+    parts = _run(tmp_path / "parts", STEADY, adversary, loss=loss())
     with pytest.raises(Stopped):
         parts.train(stop, checkpoint_minutes=0)
     assert 0 < parts.step < STEADY.steps
-    parts = _run(tmp_path / "parts", STEADY, adversary)
+    parts = _run(tmp_path / "parts", STEADY, adversary, loss=loss())
     assert parts.step > 0
     parts.train(lambda: None)
     ours, theirs = _weights(whole), _weights(parts)
