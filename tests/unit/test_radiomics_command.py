@@ -192,7 +192,6 @@ def test_given_masks_leave_the_image_alone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_quick")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     folders = [tmp_path / "secret" / name for name in ("one", "two")]
     out = tmp_path / "secret" / "out"
     words = ["radiomics", "--pipelines", "identity", "--reference", "low-dose", "--nodules", "5", "--dose", "0.1"]
@@ -233,7 +232,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_paper_s_number_stands_beside_its_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
     identity = load("identity")
 
     class Quantised:
