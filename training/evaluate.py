@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pipelines.base import Options, Pipeline, check_options, load, names
 from training.command_line import without_folders
-from training.measuring import bar, classical, model_page, rods
+from training.measuring import bar, classical, model_page, rods, seen
 from training.measuring.cases import Trial, pair_trials, phantom_trials, simulated_trials
 from training.measuring.lpips import digests, lpips
 from training.measuring.report import Measurement, markdown, write_csv
@@ -127,6 +127,9 @@ def measure(args: argparse.Namespace) -> Measurement:
         filters.setdefault(trial.dose, own)
         for name, pipeline, options in (*networks, *own):
             measured.add(trial, name, score(trial, name, pipeline, options, perceptual))
+            told = None if pipeline is None else seen.warning(pipeline.card.name, trial)
+            if told and told not in measured.warnings:  # once, whatever the doses
+                measured.warnings.append(told)
             print(f"{trial.case} at {trial.dose:g}: {name}", flush=True)
         if args.bar and trial.kind == "phantom" and not measured.steady:
             measured.steady = {
@@ -149,5 +152,7 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "report.md").write_text(markdown(measured, args.out), encoding="utf-8")
     write_csv(measured.rows, args.out / "numbers.csv")
+    for sentence in measured.warnings:
+        print(f"warning: {sentence}")
     if measured.steady:
         print(bar.table(bar.judge(measured.rows, measured.steady)))

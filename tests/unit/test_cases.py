@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ct_builder import uid, write_series
 from numpy.typing import NDArray
 from scipy.ndimage import label
 
@@ -123,12 +124,14 @@ def test_pairs_are_measured_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_pat
     rng = np.random.default_rng(0)
     full, low = (rng.normal(0, s, (9, 64, 64)).astype(np.float32) for s in (10, 20))
     alone = SimpleNamespace(name="alone", low=None, dose=None)
-    both = SimpleNamespace(name="both", low=(Path("x"),), dose=0.1)
+    files = tuple(write_series(tmp_path, np.zeros((1, 8, 8)), name="full"))
+    both = SimpleNamespace(name="both", low=(Path("x"),), full=files, dose=0.1)
     monkeypatch.setattr(cases, "find", lambda root: [alone, both])
     pair = SimpleNamespace(full=full, low=low, pixel_mm=0.7, spacing_mm=1.0)
     monkeypatch.setattr(cases, "load_pair", lambda case: pair)
     (trial,) = pair_trials(tmp_path, 1)
     assert (trial.case, trial.kind, trial.dose, trial.again) == ("both", "pair", 0.1, None)
+    assert trial.series_uid == uid("full")
     assert np.array_equal(trial.truth, full[1:8])
     assert np.array_equal(trial.low.hu, low[1:8])
     assert trial.scored == slice(3, 4)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import pytest
 
 from pipelines.base import OptionRefused
 from training import evaluate
-from training.measuring import model_page
-from training.measuring.cases import phantom_trials
+from training.measuring import model_page, seen
+from training.measuring.cases import Trial, phantom_trials
 from training.measuring.classical import Classical
 from training.measuring.scores import INPUT
 from training.metrics import SOFT_TISSUE
@@ -63,6 +65,28 @@ def test_options_reach_the_pipeline(tmp_path: Path) -> None:
     by = {(r.pipeline, r.metric): r.value for r in rows if r.case == "phantom" and not r.window}
     assert by["soft", "contrast recovery"] == pytest.approx(1, abs=1e-6)
     assert by["soft", "noise level (HU)"] == by[INPUT, "noise level (HU)"]
+
+
+def test_a_network_that_has_seen_a_series_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gaussian.json").write_text('{"training": {"series": [{"name": "theirs"}]}}', encoding="utf-8")
+    monkeypatch.setattr(seen, "WEIGHTS", tmp_path)
+
+    def trials(folder: Path, doses: list[float], slices: int) -> Iterator[Trial]:
+        for trial in phantom_trials(doses, slices, matrix=96):
+            yield replace(trial, kind="simulated", case=folder.name)
+
+    monkeypatch.setattr(evaluate, "simulated_trials", trials)
+    out = tmp_path / "out"
+    args = _parsed(
+        "soft", "--series", "a/theirs", "a/others", "--doses", "0.25", "0.1", "--slices", "1", "--out", str(out)
+    )
+    args.run(args)
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert text.count("**Warning:**") == 1
+    assert "**Warning:** gaussian was trained on the patient of theirs: " in text
+    assert "warning: gaussian was trained on the patient of theirs: " in capsys.readouterr().out
 
 
 def test_options_that_a_pipeline_cannot_take_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

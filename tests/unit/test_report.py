@@ -52,6 +52,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Measur
         measured.add(trial, INPUT, _result(trial, INPUT, [value - 5 for value in psnr]))
         measured.add(trial, "net", _result(trial, "net", psnr))
     measured.steady["net"] = Steadiness(0.5, 100.0, 0.0)
+    measured.warnings.append("net was trained on the patient of scan A.")
     measured.lpips_weights = {"alexnet.pth": "12ab", "heads.pth": "34cd"}
     return out, markdown(measured, out), measured
 
@@ -61,13 +62,19 @@ def test_means_are_over_slices_then_cases(written: tuple[Path, str, Measurement]
     assert re.search(r"\| net \| 27\.5000 \| 27\.50 \|", text)  # (31 + 24) / 2, not the mean of five slices
     assert "| net | 31.00 ± 1.00 | 24.00 ± 3.27 |" in text
     assert "| contrast recovery | 0.987 | 0.987 |" in text
-    assert "| scan A | simulated | 0.25 | 3 | 1.00 | 0.70 | 10.0 | 0.50 |" in text
+    assert "| scan A | simulated | unknown | 0.25 | 3 | 1.00 | 0.70 | 10.0 | 0.50 |" in text
 
 
 def test_the_bar_stands_above(written: tuple[Path, str, Measurement]) -> None:
     _, text, _ = written
     assert text.index("## The bar") < text.index("## What was measured")
     assert "| net | contrast recovery of 6 mm, 30 HU at least 0.95 | 0.987 in scan A at 0.25 | pass |" in text
+
+
+def test_a_warning_stands_above_the_numbers(written: tuple[Path, str, Measurement]) -> None:
+    _, text, _ = written
+    warning = text.index("**Warning:** net was trained on the patient of scan A.")
+    assert warning < text.index("## What was measured") < text.index("| ours: net |")
 
 
 def test_weights_of_lpips_are_named(written: tuple[Path, str, Measurement]) -> None:

@@ -14,8 +14,10 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom import dcmread
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
+from pipelines.elements import text
 from pipelines.noise import noise_level
 from pipelines.safety import LOWEST_HU, network_input
 from pipelines.volume import Geometry, Volume
@@ -67,6 +69,8 @@ class Trial:
     """Noise level of the truth; 0 of a phantom."""
     f50: float
     """Half-value frequency of the kernel, 1/mm: the band that an inserted lesion is blurred to."""
+    series_uid: str = ""
+    """SeriesInstanceUID of the full-dose series; a phantom has none."""
 
     @property
     def pixel_mm(self) -> float:
@@ -123,6 +127,13 @@ def phantom_trials(doses: Sequence[float], slices: int, seed: int = PHANTOM_SEED
         )
 
 
+def _series_uid(files: Sequence[Path]) -> str:
+    """Of the first file, which speaks for all."""
+    if not files:
+        return ""
+    return text(dcmread(files[0], stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]), "SeriesInstanceUID")
+
+
 def _half_value(kernel: Kernel) -> float:
     """The highest frequency of which `kernel` passes half, 1/mm."""
     grid = np.linspace(0, 4 * kernel.f50, 4001)
@@ -151,7 +162,18 @@ def simulated_trials(folder: Path, doses: Sequence[float], slices: int, seed: in
     scanner = replace(scanner, current=scanner.current[read])
     for dose in doses:
         low, again = (block.with_hu(simulate(block, dose, s, scanner)) for s in (seed, seed + _SECOND))
-        yield Trial(folder.name, "simulated", dose, low, again, truth, scored, level_hu, _half_value(scanner.kernel))
+        yield Trial(
+            folder.name,
+            "simulated",
+            dose,
+            low,
+            again,
+            truth,
+            scored,
+            level_hu,
+            _half_value(scanner.kernel),
+            _series_uid(volume.slice_paths),
+        )
 
 
 def lesions(trial: Trial) -> Array | None:
@@ -199,6 +221,6 @@ def pair_trials(root: Path, slices: int) -> Iterator[Trial]:
         padding = np.zeros(pair.full[read].shape, np.bool_)
         truth = np.ascontiguousarray(pair.full[read], np.float32)
         low = volume_of(np.ascontiguousarray(pair.low[read], np.float32), pair.pixel_mm, pair.spacing_mm, padding)
-        yield Trial(
-            case.name, "pair", case.dose, low, None, truth, scored, noise_level(truth, padding, pair.pixel_mm), F50
-        )
+        level_hu = noise_level(truth, padding, pair.pixel_mm)
+        uid = _series_uid(case.full)
+        yield Trial(case.name, "pair", case.dose, low, None, truth, scored, level_hu, F50, uid)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from training.measuring import bar, figures, papers
+from training.measuring import bar, figures, papers, seen
 from training.measuring.cases import Trial
 from training.measuring.scores import IMAGE_METRICS, WINDOWS, Result, Row, case_means, values
 from training.metrics import SOFT_TISSUE
@@ -28,6 +28,8 @@ over slices, then over cases. SSIM is Wang's (11 × 11 Gaussian, σ 1.5, K 0.01 
   who removes all noise removes the truth's too, and loses PSNR.
 - The noise of *simulated* comes from a virtual scan by a scanner whose kernel and photons were found from the noise of
   the series itself.
+- *Our networks* says what the split table does with a series: *trained on*, *patient trained on* (another series of the
+  patient), *test* (no training sees the patient), *unknown* (none of ours).
 - Shift is mean(out − in), HU, under masks from the noise-free truth or from a smoothed one.
 - The NPS is that of the noise left from two realisations, (out1 − out2)/√2, in squares of 32 × 32 pixels of soft
   tissue, 64 × 64 in the water of the rods. A falling mean frequency is the look of plastic.
@@ -48,6 +50,8 @@ class Measurement:
     rows: list[Row] = field(default_factory=list)
     cases: list[str] = field(default_factory=list)
     """Rows of the table of cases."""
+    warnings: list[str] = field(default_factory=list)
+    """Of networks that have seen what they are measured on."""
     parameters: list[str] = field(default_factory=list)
     """Rows of the table of what was chosen for the classical filters."""
     pictures: dict[float, dict[str, dict[str, Array]]] = field(default_factory=dict)
@@ -62,8 +66,8 @@ class Measurement:
         """Note a trial whose results follow."""
         geometry = trial.low.geometry.spacing_mm
         self.cases.append(
-            f"| {trial.case} | {trial.kind} | {trial.dose:g} | {trial.scored.stop - trial.scored.start} | "
-            f"{geometry[0]:.2f} | {trial.pixel_mm:.2f} | {trial.truth_noise_hu:.1f} | {trial.f50:.2f} |"
+            f"| {trial.case} | {trial.kind} | {seen.role(trial)} | {trial.dose:g} | "
+            f"{trial.scored.stop - trial.scored.start} | {geometry[0]:.2f} | {trial.pixel_mm:.2f} | {trial.truth_noise_hu:.1f} | {trial.f50:.2f} |"
         )
         truth = trial.truth[trial.scored]
         self.pictures.setdefault(trial.dose, {})[trial.case] = {"truth": truth[len(truth) // 2]}
@@ -184,12 +188,14 @@ def _dose_part(measured: Measurement, dose: float, out: Path) -> list[str]:
 def markdown(measured: Measurement, out: Path) -> str:
     """The report; draws its pictures into ``out/pictures``."""
     (out / _PICTURES).mkdir(parents=True, exist_ok=True)
-    head = ["case", "truth", "dose", "slices", "spacing (mm)", "pixel (mm)", "noise of truth (HU)", "kernel f50 (1/mm)"]
+    head = ["case", "truth", "our networks", "dose", "slices", "spacing (mm)", "pixel (mm)"]
+    head += ["noise of truth (HU)", "kernel f50 (1/mm)"]
     parts = [f"# {measured.title}", f"    {measured.command}"]
     if measured.steady:
         lines = bar.judge(measured.rows, measured.steady)
         passed = sum(line.passed for line in lines)
         parts += ["## The bar", f"{passed} of {len(lines)} lines passed.", bar.table(lines)]
+    parts += [f"**Warning:** {sentence}" for sentence in measured.warnings]
     parts += ["## What was measured", METHODS, _grid(head, []) + "\n" + "\n".join(measured.cases)]
     if measured.lpips_weights:
         weights = ", ".join(f"{name} `{digest}`" for name, digest in measured.lpips_weights.items())
