@@ -67,7 +67,8 @@ class Measurement:
         geometry = trial.low.geometry.spacing_mm
         self.cases.append(
             f"| {trial.case} | {trial.kind} | {seen.role(trial)} | {trial.dose:g} | "
-            f"{trial.scored.stop - trial.scored.start} | {geometry[0]:.2f} | {trial.pixel_mm:.2f} | {trial.truth_noise_hu:.1f} | {trial.f50:.2f} |"
+            f"{trial.scored.stop - trial.scored.start} | {geometry[0]:.2f} | {trial.pixel_mm:.2f} | "
+            f"{trial.truth_noise_hu:.1f} | {trial.f50:.2f} |"
         )
         truth = trial.truth[trial.scored]
         self.pictures.setdefault(trial.dose, {})[trial.case] = {"truth": truth[len(truth) // 2]}
