@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,25 +42,45 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "recipe", small)
 
 
-def _challenge(root: Path, subjects: list[str]) -> Path:
-    """The Grand Challenge in small: smooth full-dose images, and the same with noise."""
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Keeps the phantoms, which take longest: they are made once."""
+    return str(tmp_path_factory.mktemp("store"))
+
+
+def _challenge(subject: str, quarter: bool, number: int) -> Path:
+    """Where the Grand Challenge has an image."""
+    name = f"{subject}_{'QD' if quarter else 'FD'}_3_1.CT.0004.{number:04d}.IMA"
+    return Path(subject, "quarter_3mm" if quarter else "full_3mm", name)
+
+
+def _tcia(subject: str, quarter: bool, number: int) -> Path:
+    """Where LDCT-and-Projection-data has an image."""
+    dose = "Low" if quarter else "Full"
+    return Path(subject, "12-23-2021-NA-NA-1", f"1.000000-{dose} Dose Images-7158{quarter:d}", f"1-{number:03d}.dcm")
+
+
+def _pairs(root: Path, subjects: list[str], place: Callable[[str, bool, int], Path] = _challenge) -> Path:
+    """Real pairs in small: smooth full-dose images, and the same with noise."""
     for k, subject in enumerate(subjects):
         rng = np.random.default_rng(k)
         y, x = np.indices((112, 112))
         disc = np.hypot(y - 56, x - 56) < 50
         full = np.where(disc, 40.0 + 10 * np.sin(x / 9 + k), -1000.0)[None].repeat(4, 0)
-        for dose, hu in (("full", full), ("quarter", full + rng.normal(0, 25, full.shape))):
-            start = f"{subject}_{'FD' if dose == 'full' else 'QD'}_3_1"
-            folder = root / subject / f"{dose}_3mm"
+        for quarter, hu in ((False, full), (True, full + rng.normal(0, 25, full.shape))):
             elements = {"PatientID": subject, "PixelSpacing": [3.0, 3.0]}
-            for n, path in enumerate(write_series(folder, np.round(hu), name=f"{subject} {dose}", **elements)):
-                path.rename(folder / f"{start}.CT.0004.{n:04d}.IMA")
+            written = write_series(root / "new", np.round(hu), name=f"{subject} {quarter}", **elements)
+            for n, path in enumerate(written):
+                (root / place(subject, quarter, n)).parent.mkdir(parents=True, exist_ok=True)
+                path.rename(root / place(subject, quarter, n))
+    (root / "new").rmdir()
     return root
 
 
-def test_train_writes_weights_and_a_card_that_load(tmp_path: Path) -> None:
+def test_train_writes_weights_and_a_card_that_load(tmp_path: Path, store: str) -> None:
     out = tmp_path / "secret folder" / "run"
-    main(["train", "fast-2.5d", "--out", str(out), "--steps", "2", "--phantoms", "1", "--seed", "7"])
+    words = ["--out", str(out), "--steps", "2", "--phantoms", "1", "--seed", "7", "--store", store]
+    main(["train", "fast-2.5d", *words])
     card = read_card("fast-2.5d", out)
     load_network(FFDNet(), card, out)
     assert all(t.dtype == torch.float16 for t in load_file(out / "fast-2.5d.safetensors").values())
@@ -68,28 +89,31 @@ def test_train_writes_weights_and_a_card_that_load(tmp_path: Path) -> None:
     assert (training["steps"], training["samples"], training["seed"]) == (2, 8, 7)
     assert training["plateau"]["reached"] is False
     assert re.fullmatch(r"([0-9a-f]{40}\+?)?", training["commit"])
-    assert "--out run --steps 2" in training["command"]
+    assert "--out run --steps 2 --phantoms 1 --seed 7 --store store" in training["command"]
     assert "secret" not in json.dumps(written)
     assert card.version == card.weights_sha256[:8]
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_user_with_real_pairs_gets_a_trained_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("place", [_challenge, _tcia])
+def test_a_user_with_real_pairs_gets_a_trained_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: Callable[[str, bool, int], Path]
+) -> None:
     """Real pairs are found, a subject is kept for validation, and the noise really falls."""
-    root = _challenge(tmp_path / "data", [f"L{k:03d}" for k in range(10, 15)])
+    root = _pairs(tmp_path / "data", [f"L{k:03d}" for k in range(10, 15)], place)
     out = tmp_path / "run"
-    words = ["--data", str(root), "--phantoms", "0", "--steps", "250", "--out", str(out), "--workers", "1"]
+    words = ["--data", str(root), "--phantoms", "0", "--steps", "150", "--out", str(out), "--workers", "1"]
     main(["train", "fast-2.5d", *words])
     assert "4 scans to learn from, 1 to validate on" in capsys.readouterr().out
     log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert log[-1]["validation_gain_db"] > 0.5
     card = json.loads((out / "fast-2.5d.json").read_text(encoding="utf-8"))
-    assert len(card["training"]["series"]) == 4
+    assert len(card["training"]["series"]) == card["training"]["pairs"] == 4
     assert card["training"]["series"][0]["licence"] == "not stated"
 
 
 def test_leave_one_out_trains_once_without_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = _challenge(tmp_path / "data", ["L010", "L011", "L012"])
+    root = _pairs(tmp_path / "data", ["L010", "L011", "L012"])
     out = tmp_path / "folds"
     main(
         [
@@ -131,11 +155,14 @@ def test_a_simulated_low_dose_is_no_target(tmp_path: Path, capsys: pytest.Captur
     assert "left out, a low dose that `simulate` made" in capsys.readouterr().out
 
 
-def test_a_series_that_is_refused_stops_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = _challenge(tmp_path / "data", ["L010", "L011"])
+def test_a_series_that_is_refused_stops_no_training(
+    tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = _pairs(tmp_path / "data", ["L010", "L011"])
     for path in (root / "L011" / "quarter_3mm").iterdir():
         edit(path, lambda ds: setattr(ds, "PixelSpacing", [2.0, 2.0]))
     words = ["--data", str(root), "--phantoms", "1", "--steps", "1", "--out", str(tmp_path / "run")]
+    words += ["--store", store, "--seed", "7"]
     with pytest.raises(SystemExit, match="no subject nobody among the data; there are: L010, L011"):
         main(["train", "fast-2.5d", *words, "--leave-out", "nobody"])
     main(["train", "fast-2.5d", *words])
@@ -144,9 +171,12 @@ def test_a_series_that_is_refused_stops_no_training(tmp_path: Path, capsys: pyte
     assert "2 scans to learn from" in said  # a phantom and L010
 
 
-def test_features_are_for_recipes_that_compare_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_for_recipes_that_compare_them(
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("LDCT_VGG_WEIGHTS", raising=False)
-    words = ["--phantoms", "0", "--steps", "1", "--data", str(_challenge(tmp_path / "data", ["L010"]))]
+    words = ["--phantoms", "0", "--steps", "1", "--data", str(_pairs(tmp_path / "data", ["L010"]))]
+    words += ["--store", store]
     with pytest.raises(SystemExit, match="dcscn compares no features"):
         main(["train", "dcscn", "--out", str(tmp_path / "a"), *words, "--features", "random"])
     with pytest.raises(WeightsMissing, match="vgg16"):
@@ -155,9 +185,10 @@ def test_features_are_for_recipes_that_compare_them(tmp_path: Path, monkeypatch:
     assert (tmp_path / "c" / "drl.safetensors").exists()
 
 
-def test_export_installs_what_belongs_together(tmp_path: Path) -> None:
+def test_export_installs_what_belongs_together(tmp_path: Path, store: str) -> None:
     out = tmp_path / "run"
-    main(["train", "fast-2.5d", "--out", str(out), "--steps", "1", "--phantoms", "1", "--z-target-mm", "1"])
+    words = ["--out", str(out), "--steps", "1", "--phantoms", "1", "--seed", "7", "--store", store]
+    main(["train", "fast-2.5d", *words, "--z-target-mm", "1"])
     main(["export", str(out), "--weights", str(tmp_path / "weights"), "--logs", str(tmp_path / "logs")])
     load_network(FFDNet(), read_card("fast-2.5d", tmp_path / "weights"), tmp_path / "weights")
     assert (tmp_path / "logs" / "fast-2.5d.jsonl").read_bytes() == (out / "log.jsonl").read_bytes()
