@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipelines.scaling import to_network
 from training.simulate import mix
+from training.sources.lesions import TISSUE_HU
 from training.sources.scans import HU_RANGE, Scan
 
 ADDED_NOISE_HU = (3.0, 150.0)
@@ -23,6 +24,9 @@ IDENTITY_PART = 0.05
 """Part of the samples without added noise: what is clean must stay as it is."""
 NOISE_LEVEL_JITTER = 0.1
 """Relative standard deviation of the noise level told to the network: at inference it is measured, not known."""
+LESION_RADIUS_PX, LESION_HALF_SLICES, LESION_HU = (2.5, 9.0), (0.7, 4.0), (10.0, 60.0)
+"""Of the lesion of a twin: radius in the plane, half its height in slices, contrast."""
+LESION_EDGE_PX = 0.6
 _AIR_PATCH_HU = -970.0
 
 
@@ -36,14 +40,55 @@ class Batch(NamedTuple):
     noisy: torch.Tensor
     target: torch.Tensor
     level: torch.Tensor
+    inserted: torch.Tensor = torch.empty(0)
+    """Of a batch of twins, (batch/2, z, y, x): the second half is the first with this added, and the same noise."""
+
+
+def _lesion(target_hu: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
+    """A faint ellipsoid somewhere in the soft tissue of a patch (z, y, x), HU; nothing where there is none."""
+    places = np.flatnonzero((target_hu > TISSUE_HU[0]) & (target_hu < TISSUE_HU[1]))
+    if not len(places):
+        return np.zeros_like(target_hu)
+    centre = np.unravel_index(int(rng.choice(places)), target_hu.shape)
+    radius_px = _log_uniform(LESION_RADIUS_PX, rng)
+    radii = rng.uniform(*LESION_HALF_SLICES), radius_px * rng.uniform(0.8, 1.25), radius_px * rng.uniform(0.8, 1.25)
+    contrast_hu = _log_uniform(LESION_HU, rng) * rng.choice((-1, 1))
+    grid = np.meshgrid(
+        *(np.arange(n) - c for n, c in zip(target_hu.shape, centre, strict=True)), indexing="ij", sparse=True
+    )
+    distance = np.sqrt(sum((g / r) ** 2 for g, r in zip(grid, radii, strict=True)))
+    edge = np.clip((distance - 1) * radius_px / LESION_EDGE_PX, -30, 30)
+    lesion: NDArray[np.float32] = (contrast_hu / (1 + np.exp(edge))).astype(np.float32)
+    return lesion
 
 
 class Sampler(torch.utils.data.Dataset[Batch]):
-    """Batch number `step` depends on the seed and the number alone, so that a run can be resumed exactly."""
+    """Batch number `step` depends on the seed and the number alone, so that a run can be resumed exactly.
+
+    Parameters
+    ----------
+    scans
+        What patches are cut from.
+    patch_zyx, batch
+        Size of a patch, patches in a batch.
+    real_part
+        Part of the patches from real series, if there are any.
+    seed
+        Everything random.
+    twins
+        Show each patch twice, the second time with a faint lesion in it.
+    """
 
     def __init__(
-        self, scans: Sequence[Scan], patch_zyx: tuple[int, int, int], batch: int, real_part: float, seed: int
+        self,
+        scans: Sequence[Scan],
+        patch_zyx: tuple[int, int, int],
+        batch: int,
+        real_part: float,
+        seed: int,
+        twins: bool = False,
     ) -> None:
+        self.twins = twins
         self.clean = [scan for scan in scans if scan.target_noise_hu == 0]
         self.real = [scan for scan in scans if scan.target_noise_hu > 0]
         self.patch_zyx, self.size, self.seed = patch_zyx, batch, seed
@@ -89,10 +134,11 @@ class Sampler(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         """Batch number `step`."""
         rng = np.random.default_rng((self.seed, step))
-        noisy = np.empty((self.size, *self.patch_zyx), np.float32)
+        count = self.size // 2 if self.twins else self.size
+        noisy = np.empty((count, *self.patch_zyx), np.float32)
         target = np.empty_like(noisy)
-        level = np.empty(self.size, np.float32)
-        for i in range(self.size):
+        level = np.empty(count, np.float32)
+        for i in range(count):
             scans = self.real if rng.random() < self.real_part else self.clean
             scan = scans[int(rng.integers(len(scans)))]
             planes, rows, columns = place = self._place(scan, rng)
@@ -106,4 +152,9 @@ class Sampler(torch.utils.data.Dataset[Batch]):
                 clean, dirty = clean.swapaxes(1, 2), dirty.swapaxes(1, 2)
             target[i], noisy[i] = clean, dirty
             level[i] = told * math.exp(NOISE_LEVEL_JITTER * rng.standard_normal())
-        return Batch(*(to_network(torch.from_numpy(values)) for values in (noisy, target, level)))
+        inserted = np.empty(0, np.float32)
+        if self.twins:
+            inserted = np.stack([_lesion(patch, rng) for patch in target])
+            noisy, target = (np.concatenate([values, values + inserted]) for values in (noisy, target))
+            level = np.concatenate([level, level])
+        return Batch(*(to_network(torch.from_numpy(values)) for values in (noisy, target, level, inserted)))

@@ -48,6 +48,10 @@ def _float32(values: torch.Tensor) -> torch.autocast:
     return torch.autocast(values.device.type, enabled=False)
 
 
+VISIBLE = to_network(5.0)
+"""Contrast that a lesion must have somewhere to count in `contrast_loss`."""
+
+
 def charbonnier(output: torch.Tensor, target: torch.Tensor, epsilon: float = CHARBONNIER_EPSILON) -> torch.Tensor:
     """``mean(sqrt((output − target)² + ε²)) − ε``: a mean square below ε, a mean absolute value above."""
     error = output.float() - target.float()
@@ -62,6 +66,27 @@ def l1(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """``mean (output − target)²``, over pixels too (DRL and CNN10: their squared Frobenius norm per pixel)."""
     return (output.float() - target.float()).square().mean()
+
+
+def contrast_loss(output: torch.Tensor, inserted: torch.Tensor) -> torch.Tensor:
+    """``mean (1 − g)²``, g the part of an inserted lesion that comes out: ``⟨f(x + δ) − f(x), δ⟩ / ⟨δ, δ⟩``.
+
+    The mean square error alone pays for noise by faint contrasts: its best answer to what may be a lesion and may be
+    noise is a fainter lesion.
+
+    Parameters
+    ----------
+    output
+        f of twins, (2n, …): the second half with the lesions.
+    inserted
+        δ, (n, …) of the shape of `output`; lesions that are nowhere above `VISIBLE` do not count.
+    """
+    count = len(inserted)
+    change = (output[count:] - output[:count]).float().reshape(count, -1)
+    delta = inserted.float().reshape(count, -1)
+    there = delta.abs().amax(1) > VISIBLE
+    gain = (change * delta).sum(1)[there] / delta.square().sum(1)[there]
+    return (1 - gain).square().mean() if bool(there.any()) else output.new_zeros(())
 
 
 def unit_range(values: torch.Tensor, window: Window) -> torch.Tensor:

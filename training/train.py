@@ -184,7 +184,7 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
         network,
         how.predict,
         loss,
-        Sampler(scans, how.patch_zyx, how.batch, how.real_part, args.seed),
+        Sampler(scans, how.patch_zyx, how.batch, how.real_part, args.seed, how.twins),
         schedule,
         validation(how.predict, [checks[k] for k in range(VALIDATION_BATCHES)]),
         out,

@@ -59,3 +59,21 @@ def test_a_real_pair_is_shown_as_it_is() -> None:
     assert float(batch.level.log().mean()) == pytest.approx(math.log(0.020), abs=0.2)
     steps = (batch.target[:, 1:] - batch.target[:, :-1]).abs()
     assert float(steps.median()) == pytest.approx(0.3, abs=1e-3)  # slices stay slices, in order
+
+
+def test_twins_differ_by_a_faint_lesion_alone() -> None:
+    sampler = Sampler([_scan("phantom", 0.0, 50.0)], (3, 32, 32), 8, 0.0, 1, twins=True)
+    batch = sampler[3]
+    assert batch.inserted.shape == (4, 3, 32, 32)
+    for values in (batch.noisy, batch.target):
+        assert torch.allclose(values[4:] - values[:4], batch.inserted, atol=1e-6)
+    assert torch.equal(batch.level[4:], batch.level[:4])
+    peaks = torch.cat([sampler[k].inserted.abs().amax((1, 2, 3)) for k in range(30)])
+    assert 0.005 < float(peaks.min()) < 0.02  # 10 HU in the middle, less where that lies outside
+    assert 0.04 < float(peaks.max()) < 0.061
+    assert len(Sampler([_scan("phantom", 0.0, 50.0)], (3, 16, 16), 8, 0.0, 1)[3].inserted) == 0
+
+
+def test_air_has_no_lesions() -> None:
+    batch = Sampler([_scan("phantom", 0.0, -900.0)], (3, 16, 16), 4, 0.0, 1, twins=True)[0]
+    assert not batch.inserted.any()

@@ -18,6 +18,7 @@ from training import metrics
 from training.losses import (
     CHARBONNIER_EPSILON,
     charbonnier,
+    contrast_loss,
     gradient_penalty,
     l1,
     l1_ssim,
@@ -257,3 +258,17 @@ def test_wgan_losses_are_float32_under_autocast() -> None:
             )
     assert runs[0] == runs[1]
     assert all(math.isfinite(value) for value in runs[0])
+
+
+def test_contrast_loss_is_the_square_of_what_a_lesion_lost() -> None:
+    """A filter that gives back a known part of what was inserted, whatever else it does."""
+    generator = torch.Generator().manual_seed(0)
+    without = torch.randn(3, 1, 12, 12, generator=generator)
+    lesions = torch.zeros(3, 1, 12, 12)
+    lesions[0, :, 3:6, 3:6], lesions[1, :, 4:9, 4:9] = 0.03, -0.02
+    lesions[2, :, 0, 0] = 0.001  # too faint to count
+    parts = torch.tensor([0.7, 0.4, 0.0]).view(3, 1, 1, 1)
+    elsewhere = torch.randn(3, 1, 12, 12, generator=generator) * (lesions == 0)  # no business of the lesion's
+    output = torch.cat([without, without + parts * lesions + elsewhere])
+    assert contrast_loss(output, lesions).item() == pytest.approx((0.3**2 + 0.6**2) / 2, rel=1e-4)
+    assert contrast_loss(output, torch.zeros_like(lesions)).item() == 0

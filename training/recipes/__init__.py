@@ -15,7 +15,7 @@ from pipelines.scaling import to_network
 from training.data import Batch
 from training.features import Backbone
 from training.loop import Adversary, Loss, Predict, Schedule
-from training.losses import charbonnier
+from training.losses import charbonnier, contrast_loss
 
 MODULES = {
     "quality-2.5d": "resunet",
@@ -41,6 +41,8 @@ ENVELOPE = {"slice_spacing_mm": [0.5, 10.0], "pixel_spacing_mm": [0.4, 1.5], "mi
 """`pipelines.base.Envelope` of what is trained on the data of training.sources.scans."""
 NOISE_FLOOR = to_network(5.0)
 """Limits the weight of patches that hold hardly any noise in `relative_charbonnier`."""
+CONTRAST_WEIGHT = 0.05
+"""Of `training.losses.contrast_loss` beside `relative_charbonnier`, which is 0.01 to 0.02 for a trained network."""
 QUADRATIC_UP_TO = 3.0
 """Errors below so many noise levels count by their square. A mean absolute value tends to the median, and the median of
 what may be a faint lesion and may be noise is: nothing there."""
@@ -68,6 +70,8 @@ class Recipe:
         Name of the network that it begins with, if any; fills it with those weights from the folder that holds them.
     real_part
         Part of the patches from real series, if there are any.
+    twins
+        Are patches shown twice, once with a faint lesion (`training.data.Sampler`)?
     """
 
     card: dict[str, Any]
@@ -82,6 +86,7 @@ class Recipe:
     begins_with: str = ""
     start: Callable[[nn.Module, Path], None] | None = None
     real_part: float = 0.3
+    twins: bool = False
 
 
 def recipe(name: str) -> Recipe:
@@ -118,6 +123,17 @@ def relative_charbonnier(denoised: torch.Tensor, target: torch.Tensor, batch: Ba
     """Charbonnier loss of the error over the noise level: a decibel counts alike at every dose."""
     weight = 1 / (batch.level + NOISE_FLOOR).view(-1, *[1] * (target.ndim - 1))
     return charbonnier(denoised.float() * weight, target * weight, QUADRATIC_UP_TO)
+
+
+def faithful(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """`relative_charbonnier`, and faint lesions must come out as they went in; for batches of twins."""
+    value = relative_charbonnier(denoised, target, batch)
+    if not len(batch.inserted):  # validation
+        return value
+    inserted = batch.inserted
+    if denoised.ndim == 4:  # the centre slice
+        inserted = inserted[:, inserted.shape[1] // 2]
+    return value + CONTRAST_WEIGHT * contrast_loss(denoised, inserted)
 
 
 def flat(network: nn.Module) -> nn.Module:

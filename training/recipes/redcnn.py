@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipelines.redcnn import REDCNN
 from training.loop import Schedule
-from training.recipes import ENVELOPE, Recipe, flat, plane, relative_charbonnier
+from training.recipes import ENVELOPE, Recipe, faithful, flat, plane
 
 RECIPES = {
     "red-cnn": Recipe(
@@ -23,9 +23,10 @@ RECIPES = {
         },
         network=lambda: flat(REDCNN()),
         predict=plane,
-        loss=lambda: relative_charbonnier,  # the paper: MSE
+        loss=lambda: faithful,  # the paper: MSE
         patch_zyx=(1, 64, 64),  # the paper: 55×55
         batch=16,  # not stated
         schedule=Schedule(steps=20_000, learning_rate=2e-4),  # the paper: 1e-4, slowly decreased to 1e-5
+        twins=True,
     )
 }
