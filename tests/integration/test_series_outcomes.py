@@ -42,7 +42,7 @@ SLICES = 10
 DENOISED, FORWARDED, NO_CONTEXT = "denoised", "forwarded", "no context"
 ODD = {
     "bad-vr": FORWARDED,
-    "ct-16x16-axial": DENOISED,
+    "ct-16x16-axial": "too-small",
     "ct-localizer-16x16": "localizer",
     "ct-small-128": DENOISED,
     "ct-small-no-file-meta": "0xC000",
