@@ -62,4 +62,4 @@ def derive(
 
 def derive_one(path: Path, out_dir: Path, change: Callable[[HU], HU] = lambda hu: hu, **how: object) -> Dataset:
     """The derived data set of a series of one slice."""
-    return dcmread(derive([path], out_dir, change, **how)[0].path)  # type: ignore[arg-type]
+    return dcmread(derive([path], out_dir, change, **how)[0].path)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types

@@ -78,7 +78,7 @@ def test_plain_network_written_out_once_more() -> None:
     x = torch.randn(2, 1, 13, 17, dtype=torch.double)
     y = x
     for k in range(8):
-        y = functional.conv2d(y, network.convs[k].weight, network.convs[k].bias, padding=1)  # type: ignore[arg-type]
+        y = functional.conv2d(y, network.convs[k].weight, network.convs[k].bias, padding=1)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
         y = y.clamp_min(0) if k < 7 else y
     assert float(y.detach().min()) < 0
     assert torch.allclose(network(x), y, atol=1e-12)

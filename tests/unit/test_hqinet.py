@@ -31,7 +31,7 @@ def test_the_encoder_is_that_of_resnet50() -> None:
         full = HQINet()
     attention = [module for module in full.modules() if isinstance(module, SCSE)]
     assert _count(full.stages) - _count(*attention) == RESNET50_STAGES
-    assert [len(stage) - 1 for stage in full.stages] == [3, 4, 6, 3]  # type: ignore[arg-type]
+    assert [len(stage) - 1 for stage in full.stages] == [3, 4, 6, 3]  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
     assert _count(full) == 34_472_709
 
 
@@ -93,15 +93,15 @@ def test_options_change_what_they_say() -> None:
     torch.manual_seed(0)
     slices = torch.randn(1, 3, 64, 48)
     small = {"blocks": (1, 1, 1, 1), "base": 4, "aspp": 8, "skip": 4, "decoders": (8, 8, 4, 4), "fused": 4}
-    plain = HQINet(**small).eval()  # type: ignore[arg-type]
-    residual = HQINet(**small, residual=True).eval()  # type: ignore[arg-type]
+    plain = HQINet(**small).eval()  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
+    residual = HQINet(**small, residual=True).eval()  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
     residual.load_state_dict(plain.state_dict())
     assert torch.allclose(residual(slices) - plain(slices), slices[:, 1:2], atol=1e-6)
-    strided = HQINet(**small, stem_strides=(2, 2)).eval()  # type: ignore[arg-type]
+    strided = HQINet(**small, stem_strides=(2, 2)).eval()  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
     assert strided(slices).shape == (1, 1, 64, 48)
     assert strided.stem[0](slices).shape[2:] == (32, 24)
     assert strided.stem[1](strided.stem[0](slices)).shape[2:] == (16, 12)
-    assert _count(HQINet(**small, pool=False)) < _count(plain)  # type: ignore[arg-type]
+    assert _count(HQINet(**small, pool=False)) < _count(plain)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
 
 
 def test_reconstruction_is_of_all_decoders_together() -> None:

@@ -60,7 +60,7 @@ def blind(tmp_path: Path) -> NetworkPipeline:
 def test_each_input_is_what_the_card_says(tmp_path: Path) -> None:
     volume = water_volume((4, 30, 22))
     for name, given in (("one", "slice"), ("three", "slab3")):
-        install(tmp_path, name, Blind(), given)  # type: ignore[arg-type]
+        install(tmp_path, name, Blind(), given)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
         network = Blind()
         NetworkPipeline(name, network, stride=4, folder=tmp_path).denoise(volume, Options(), _quiet)
         assert [tuple(x.shape) for x in network.given] == [(1, 1 if given == "slice" else 3, 32, 24)] * 4
@@ -73,7 +73,7 @@ def test_each_input_is_what_the_card_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", ["slice", "slab3"])
 def test_the_noise_map_is_the_measured_noise_times_strength(tmp_path: Path, given: str) -> None:
-    install(tmp_path, "told", Told(), given, noise_map=True)  # type: ignore[arg-type]
+    install(tmp_path, "told", Told(), given, noise_map=True)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
     network = Told()
     pipeline = NetworkPipeline("told", network, stride=2, noise_map_stride=2, folder=tmp_path)
     volume = water_volume((2, 95, 63))

@@ -23,7 +23,7 @@ def _loud(features: int) -> REDCNN:
     """With a last layer that counts."""
     torch.manual_seed(0)
     network = REDCNN(features).eval().requires_grad_(False)
-    network.deconvs[-1].weight *= 30  # type: ignore[operator, assignment]
+    network.deconvs[-1].weight *= 30  # type: ignore[operator, assignment]  # torch and keyword dicts carry no such types
     return network
 
 

@@ -74,7 +74,7 @@ def test_three_levels_meet_their_own_skips() -> None:
     x, sigma = (t.double() for t in _noisy())
     assert network(x, sigma).shape == (2, 1, 16, 24)
     for up in network.ups:
-        nn.init.zeros_(up.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(up.weight)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
     before = network(x, sigma)
     for parameter in network.encoders[1].parameters():
         nn.init.zeros_(parameter)

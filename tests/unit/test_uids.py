@@ -28,7 +28,7 @@ def test_the_namespace_never_changes() -> None:
 
 @pytest.mark.parametrize("role", ["series", "instance"])
 def test_derived_uid_is_a_name_based_uuid(role: str) -> None:
-    made = derived_uid("1.2.3", "cafe", "f00d", role)  # type: ignore[arg-type]
+    made = derived_uid("1.2.3", "cafe", "f00d", role)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
     assert made == by_hand(f"1.2.3,cafe,f00d,{role}")
     assert UID(made).is_valid
     parsed = uuid.UUID(int=int(made.removeprefix("2.25.")))

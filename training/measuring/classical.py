@@ -40,7 +40,7 @@ def _nlm(image: Array, parameter: float) -> Array:
 def _tv(image: Array, parameter: float) -> Array:
     from skimage.restoration import denoise_tv_chambolle
 
-    out = denoise_tv_chambolle(image, weight=parameter)  # type: ignore[no-untyped-call]
+    out = denoise_tv_chambolle(image, weight=parameter)  # type: ignore[no-untyped-call]  # no stub
     return np.asarray(out, np.float32)
 
 

@@ -8,11 +8,7 @@ images keep name, identity and dates of the patient, as the series stays with yo
 from __future__ import annotations
 
 import argparse
-import logging
 import uuid
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +29,7 @@ from pydicom.uid import (
 
 from pipelines.ct_slice import read_slice
 from pipelines.elements import BadElement, items, numbers, text, texts
-from pipelines.volume import SeriesRefused, Volume, read_volume
+from pipelines.volume import SeriesRefused, Volume, pydicom_silent, read_volume
 from training.simulation.calibration import Calibration, calibrate
 from training.simulation.simulated_volume import simulate, unmeasured
 
@@ -137,7 +133,7 @@ def is_simulated(path: Path) -> bool:
     pipelines.elements.BadElement
         If that sequence cannot be read.
     """
-    with _pydicom_silent():
+    with pydicom_silent():
         ds = dcmread(path, stop_before_pixels=True, specific_tags=["ContributingEquipmentSequence"])
         return any(
             (text(item, "Manufacturer"), text(item, "ManufacturerModelName")) == (MANUFACTURER, MODEL)
@@ -192,7 +188,7 @@ def write_series(volume: Volume, hu: NDArray[np.float32], dose: float, made: str
     kept = unmeasured(volume)
     paths = []
     for k, source in enumerate(volume.slice_paths):
-        with _pydicom_silent():
+        with pydicom_silent():
             ds = _image(source, volume.slice_uids[k], hu[k], kept[k], dose, made)
             path = out / f"{k + 1:04d}.dcm"
             dcmwrite(path, ds, enforce_file_format=True)
@@ -289,17 +285,3 @@ def _code(value: str, meaning: str) -> Dataset:
 def _uid(source_uid: str, made: str) -> UID:
     """The same source made in the same way is the same object (PS3.5 B.2)."""
     return UID(f"2.25.{uuid.uuid5(NAMESPACE, f'{source_uid},{made}').int}")
-
-
-@contextmanager
-def _pydicom_silent() -> Iterator[None]:
-    """Keep pydicom's remarks off the screen: they quote values, which may be names."""
-    logger = logging.getLogger("pydicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
