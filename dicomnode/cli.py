@@ -23,10 +23,10 @@ from dicomnode.db import JobState, deliveries, job_events, jobs, now, open_datab
 from dicomnode.delivery import peer
 from dicomnode.denoise import Withheld, denoise_series
 from dicomnode.errors import ConfigError, NodeError, PeerError
-from dicomnode.node import Node
+from dicomnode.node import Node, pipeline_hashes
 from dicomnode.scu import Answer, Outgoing, Refused, echo, store
 from dicomnode.spool import dataset_digest
-from dicomnode.worker import keep_headers_out_of_the_log
+from dicomnode.worker import Worker, default_threads, keep_headers_out_of_the_log
 from pipelines import base
 from pipelines.volume import SeriesRefused
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_USAGE
     except BrokenPipeError:  # e.g. `| head`
         return OK
-    except (NodeError, SeriesRefused, base.WeightsMissing, OSError) as error:
+    except (NodeError, SeriesRefused, base.WeightsMissing, base.WeightsDamaged, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
     except sa.exc.DBAPIError as error:
@@ -59,7 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dicomnode", description="Receive CT, denoise it, send it back to the PACS.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add(commands, "run", "Run the node until it is told to stop (Ctrl-C or SIGTERM).", _run)
-    _add(commands, "check-config", "Read the configuration and say what is wrong, with lines.", _check_config)
+    _add(
+        commands,
+        "check-config",
+        "Read the configuration, load the pipelines of its routes, say what is wrong.",
+        _check_config,
+    )
     sub = _add(commands, "echo", "C-ECHO: does a destination answer?", _echo)
     sub.add_argument("destination", help="name in config.yaml")
     sub = _add(commands, "send", "C-STORE files to a destination, unchanged.", _send)
@@ -122,6 +127,11 @@ def _log_to_stderr(config: Config) -> None:
 
 def _check_config(arguments: argparse.Namespace) -> int:
     config = load(arguments.config)
+    worker = Worker(config.compute.threads or default_threads())
+    try:
+        pipeline_hashes(config, worker)
+    finally:
+        worker.stop()
     print(
         f"{arguments.config}: good. {config.node.ae_title} on {config.node.address}:{config.node.port}, "
         f"{len(config.destinations)} destinations, {len(config.routes)} routes"

@@ -1,7 +1,7 @@
 """Every error of the node in one tree, so that a caller can tell what may be tried again from what may not.
 
 NodeError
-├── ConfigError            config.yaml is wrong; start-up stops
+├── ConfigError            config.yaml is wrong, or names what cannot be loaded; start-up stops
 ├── SpoolError             a received object could not be kept
 │   ├── SpoolFull          no space left: 0xA700, the sender tries again
 │   └── BadIdentifier      a UID that is none: 0xA900

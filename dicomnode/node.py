@@ -19,6 +19,7 @@ from dicomnode.db import open_database
 from dicomnode.delivery import Delivery
 from dicomnode.dispatcher import Dispatcher
 from dicomnode.engine import Engine
+from dicomnode.errors import ConfigError
 from dicomnode.intake import Intake
 from dicomnode.scp import StorageServer
 from dicomnode.spool import Spool, hold
@@ -35,8 +36,10 @@ class Node:
 
     Raises
     ------
+    ConfigError
+        If a pipeline that a route names cannot be loaded.
     NodeError
-        If a pipeline that a route names cannot be loaded, or another node uses the spool or the database.
+        If another node uses the spool or the database.
     """
 
     def __init__(self, config: Config) -> None:
@@ -48,7 +51,8 @@ class Node:
         self._delivery = Delivery(config, self.database, self._spool.root)
         self._engine = Engine(self.database, self._process, self._delivery.deliver)
         self._compute = Compute(config, self.database, self._spool.root, self._worker, self._engine.executor_id)
-        self._intake = Intake(config, self.database, self._spool, self._open_associations, self._pipeline_hashes())
+        hashes = pipeline_hashes(config, self._worker)
+        self._intake = Intake(config, self.database, self._spool, self._open_associations, hashes)
         self._server = StorageServer(config, self._spool, self._intake.keywords, self._intake.stored)
         self._dispatcher = Dispatcher(self.database, self._engine, self._worker)
 
@@ -87,10 +91,24 @@ class Node:
     def _open_associations(self, series_uid: str) -> int:
         return self._server.open_associations(series_uid)
 
-    def _pipeline_hashes(self) -> dict[str, str]:
-        named = {route.pipeline for route in self._config.routes if route.pipeline is not None}
-        hashes = {}
-        for name in sorted(named):
-            options = self._config.pipelines[name]
-            hashes[name] = self._worker.describe(options.uses, Options(options.strength, options.blend))
-        return hashes
+
+def pipeline_hashes(config: Config, worker: Worker) -> dict[str, str]:
+    """Hash of each pipeline that a route names; `worker` loads them all, so this also proves that they load.
+
+    Raises
+    ------
+    ConfigError
+        With a line for each pipeline that cannot be loaded or cannot take its options.
+    WorkerDied
+    """
+    hashes: dict[str, str] = {}
+    problems: list[str] = []
+    for name in sorted({route.pipeline for route in config.routes if route.pipeline is not None}):
+        options = config.pipelines[name]
+        try:
+            hashes[name] = worker.describe(options.uses, Options(options.strength, options.blend))
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ConfigError(*problems)
+    return hashes

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 from dicomnode.config import Derivation
 from dicomnode.denoise import Withheld, denoise_series, identify
-from dicomnode.errors import NodeError, WorkerDied
+from dicomnode.errors import ConfigError, NodeError, WorkerDied
 from pipelines.base import Options, Pipeline, UnknownPipeline, load
 from pipelines.volume import SeriesRefused
 
@@ -94,13 +94,13 @@ class Worker:
 
         Raises
         ------
-        NodeError
+        ConfigError
             If the pipeline cannot be loaded, with its error, or the options are not for it.
         WorkerDied
         """
         answer = self._ask({"describe": uses, "options": asdict(options)}, None, lambda stage, fraction: None)
         if "error" in answer:
-            raise NodeError(answer["error"])
+            raise ConfigError(answer["error"])
         return str(answer["pipeline_hash"])
 
     def run(self, request: Request, report: Callable[[str, float], None]) -> Outcome:

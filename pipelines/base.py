@@ -126,6 +126,10 @@ class WeightsMissing(RuntimeError):
     """A pipeline is announced but was not trained here. No `FileNotFoundError`: that is for files of a series."""
 
 
+class WeightsDamaged(RuntimeError):
+    """Card or weights of a pipeline cannot be read, or do not belong together."""
+
+
 def names() -> tuple[str, ...]:
     """Names of all installed pipelines; reads package metadata only, imports none of them."""
     return tuple(sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)}))
@@ -140,6 +144,8 @@ def load(name: str) -> Pipeline:
         With the names that exist.
     WeightsMissing
         If it is one of ours and has no weights; with what to do.
+    WeightsDamaged
+        If it is one of ours and has weights that are not what was installed; with what to do.
     """
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         factory: Callable[[], Pipeline] = point.load()

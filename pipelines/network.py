@@ -57,7 +57,7 @@ class NetworkPipeline:
     ------
     pipelines.base.WeightsMissing
         If there is no such card or no weights.
-    pipelines.runtime.WeightsDamaged
+    pipelines.base.WeightsDamaged
         If they do not belong together.
     ValueError
         For a card of a ``volume`` with a noise map, and for a `halo` with a `stride` above 1: nothing runs them.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import nn
 
-from pipelines.base import Envelope, ModelCard, Progress, WeightsMissing
+from pipelines.base import Envelope, ModelCard, Progress, WeightsDamaged, WeightsMissing
 from pipelines.scaling import to_hu, to_network
 from pipelines.streaming import Stream, slices, strips
 
@@ -26,10 +26,6 @@ PIXELS_AT_ONCE = 512 * 128
 """Pixels of a strip of a network that streams in depth: bounds the memory that its layers hold."""
 PLANE_PIXELS_AT_ONCE = 512 * 512
 """Pixels of a strip of a network that makes one slice at a time: the usual slice as a whole."""
-
-
-class WeightsDamaged(RuntimeError):
-    """Weights and card do not belong together."""
 
 
 def _content(name: str, suffix: str, folder: Path) -> bytes:
@@ -50,8 +46,20 @@ def read_card(name: str, folder: Path = WEIGHTS) -> ModelCard:
     ------
     pipelines.base.WeightsMissing
         If there is no card.
+    pipelines.base.WeightsDamaged
+        If it cannot be read, or lacks something.
     """
-    values = json.loads(_content(name, "json", folder))
+    content = _content(name, "json", folder)
+    try:
+        return _card(json.loads(content))
+    except (ValueError, KeyError, TypeError) as error:  # no JSON, or without what a card has
+        raise WeightsDamaged(
+            f"the card of {name!r} is damaged ({name}.json, {type(error).__name__}: {error}): "
+            "install card and weights again"
+        ) from error
+
+
+def _card(values: Any) -> ModelCard:
     known: dict[str, Any] = {field.name: values[field.name] for field in fields(ModelCard) if field.name in values}
     for key in ("patch_zyx", "overlap_zyx", "hu_window"):
         known[key] = tuple(known[key])
@@ -66,17 +74,22 @@ def load_network(network: nn.Module, card: ModelCard, folder: Path = WEIGHTS) ->
     ------
     pipelines.base.WeightsMissing
         If there is no file of weights.
-    WeightsDamaged
-        If the file is not the one that the card was written for.
+    pipelines.base.WeightsDamaged
+        If the file is not the one that the card was written for, or both are those of another network.
     """
     content = _content(card.name, "safetensors", folder)
     digest = hashlib.sha256(content).hexdigest()
     if digest != card.weights_sha256:
         raise WeightsDamaged(
-            f"{card.name}.safetensors has SHA-256 {digest}, its card says {card.weights_sha256}: "
-            "install both files again"
+            f"the weights of {card.name!r} are damaged: {card.name}.safetensors has SHA-256 {digest}, its card says "
+            f"{card.weights_sha256}; install card and weights again"
         )
-    network.load_state_dict({name: tensor.float() for name, tensor in load(content).items()})
+    try:
+        network.load_state_dict({name: tensor.float() for name, tensor in load(content).items()})
+    except RuntimeError as error:  # other names or shapes, listed on many lines
+        raise WeightsDamaged(
+            f"card and weights of {card.name!r} are those of another network: install those of this version"
+        ) from error
     return network.eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""Card and weights of networks that were never trained, on disk as training leaves those of trained ones."""
+"""Card and weights on disk as training leaves them: of networks that were never trained, and with a wrong bit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import nn
 
 from pipelines.base import ModelCard
+from pipelines.runtime import WEIGHTS
 
 
 def install(
@@ -35,6 +36,14 @@ def install(
     )
     (folder / f"{name}.safetensors").write_bytes(weights)
     (folder / f"{name}.json").write_text(json.dumps(asdict(card)), encoding="utf-8")
+
+
+def damaged(name: str, folder: Path) -> None:
+    """Copy card and weights of the installed network `name` into `folder`, but for the last bit of the weights."""
+    (folder / f"{name}.json").write_bytes((WEIGHTS / f"{name}.json").read_bytes())
+    content = bytearray((WEIGHTS / f"{name}.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / f"{name}.safetensors").write_bytes(content)
 
 
 def reach(network: nn.Module, size: int) -> tuple[int, int]:

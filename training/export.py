@@ -11,7 +11,8 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from pipelines.runtime import WEIGHTS, WeightsDamaged, read_card
+from pipelines.base import WeightsDamaged
+from pipelines.runtime import WEIGHTS, read_card
 
 HELP = "install the result of a training for the node"
 LOGS = Path(__file__).parent / "logs"
@@ -33,7 +34,7 @@ def export(training: Path, weights: Path, logs: Path) -> str:
     ------
     FileNotFoundError
         If there is no card in the folder: nothing was trained there.
-    pipelines.runtime.WeightsDamaged
+    pipelines.base.WeightsDamaged
         If the weights are not those of the card: the training was stopped between the two; start it again.
     """
     card = next(training.glob("*.json"), None)

@@ -86,3 +86,10 @@ class Broken(_Named):
 
     def denoise(self, volume, options, progress):
         raise ValueError("a fault in the pipeline")
+
+
+def with_weights():
+    """``st3d`` with the card and weights that lie in the folder, if any do."""
+    from pipelines.stresnet import st3d
+
+    return st3d(folder())

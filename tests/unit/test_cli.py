@@ -12,11 +12,13 @@ from ct_builder import phantom, write_series
 from oracle import Script, StorageOracle
 from peers import HOST, free_port
 from pydicom import dcmread
+from untrained import damaged
 
 from dicomnode import jobs as job_table
 from dicomnode.cli import BAD_USAGE, FAILED, OK, main
 from dicomnode.db import JobKind, JobState, SeriesState, now, open_database, series
 from pipelines import base
+from pipelines.stresnet import st3d
 
 SERIES = "1.2.3.4"
 
@@ -193,6 +195,20 @@ def test_denoise_without_weights_is_one_sentence(
     arguments = ["denoise", str(tmp_path / "ct"), str(tmp_path / "out"), "--pipeline", "identity"]
     assert main([*arguments, "--config", str(config)]) == FAILED
     assert capsys.readouterr().err.strip() == "WeightsMissing: there are no weights of 'identity'"
+    assert not (tmp_path / "out").exists()
+
+
+def test_denoise_with_damaged_weights_is_one_sentence(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged("st3d", tmp_path)
+    monkeypatch.setattr(base, "load", lambda name: st3d(tmp_path))
+    write_series(tmp_path / "ct", phantom(2))
+    arguments = ["denoise", str(tmp_path / "ct"), str(tmp_path / "out"), "--pipeline", "identity"]
+    assert main([*arguments, "--config", str(config)]) == FAILED
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith("WeightsDamaged: the weights of 'st3d' are damaged: st3d.safetensors has SHA-256")
+    assert "install" in told
     assert not (tmp_path / "out").exists()
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from untrained import install
 
-from pipelines.base import OptionRefused, Options, WeightsMissing
+from pipelines.base import OptionRefused, Options, WeightsDamaged, WeightsMissing
 from pipelines.network import NetworkPipeline
 from pipelines.noise import noise_level
-from pipelines.runtime import WeightsDamaged
 from pipelines.safety import network_input
 from pipelines.stresnet import STResNet, st3d
 from pipelines.testing import water_volume
@@ -134,7 +133,7 @@ def test_what_no_network_is_run_as_is_refused(tmp_path: Path) -> None:
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     install(tmp_path, "st3d", STResNet(features=8, blocks=2), "volume")
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(WeightsDamaged, match=r"'st3d' are those of another network: install"):
         st3d(tmp_path)
     (tmp_path / "st3d.safetensors").write_bytes(b"damaged")
     with pytest.raises(WeightsDamaged, match=r"st3d\.safetensors has SHA-256"):

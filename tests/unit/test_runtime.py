@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from untrained import damaged
 
 from pipelines import runtime
+from pipelines.base import WeightsDamaged
 from pipelines.ffdnet import FFDNet
-from pipelines.runtime import WeightsDamaged, load_network, read_card, run_planes, run_volume
+from pipelines.runtime import load_network, read_card, run_planes, run_volume
 from pipelines.streaming import triples
 from pipelines.stresnet import STResNet
 
@@ -44,14 +45,16 @@ def test_card_and_page_name_no_machine(name: str) -> None:
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
-    for suffix in ("json", "safetensors"):
-        shutil.copy(runtime.WEIGHTS / f"st3d.{suffix}", tmp_path)
-    weights = tmp_path / "st3d.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(WeightsDamaged, match=r"st3d.safetensors has SHA-256"):
+    damaged("st3d", tmp_path)
+    with pytest.raises(WeightsDamaged, match=r"'st3d' are damaged: st3d.safetensors has SHA-256 .* install"):
         load_network(STResNet(), read_card("st3d", tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"name": "st3d"', b"[]", b"{}", b"\xff", b'{"patch_zyx": 3}'])
+def test_damaged_cards_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "st3d.json").write_bytes(content)
+    with pytest.raises(WeightsDamaged, match=r"^the card of 'st3d' is damaged \(st3d.json, .*\): install"):
+        read_card("st3d", tmp_path)
 
 
 def test_progress_goes_through_strips_and_slices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ import torch
 from ct_builder import edit, write_series
 from safetensors.torch import load_file
 
+from pipelines.base import WeightsDamaged
 from pipelines.ffdnet import FFDNet
-from pipelines.runtime import WeightsDamaged, load_network, read_card
+from pipelines.runtime import load_network, read_card
 from pipelines.volume import read_volume
 from training import train
 from training.__main__ import COMMANDS, main
