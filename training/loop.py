@@ -158,7 +158,8 @@ class Run:
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = self.out / "before-decay.pt"
-        if state["steps"] != self.schedule.steps and before.exists():  # longer than planned then: forget that decay
+        decaying = state["step"] > self.schedule.until(state["steps"]).decay_from
+        if decaying and state["steps"] != self.schedule.steps and before.exists():  # longer now: forget that decay
             state = torch.load(before, map_location="cpu", weights_only=True)
         if state["what"] != self.what:
             raise OtherTraining(

@@ -142,6 +142,22 @@ def test_a_longer_run_forgets_the_decay_of_the_shorter_one(tmp_path: Path) -> No
     assert steps == list(range(1, 21))  # the validations in the decay of the short run are gone with it
 
 
+def test_a_run_made_longer_before_its_decay_goes_on_where_it_is(tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop() -> None:
+        if run.step == 12:
+            raise Stopped
+
+    short = Schedule(10, 1e-3, warm_up=0, decay_part=0.4)
+    _run(tmp_path, short).train(lambda: None)  # leaves the state of step 6, before its decay
+    run = _run(tmp_path, replace(short, steps=40))
+    with pytest.raises(Stopped):
+        run.train(stop, checkpoint_minutes=0)
+    assert _run(tmp_path, replace(short, steps=50)).step == 12
+
+
 def test_another_training_in_the_folder_is_refused(tmp_path: Path) -> None:
     _run(tmp_path, STEADY, what="a, seed 1").train(lambda: None)
     with pytest.raises(OtherTraining, match="holds the training of a, seed 1, this is a, seed 2"):
