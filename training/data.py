@@ -25,8 +25,11 @@ IDENTITY_PART = 0.05
 NOISE_LEVEL_JITTER = 0.1
 """Relative standard deviation of the noise level told to the network: at inference it is measured, not known."""
 LESION_RADIUS_PX, LESION_HALF_SLICES, LESION_HU = (2.5, 9.0), (0.7, 4.0), (10.0, 60.0)
-"""Of the lesion of a twin: radius in the plane, half its height in slices, contrast."""
+"""Of the lesions of a twin: radius in the plane, half the height in slices, contrast."""
 LESION_EDGE_PX = 0.6
+LESION_AREA_PX = 32 * 32
+"""Of a patch, for each lesion: their contrasts come out together (`training.losses.contrast_loss`), so that what counts
+is how much of them is lost on average, not how much it differs from one noise to the next."""
 _AIR_PATCH_HU = -970.0
 
 
@@ -76,7 +79,7 @@ class Sampler(torch.utils.data.Dataset[Batch]):
     seed
         Everything random.
     twins
-        Show each patch twice, the second time with a faint lesion in it.
+        Show each patch twice, the second time with faint lesions in it.
     """
 
     def __init__(
@@ -154,7 +157,8 @@ class Sampler(torch.utils.data.Dataset[Batch]):
             level[i] = told * math.exp(NOISE_LEVEL_JITTER * rng.standard_normal())
         inserted = np.empty(0, np.float32)
         if self.twins:
-            inserted = np.stack([_lesion(patch, rng) for patch in target])
+            lesions = max(self.patch_zyx[1] * self.patch_zyx[2] // LESION_AREA_PX, 1)
+            inserted = np.stack([sum(_lesion(patch, rng) for _ in range(lesions)) for patch in target])
             noisy, target = (np.concatenate([values, values + inserted]) for values in (noisy, target))
             level = np.concatenate([level, level])
         return Batch(*(to_network(torch.from_numpy(values)) for values in (noisy, target, level, inserted)))

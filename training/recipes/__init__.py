@@ -41,7 +41,7 @@ ENVELOPE = {"slice_spacing_mm": [0.5, 10.0], "pixel_spacing_mm": [0.4, 1.5], "mi
 """`pipelines.base.Envelope` of what is trained on the data of training.sources.scans."""
 NOISE_FLOOR = to_network(5.0)
 """Limits the weight of patches that hold hardly any noise in `relative_charbonnier`."""
-CONTRAST_WEIGHT = 0.05
+CONTRAST_WEIGHT = 0.4
 """Of `training.losses.contrast_loss` beside `relative_charbonnier`, which is 0.01 to 0.02 for a trained network."""
 QUADRATIC_UP_TO = 3.0
 """Errors below so many noise levels count by their square. A mean absolute value tends to the median, and the median of
