@@ -15,7 +15,7 @@ RECIPES = {
             "doi": "10.1109/TPAMI.2021.3088914",
             "input": "slab3",
             "patch_zyx": [3, 96, 96],
-            "overlap_zyx": [1, 48, 48],
+            "overlap_zyx": [1, 45, 45],
             "valid_for": ENVELOPE,
             "noise_map": True,
             "limits": "One noise level for the whole series: where the noise is far above that of soft tissue in the "
