@@ -19,6 +19,7 @@ from typing import get_args
 import torch
 from torch import nn
 
+from pipelines.ct_slice import read_slice
 from pipelines.runtime import WEIGHTS, read_card
 from pipelines.scaling import to_hu
 from training.card import Plateau, TrainingRecord, commit, source_of, write_network
@@ -33,7 +34,7 @@ from training.recipes.cascade import Perceptual
 from training.simulation.simulated_series import is_simulated
 from training.sources.layouts import Case, find
 from training.sources.prepare import Preparation, make, scans_of
-from training.sources.splits import entry_of, folds, split
+from training.sources.splits import entry_of, folds, kept_for_tests, split
 
 HELP = "train a network; started again, it goes on where it was stopped"
 VALIDATION_BATCHES = 6
@@ -98,14 +99,16 @@ def _hardware() -> str:
 def taught(cases: Sequence[Case]) -> list[Case]:
     """Cases to learn from.
 
-    What the split table keeps for tests, or from being a target, is not among them, nor is a series whose full dose is
-    a simulated low one.
+    What the split table keeps for tests, or from being a target, is not among them, nor is another series of a patient
+    whom it keeps for tests, nor one whose full dose is a simulated low one.
     """
     teach = []
     for case in cases:
         entry = entry_of(case.name)
         if entry is not None and not entry.target:
             print(f"{entry.series}: left out, {entry.role}. {entry.reason}")
+        elif kept := kept_for_tests(case.subject, read_slice(case.full[0]).study_uid):
+            print(f"{case.name}: left out, of the patient of {kept.series}: {kept.role}. {kept.reason}")
         elif is_simulated(case.full[0]):
             print(f"{case.name}: left out, a low dose that `simulate` made: give the series that it was made of")
         else:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from conftest import DATA
+from pydicom import dcmread
 
-from training.sources.splits import Role, entry_of, folds, split, table
+from training.sources.layouts import find
+from training.sources.splits import Entry, Role, entry_of, folds, kept_for_tests, split, table
 
 Fractions = dict[Role, float]
 
@@ -64,6 +70,34 @@ def test_a_series_is_known_by_name_and_by_uid() -> None:
         assert entry.role == ROLES[entry.series]
     assert entry_of("1.2.3") is None
     assert entry_of("L067 B30f 1 mm") is None
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("entry", table(), ids=lambda entry: entry.series)
+def test_study_and_patient_are_those_of_the_headers(
+    entry: Entry, ct_series: Callable[[str], list[Path]], tmp_path: Path
+) -> None:
+    one = ct_series(entry.series)[0]
+    header = dcmread(one, stop_before_pixels=True)
+    assert (entry.series_uid, entry.study_uid) == (header.SeriesInstanceUID, header.StudyInstanceUID)
+    (tmp_path / one.name).symlink_to(one)
+    assert entry.patient == find(tmp_path)[0].subject
+    assert header.PatientID not in json.dumps(asdict(entry))
+
+
+def test_one_patient_is_one_subject() -> None:
+    assert len({(entry.subject, entry.patient) for entry in table()}) == len({entry.subject for entry in table()})
+    assert len({entry.patient for entry in table()}) == len({entry.subject for entry in table()})
+
+
+def test_who_is_kept_for_tests_is_known_by_patient_and_by_study() -> None:
+    for entry in table():
+        kept = entry.role != "train"
+        for patient, study_uid in ((entry.patient, "1.2"), ("another", entry.study_uid)):
+            found = kept_for_tests(patient, study_uid)
+            assert (found is not None) == kept
+            assert found is None or found.subject == entry.subject
+    assert kept_for_tests("another", "1.2") is None
 
 
 def test_targets_teach_and_are_no_sharp_twins() -> None:

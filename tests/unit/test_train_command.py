@@ -25,7 +25,7 @@ from training.export import export
 from training.features import WeightsMissing
 from training.recipes import MODULES, Recipe, recipe
 from training.simulation import simulated_series
-from training.sources import scans
+from training.sources import scans, splits
 from training.sources.layouts import Case, find
 
 
@@ -145,6 +145,36 @@ def test_series_kept_for_tests_are_never_taught(tmp_path: Path, capsys: pytest.C
     cases = [Case(name, name, files, None, None, "", 1.0) for name in names]
     assert [case.name for case in train.taught(cases)] == [names[0], names[2]]
     assert f"{names[1]}: left out, test." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "taught"),
+    [
+        ({}, True),
+        ({"PatientID": "kept"}, False),  # a further series of the patient
+        ({"StudyInstanceUID": "1.2.3.4"}, False),  # the same study, under another PatientID
+        ({"PatientID": "taught"}, True),
+    ],
+)
+def test_other_series_of_a_patient_kept_for_tests_are_never_taught(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, str],
+    taught: bool,
+) -> None:
+    for patient in ("kept", "taught"):
+        write_series(tmp_path / patient, np.zeros((2, 8, 8)), PatientID=patient)
+    known = {patient: find(tmp_path / patient)[0].subject for patient in ("kept", "taught")}
+    assert "kept" not in known.values()
+    entry = splits.Entry("a name", "1.1", "1.2.3.4", "subject", known["kept"], "test", False, "Whom no training sees.")
+    other = replace(entry, series_uid="1.2", study_uid="1.2.3.5", patient=known["taught"], role="train", target=True)
+    monkeypatch.setattr(splits, "table", lambda: (other, entry))
+    write_series(tmp_path / "data", np.zeros((2, 8, 8)), name="further", **changes)
+    cases = find(tmp_path / "data")
+    assert train.taught(cases) == (cases if taught else [])
+    told = f"{cases[0].name}: left out, of the patient of a name: test. Whom no training sees.\n"
+    assert capsys.readouterr().out == ("" if taught else told)
 
 
 def test_a_simulated_low_dose_is_no_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

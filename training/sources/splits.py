@@ -31,7 +31,11 @@ class Entry:
     """Its folder among the CT series."""
     series_uid: str
     """SeriesInstanceUID, by which it is known wherever it lies."""
+    study_uid: str
+    """StudyInstanceUID; a study shows one patient."""
     subject: str
+    patient: str
+    """`training.sources.layouts.Case.subject` of its patient, a digest of the PatientID: known in any other series."""
     role: Role | Literal["robustness"]
     """``robustness``: for behaviour on odd series, neither to learn from nor to measure quality on."""
     target: bool
@@ -56,6 +60,26 @@ def table() -> tuple[Entry, ...]:
 def entry_of(series: str) -> Entry | None:
     """The entry of a series, by its SeriesInstanceUID or its name; None if the table does not know it."""
     return next((entry for entry in table() if series in (entry.series_uid, entry.series)), None)
+
+
+def kept_for_tests(patient: str, study_uid: str) -> Entry | None:
+    """An entry with the same patient or study that is not taught; None if there is none.
+
+    Parameters
+    ----------
+    patient
+        As `Entry.patient`.
+    study_uid
+        For series whose PatientID was changed.
+    """
+    return next(
+        (
+            entry
+            for entry in table()
+            if entry.role != "train" and (entry.patient == patient or entry.study_uid == study_uid)
+        ),
+        None,
+    )
 
 
 def split(
