@@ -1,0 +1,61 @@
+"""Memory of a pipeline: the peak while it denoises, for each number of slices in a process of its own.
+
+    python benchmarks/memory.py PIPELINE... [--slices 100 300] [--size 512]
+
+What is denoised is noise on a water phantom: memory does not depend on what an image shows. Linux only (/proc). Unlike
+times, these figures are the same on a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from pipelines.base import Options, load
+from pipelines.testing import water_volume
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def megabytes(key: str) -> float:
+    """``VmRSS`` (resident now) or ``VmHWM`` (most so far) of this process, MB; see proc(5)."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def measure(name: str, slices: int, size: int) -> tuple[float, float, float]:
+    """MB of the process with the pipeline loaded; added by the volume; added, at most, while it is denoised."""
+    pipeline = load(name)
+    loaded = megabytes("VmRSS")
+    volume = water_volume((slices, size, size))
+    before = megabytes("VmRSS")
+    _CLEAR.write_text("5")  # the most so far is what there is now
+    pipeline.denoise(volume, Options(), lambda part: None)
+    return loaded, before - loaded, megabytes("VmHWM") - before
+
+
+def main() -> None:
+    """Print a table, or with ``--alone`` one row of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipelines", nargs="+", metavar="PIPELINE")
+    parser.add_argument("--slices", type=int, nargs="+", default=[100, 300])
+    parser.add_argument("--size", type=int, default=512, help="rows and columns (default %(default)s)")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        (name,), (slices,) = arguments.pipelines, arguments.slices
+        parts = measure(name, slices, arguments.size)
+        print(f"| {name} | {slices} | {' | '.join(f'{part:.0f}' for part in parts)} |")
+        return
+    print(f"| pipeline | slices of {arguments.size}×{arguments.size} | loaded (MB) | volume (MB) | denoising (MB) |")
+    print("| --- | --- | --- | --- | --- |", flush=True)
+    for name in arguments.pipelines:
+        for slices in arguments.slices:
+            alone = [__file__, "--alone", name, "--slices", str(slices), "--size", str(arguments.size)]
+            subprocess.run([sys.executable, *alone], check=True)
+
+
+if __name__ == "__main__":
+    main()
