@@ -43,6 +43,8 @@ NOISE_FLOOR = to_network(5.0)
 """Limits the weight of patches that hold hardly any noise in `relative_charbonnier`."""
 CONTRAST_WEIGHT = 0.4
 """Of `training.losses.contrast_loss` beside `relative_charbonnier`, which is 0.01 to 0.02 for a trained network."""
+CONTRAST_STEPS = 2000
+"""Over which that weight rises from nothing: the untrained network loses no contrast, and would stay as it is."""
 QUADRATIC_UP_TO = 3.0
 """Errors below so many noise levels count by their square. A mean absolute value tends to the median, and the median of
 what may be a faint lesion and may be noise is: nothing there."""
@@ -125,15 +127,25 @@ def relative_charbonnier(denoised: torch.Tensor, target: torch.Tensor, batch: Ba
     return charbonnier(denoised.float() * weight, target * weight, QUADRATIC_UP_TO)
 
 
-def faithful(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+class Faithful(nn.Module):
     """`relative_charbonnier`, and faint lesions must come out as they went in; for batches of twins."""
-    value = relative_charbonnier(denoised, target, batch)
-    if not len(batch.inserted):  # validation
-        return value
-    inserted = batch.inserted
-    if denoised.ndim == 4:  # the centre slice
-        inserted = inserted[:, inserted.shape[1] // 2]
-    return value + CONTRAST_WEIGHT * contrast_loss(denoised, inserted)
+
+    steps: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+        value = relative_charbonnier(denoised, target, batch)
+        if not len(batch.inserted):  # of a sampler without twins
+            return value
+        self.steps += 1
+        inserted = batch.inserted
+        if denoised.ndim == 4:  # the centre slice
+            inserted = inserted[:, inserted.shape[1] // 2]
+        weight = CONTRAST_WEIGHT * (self.steps / CONTRAST_STEPS).clamp(max=1)
+        return value + weight * contrast_loss(denoised, inserted)
 
 
 def flat(network: nn.Module) -> nn.Module:

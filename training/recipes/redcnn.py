@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipelines.redcnn import REDCNN
 from training.loop import Schedule
-from training.recipes import ENVELOPE, Recipe, faithful, flat, plane
+from training.recipes import ENVELOPE, Faithful, Recipe, flat, plane
 
 RECIPES = {
     "red-cnn": Recipe(
@@ -23,7 +23,7 @@ RECIPES = {
         },
         network=lambda: flat(REDCNN()),
         predict=plane,
-        loss=lambda: faithful,  # the paper: MSE
+        loss=Faithful,  # the paper: MSE
         patch_zyx=(1, 64, 64),  # the paper: 55×55
         batch=16,  # not stated
         schedule=Schedule(steps=20_000, learning_rate=2e-4),  # the paper: 1e-4, slowly decreased to 1e-5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipelines.resunet import SLICES, ResUNet
 from training.loop import Schedule
-from training.recipes import ENVELOPE, Recipe, faithful, flat, told
+from training.recipes import ENVELOPE, Faithful, Recipe, flat, told
 
 RECIPES = {
     "quality-2.5d": Recipe(
@@ -24,7 +24,7 @@ RECIPES = {
         },
         network=lambda: flat(ResUNet()),
         predict=told(1),
-        loss=lambda: faithful,
+        loss=Faithful,
         patch_zyx=(SLICES, 96, 96),
         batch=16,
         schedule=Schedule(steps=20_000, learning_rate=1e-3),

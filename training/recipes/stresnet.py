@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.stresnet import SRResNet3D, STResNet
 from training.loop import Schedule
-from training.recipes import ENVELOPE, Recipe, deep, faithful, volume
+from training.recipes import ENVELOPE, Faithful, Recipe, deep, volume
 
 
 def _card(name: str, limits: str) -> dict[str, Any]:
@@ -35,7 +35,7 @@ RECIPES = {
         card=_card("st3d", BLIND),
         network=lambda: deep(STResNet()),
         predict=volume,
-        loss=lambda: faithful,  # not stated
+        loss=Faithful,  # not stated
         patch_zyx=(12, 56, 56),  # not stated
         batch=4,  # not stated
         schedule=Schedule(steps=20_000, learning_rate=1e-3),  # not stated
@@ -45,7 +45,7 @@ RECIPES = {
         card=_card("srresnet3d", f"{BLIND} Twice the operations of st3d; here for comparison."),
         network=lambda: deep(SRResNet3D()),
         predict=volume,
-        loss=lambda: faithful,  # not stated
+        loss=Faithful,  # not stated
         patch_zyx=(12, 56, 56),  # not stated
         batch=4,  # not stated
         schedule=Schedule(steps=20_000, learning_rate=1e-3),  # not stated
