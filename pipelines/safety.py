@@ -21,10 +21,10 @@ LOWEST_HU = -1024.0
 METAL_HU = 3071.0
 """Highest value of 12 bits with the usual intercept: above it, and `METAL_MARGIN_PX` around, voxels pass unchanged."""
 METAL_MARGIN_PX = 3
-LOW_FREQUENCY_PX = 8.0
-"""Standard deviation of the Gaussian below whose band the network may change nothing."""
-_POOL = 4
-"""The Gaussian is applied to an image made smaller by this: it holds nothing finer."""
+LOW_FREQUENCY_MM = 1.5
+"""Standard deviation of the Gaussian whose band passes unchanged: half of what has 0.125 periods per mm, nearly all of
+what is wider than 15 mm. Measured on networks that lose contrast, it brings back more of a lesion of 6 mm, for less noise,
+than any weight of `training.losses.contrast_loss` or any blend."""
 
 
 def network_input(volume: Volume) -> Array:
@@ -58,24 +58,18 @@ def _gaussian(image: torch.Tensor, sigma: float) -> torch.Tensor:
     return functional.conv2d(image, kernel.view(1, 1, 1, -1), padding=(0, half))
 
 
-def low_frequencies(change: Array, where: NDArray[np.bool_]) -> Array:
+def low_frequencies(change: Array, where: NDArray[np.bool_], sigma_px: float) -> Array:
     """Local mean of `change` over the pixels `where`: both blurred, then divided; one slice."""
     weight = torch.from_numpy(where.astype(np.float32))[None, None]
     values = torch.from_numpy(np.ascontiguousarray(change))[None, None] * weight
-    rows, columns = change.shape
-    pad = (0, -columns % _POOL, 0, -rows % _POOL)
-    sums, weights = (
-        _gaussian(functional.avg_pool2d(functional.pad(x, pad), _POOL), LOW_FREQUENCY_PX / _POOL)
-        for x in (values, weight)
-    )
-    mean = functional.interpolate(sums / weights.clamp_min(1e-3), scale_factor=_POOL, mode="bilinear")
-    return np.asarray(mean[0, 0, :rows, :columns].numpy())
+    mean = _gaussian(values, sigma_px) / _gaussian(weight, sigma_px).clamp_min(1e-3)
+    return np.asarray(mean[0, 0].numpy())
 
 
 def restrained(volume: Volume, denoised: Array, part: float) -> Array:
     """What leaves the pipeline: ``hu + part·(denoised − hu)`` without the low frequencies of the difference.
 
-    Noise of a scanner has next to no power at low frequencies, so what the network changes there is an error in HU.
+    Noise of a scanner has little power at low frequencies, so what the network changes there is mostly an error in HU.
 
     Parameters
     ----------
@@ -87,10 +81,11 @@ def restrained(volume: Volume, denoised: Array, part: float) -> Array:
         Part of the difference that is made, 0 to 1: `Options.blend`, times the strength of a network without noise map.
     """
     given = network_input(volume)
+    sigma_px = LOW_FREQUENCY_MM / volume.geometry.spacing_mm[1]
     with torch.inference_mode():
         for k in range(len(denoised)):
             fixed = _untouchable(volume.hu[k], volume.padding[k])
             change = denoised[k] - given[k]
-            change -= low_frequencies(change, ~fixed)
+            change -= low_frequencies(change, ~fixed, sigma_px)
             denoised[k] = np.where(fixed, volume.hu[k], volume.hu[k] + np.float32(part) * change)
     return denoised

@@ -35,7 +35,7 @@ def test_the_series_reaches_what_can_move_a_voxel(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("name", "module", "constant", "value"),
     [
-        ("st3d", safety, "LOW_FREQUENCY_PX", 7.9),
+        ("st3d", safety, "LOW_FREQUENCY_MM", 1.49),
         ("st3d", safety, "METAL_MARGIN_PX", 2),
         ("st3d", safety, "AIR_HU", -999.0),
         ("st3d", scaling, "HU_PER_UNIT", 1001.0),

@@ -27,7 +27,7 @@ RECIPES = {
         loss=Faithful,
         patch_zyx=(SLICES, 96, 96),
         batch=16,
-        schedule=Schedule(steps=30_000, learning_rate=1e-3),
+        schedule=Schedule(steps=30_000, learning_rate=3e-4),
         twins=True,
     )
 }
