@@ -159,4 +159,4 @@ def test_pipeline_keeps_the_contract(tmp_path: Path) -> None:
     pipeline = hqinet_lite(tmp_path)
     check_pipeline(pipeline)
     volume = water_volume((3, 101, 77))
-    assert 0.3 < float(np.abs(pipeline.denoise(volume, Options(), lambda _: None) - volume.hu).mean()) < 3
+    assert 0.1 < float(np.abs(pipeline.denoise(volume, Options(), lambda _: None) - volume.hu).mean()) < 3

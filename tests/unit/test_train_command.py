@@ -103,7 +103,7 @@ def test_a_user_with_real_pairs_gets_a_trained_model(
     """Real pairs are found, a subject is kept for validation, and the noise really falls."""
     root = _pairs(tmp_path / "data", [f"L{k:03d}" for k in range(10, 15)], place)
     out = tmp_path / "run"
-    words = ["--data", str(root), "--phantoms", "0", "--steps", "150", "--out", str(out), "--workers", "1"]
+    words = ["--data", str(root), "--phantoms", "0", "--steps", "250", "--out", str(out), "--workers", "1"]
     main(["train", "fast-2.5d", *words])
     assert "4 scans to learn from, 1 to validate on" in capsys.readouterr().out
     log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
