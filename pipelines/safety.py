@@ -23,8 +23,7 @@ METAL_HU = 3071.0
 METAL_MARGIN_PX = 3
 LOW_FREQUENCY_MM = 1.5
 """Standard deviation of the Gaussian whose band passes unchanged: half of what has 0.125 periods per mm, nearly all of
-what is wider than 15 mm. It brings back more of a lesion of 6 mm, for less noise, than any weight of
-`training.losses.contrast_loss` or any blend did (docs/results.md)."""
+what is wider than 15 mm. Wider Gaussians kept organs at their HU and let lesions of 6 mm fade."""
 
 
 def network_input(volume: Volume) -> Array:
