@@ -15,7 +15,7 @@ RECIPES = {
             "2017;36:2524-2535.",
             "doi": "10.1109/TMI.2017.2715284",
             "input": "slice",
-            "patch_zyx": [1, 64, 64],
+            "patch_zyx": [1, 55, 55],
             "overlap_zyx": [0, 20, 20],
             "valid_for": ENVELOPE,
             "noise_map": False,
@@ -24,7 +24,7 @@ RECIPES = {
         network=lambda: flat(REDCNN()),
         predict=plane,
         loss=Faithful,  # the paper: MSE
-        patch_zyx=(1, 64, 64),  # the paper: 55×55
+        patch_zyx=(1, 55, 55),
         batch=16,  # not stated
         schedule=Schedule(steps=20_000, learning_rate=2e-4),  # the paper: 1e-4, slowly decreased to 1e-5
         twins=True,
