@@ -127,8 +127,8 @@ def compile_model(model: Any, precision: Precision, threads: int) -> Any:
     given = compiled.get_property("INFERENCE_PRECISION_HINT")
     if given != wanted:
         raise PrecisionRefused(
-            f"OpenVINO would run {compiled.get_property('NETWORK_NAME')!r} in {given}, not in {wanted}: this CPU lacks the "
-            "instructions; set precision: fp32"
+            f"OpenVINO would run {compiled.get_property('NETWORK_NAME')!r} in {given}, not in {wanted}: this CPU lacks "
+            "the instructions; set precision: fp32"
         )
     return compiled
 
