@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol
@@ -12,10 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.volume import Volume
-
-Progress = Callable[[float], None]
-"""Called with the fraction done, 0 to 1."""
+from pipelines.volume import Series, Volume
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +98,65 @@ def check_options(card: ModelCard, options: Options) -> None:
         raise OptionRefused(f"blend {options.blend:g} is out of range; it is a part, 0 to 1")
 
 
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """On what a network is to run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "int8", "bf16", "fp32"] = "auto"
+    """Number format of the products; ``auto`` is the quickest that this machine has and the card vouches for."""
+    threads: int = 0
+    """Of the CPU; 0: all cores that this process may use."""
+
+
 class Pipeline(Protocol):
     """A denoiser. Made once by its factory (which loads the weights), then used for many series."""
 
     card: ModelCard
 
-    def denoise(self, volume: Volume, options: Options, progress: Progress) -> NDArray[np.float32]:
-        """Denoised HU, float32, same shape as ``volume.hu``; deterministic."""
+    def denoise(self, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
+        """The denoised slices of `series` in order, HU, float32, each (y, x) and an array of its own; deterministic.
+
+        A slice is due as soon as those it depends on were asked for (`Series.plane`): the node writes it while the
+        network works on the next, and no series is too long for the memory.
+        """
         ...
 
 
+class PipelineFault(RuntimeError):
+    """A pipeline did not keep to `Pipeline`."""
+
+
+def denoise(pipeline: Pipeline, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
+    """The slices that `pipeline` makes of `series`, each seen to be one.
+
+    Raises
+    ------
+    PipelineFault
+        If it gives other than one finite float32 image of the series' size for each slice.
+    OptionRefused
+        For an option that it cannot take.
+    """
+    count, *size = series.shape
+    given = 0
+    for given, hu in enumerate(pipeline.denoise(series, options), 1):
+        if given > count:
+            raise PipelineFault(f"{pipeline.card.name} gave more than the {count} slices of the series")
+        if not isinstance(hu, np.ndarray) or hu.dtype != np.float32 or list(hu.shape) != size:
+            what = f"{hu.dtype} {hu.shape}" if isinstance(hu, np.ndarray) else type(hu).__name__
+            raise PipelineFault(f"{pipeline.card.name} gave {what} for slice {given - 1}, not float32 {tuple(size)}")
+        yield hu
+    if given < count:
+        raise PipelineFault(f"{pipeline.card.name} gave {given} slices for a series of {count}")
+
+
+def denoise_volume(pipeline: Pipeline, volume: Volume, options: Options | None = None) -> NDArray[np.float32]:
+    """All of `denoise` as one array (z, y, x), for those who measure."""
+    return np.stack(list(denoise(pipeline, volume, options or Options())))
+
+
 ENTRY_POINT_GROUP = "dicomnode.pipelines"
-"""A package announces a pipeline by an entry point of this group: a callable without arguments that makes it.
+"""A package announces a pipeline by an entry point of this group: a callable of an `Execution` that makes it.
 
 Ours are announced in pyproject.toml by the same mechanism, so there is one way to be a pipeline.
 """
@@ -135,7 +179,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted({point.name for point in entry_points(group=ENTRY_POINT_GROUP)}))
 
 
-def load(name: str) -> Pipeline:
+def load(name: str, execution: Execution | None = None) -> Pipeline:
     """Make the pipeline `name` (imports its module and loads its weights).
 
     Raises
@@ -148,8 +192,8 @@ def load(name: str) -> Pipeline:
         If it is one of ours and has weights that are not what was installed; with what to do.
     """
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
-        factory: Callable[[], Pipeline] = point.load()
-        return factory()
+        factory: Callable[[Execution], Pipeline] = point.load()
+        return factory(execution or Execution())
     raise UnknownPipeline(f"no pipeline {name!r}; there are: {', '.join(names())}")
 
 

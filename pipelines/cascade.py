@@ -37,14 +37,9 @@ What could be had and is left out:
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from torch.nn import functional
-
-from pipelines.network import NetworkPipeline
-from pipelines.runtime import WEIGHTS
 
 FEATURES = 64
 DRL_HALO = 17
@@ -142,28 +137,3 @@ class Cascade(nn.Module):
         for stage in self.stages[1:]:
             y = y - stage(y)
         return y
-
-
-def drl(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `drl` (entry point)."""
-    return NetworkPipeline("drl", DRL(), halo=DRL_HALO, folder=folder)
-
-
-def cnn10(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `cnn10` (entry point)."""
-    return NetworkPipeline("cnn10", WuCNN10(), halo=CNN10_HALO, folder=folder)
-
-
-def cascade(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `cascade` (entry point)."""
-    return NetworkPipeline("cascade", Cascade(), halo=2 * DRL_HALO, folder=folder)
-
-
-def cascade_mse(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `cascade-mse` (entry point)."""
-    return NetworkPipeline("cascade-mse", Cascade(), halo=2 * DRL_HALO, folder=folder)
-
-
-def cascade_3(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `cascade-3` (entry point)."""
-    return NetworkPipeline("cascade-3", Cascade(3), halo=3 * DRL_HALO, folder=folder)

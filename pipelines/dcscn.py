@@ -29,14 +29,10 @@ What could be had and is left out:
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
-
-from pipelines.network import NetworkPipeline
-from pipelines.runtime import WEIGHTS
 
 LAYERS = 7
 MOST, LEAST = 32, 8
@@ -104,23 +100,3 @@ class PlainCNN(nn.Module):
             x = functional.relu(conv(x), inplace=True)
         result: torch.Tensor = self.convs[-1](x)
         return result
-
-
-def dcscn(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `dcscn` (entry point)."""
-    return NetworkPipeline("dcscn", DCSCN(), halo=HALO, folder=folder)
-
-
-def dcswgan(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `dcswgan` (entry point)."""
-    return NetworkPipeline("dcswgan", DCSCN(), halo=HALO, folder=folder)
-
-
-def cnn_l1(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `cnn-l1` (entry point)."""
-    return NetworkPipeline("cnn-l1", PlainCNN(), halo=PLAIN_HALO, folder=folder)
-
-
-def wgan(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `wgan` (entry point)."""
-    return NetworkPipeline("wgan", PlainCNN(), halo=PLAIN_HALO, folder=folder)

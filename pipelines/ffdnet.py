@@ -10,14 +10,10 @@ together. It predicts the noise of the centre slice.
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
-
-from pipelines.network import NetworkPipeline
-from pipelines.runtime import WEIGHTS
 
 SLICES = 3
 FEATURES = 64
@@ -48,8 +44,3 @@ class FFDNet(nn.Module):
             y = functional.relu(conv(y), inplace=True)
         noise = functional.pixel_shuffle(self.convs[-1](y), STRIDE)
         return slices[:, SLICES // 2 : SLICES // 2 + 1] - noise
-
-
-def fast_2p5d(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `fast-2.5d` (entry point)."""
-    return NetworkPipeline("fast-2.5d", FFDNet(), stride=STRIDE, noise_map_stride=STRIDE, folder=folder)

@@ -1,4 +1,4 @@
-"""May this pipeline denoise this volume? Geometry against what the pipeline was validated for, with a reason each.
+"""May this pipeline denoise this series? Geometry against what the pipeline was validated for, with a reason each.
 
 `pipelines.volume.read_volume` has refused what is no CT volume at all. Here stands what depends on the pipeline: one
 that looks at single slices (``input="slice"``) does not care how they are stacked; one that looks at neighbours
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import ModelCard
-from pipelines.volume import SeriesRefused, Volume
+from pipelines.volume import Series, SeriesRefused
 
 IRREGULARITY = 0.05
 """How far a slice distance may differ from the median, as a part of it. Table feed and rounding of positions stay below
@@ -30,8 +30,8 @@ NAMED = 3
 """How many places a reason names."""
 
 
-def check(volume: Volume, card: ModelCard) -> None:
-    """Refuse `volume` if the pipeline of `card` was not validated for it.
+def check(series: Series, card: ModelCard) -> None:
+    """Refuse `series` if the pipeline of `card` was not validated for it.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def check(volume: Volume, card: ModelCard) -> None:
         for one that looks at neighbouring slices.
     """
     envelope = card.valid_for
-    slices, rows, columns = volume.hu.shape
+    slices, rows, columns = series.shape
     if min(rows, columns) < MIN_MATRIX:
         raise SeriesRefused(
             "too-small",
@@ -49,26 +49,26 @@ def check(volume: Volume, card: ModelCard) -> None:
     if not envelope.min_slices <= slices <= envelope.max_slices:
         _refuse_outside(card, f"{slices} slices", (envelope.min_slices, envelope.max_slices), "")
     low, high = envelope.pixel_spacing_mm
-    for spacing in volume.geometry.spacing_mm[1:]:
+    for spacing in series.geometry.spacing_mm[1:]:
         if not low <= spacing <= high:
             _refuse_outside(card, f"pixels of {spacing:g} mm", (low, high), " mm")
     if card.input == "slice" or slices == 1:
         return
 
-    positions = _positions(volume)
+    positions = _positions(series)
     distances = np.diff(positions)
     usual = float(np.median(distances))
     _refuse_irregular(positions, distances, usual)
-    if volume.thickness_mm > 0 and usual > MAX_SPACING_PER_THICKNESS * volume.thickness_mm:
+    if series.thickness_mm > 0 and usual > MAX_SPACING_PER_THICKNESS * series.thickness_mm:
         raise SeriesRefused(
             "gap",
-            f"slices are {volume.thickness_mm:g} mm thick but {usual:.2f} mm apart: neighbours show different tissue; "
+            f"slices are {series.thickness_mm:g} mm thick but {usual:.2f} mm apart: neighbours show different tissue; "
             "use a pipeline for single slices",
         )
-    if volume.tilt_deg > MAX_TILT_DEG and not envelope.gantry_tilt:
+    if series.tilt_deg > MAX_TILT_DEG and not envelope.gantry_tilt:
         raise SeriesRefused(
             "gantry-tilt",
-            f"the gantry is tilted by {volume.tilt_deg:.1f} degrees: the slices are sheared, and {card.name} was not "
+            f"the gantry is tilted by {series.tilt_deg:.1f} degrees: the slices are sheared, and {card.name} was not "
             "validated for that; use a pipeline for single slices",
         )
     low, high = envelope.slice_spacing_mm
@@ -76,11 +76,11 @@ def check(volume: Volume, card: ModelCard) -> None:
         _refuse_outside(card, f"slices {usual:.2f} mm apart", (low, high), " mm")
 
 
-def _positions(volume: Volume) -> NDArray[np.float64]:
+def _positions(series: Series) -> NDArray[np.float64]:
     """Place of each slice along the slice normal, mm."""
-    if volume.positions_mm:
-        return np.asarray(volume.positions_mm, dtype=np.float64)
-    return np.arange(volume.hu.shape[0], dtype=np.float64) * volume.geometry.spacing_mm[0]
+    if series.positions_mm:
+        return np.asarray(series.positions_mm, dtype=np.float64)
+    return np.arange(series.shape[0], dtype=np.float64) * series.geometry.spacing_mm[0]
 
 
 def _refuse_irregular(positions: NDArray[np.float64], distances: NDArray[np.float64], usual: float) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.volume import Volume
+from pipelines.volume import Plane
 
 TISSUES_HU = {
     "air": (-1100.0, -950.0),
@@ -100,31 +100,14 @@ class Verdict:
     """Voxels without measurement that were touched."""
 
 
-def check(before: Volume, after: NDArray[np.float32]) -> Verdict:
-    """Compare what a pipeline returned with what it was given.
+class Guard:
+    """Compares what a pipeline returned with what it was given, slice by slice; memory of one slice.
 
     Parameters
     ----------
-    before
-        The input.
-    after
-        The output, HU, same shape.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ: no version of the input, a fault of the pipeline.
+    pixel_mm
+        Pixel size, (rows, columns).
     """
-    if after.shape != before.hu.shape:
-        raise ValueError(f"the output has shape {after.shape}, the input {before.hu.shape}")
-    tally = _Tally(before.geometry.spacing_mm[1:])
-    for k in range(after.shape[0]):
-        tally.add(k, before.hu[k], after[k], before.padding[k])
-    return tally.verdict()
-
-
-class _Tally:
-    """Sums over the slices: memory of one slice, whatever the length of the series."""
 
     def __init__(self, pixel_mm: tuple[float, float]) -> None:
         self.pixel_mm2 = pixel_mm[0] * pixel_mm[1]
@@ -141,8 +124,9 @@ class _Tally:
 
     structure_slice: int | None
 
-    def add(self, k: int, before: NDArray[np.float32], after: NDArray[np.float32], padding: NDArray[np.bool_]) -> None:
-        """Add slice `k`; all arrays (y, x)."""
+    def add(self, k: int, plane: Plane, after: NDArray[np.float32]) -> None:
+        """Add slice `k`: as it came, and the output, HU (y, x)."""
+        before, padding = plane
         infinite = after.size - int(np.count_nonzero(np.isfinite(after)))
         if infinite:
             self.not_finite += infinite

@@ -30,15 +30,11 @@ training should be large, 256 or more; the ASPP rates alone reach 18 × 16 pixel
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional
-
-from pipelines.network import NetworkPipeline
-from pipelines.runtime import WEIGHTS
 
 SLICES = 3
 RATES = (6, 12, 18)
@@ -196,13 +192,3 @@ class HQINet(nn.Module):
             fused = fused + functional.conv2d(_resized(y, slices), part, padding=1)
         image: torch.Tensor = self.reconstruction(self.fuse[1:](fused))
         return slices[:, SLICES // 2 : SLICES // 2 + 1] + image if self.residual else image
-
-
-def hqinet(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `hqinet`, for a site that has trained the full network."""
-    return NetworkPipeline("hqinet", HQINet(), stride=STRIDE, folder=folder)
-
-
-def hqinet_lite(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `hqinet-lite` (entry point)."""
-    return NetworkPipeline("hqinet-lite", HQINet.lite(), stride=STRIDE, folder=folder)

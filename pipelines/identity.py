@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.base import ModelCard, Options, Progress
-from pipelines.volume import Volume
+from pipelines.base import Execution, ModelCard, Options
+from pipelines.volume import Series
 
 
 class Identity:
@@ -25,9 +27,9 @@ class Identity:
         weights_sha256="",
     )
 
-    def denoise(self, volume: Volume, options: Options, progress: Progress) -> NDArray[np.float32]:
-        """A copy of ``volume.hu``; `options` cannot change it: any blend of equal images is that image."""
-        progress(0.0)
-        hu = volume.hu.copy()
-        progress(1.0)
-        return hu
+    def __init__(self, execution: Execution | None = None) -> None:
+        """Nothing is computed, so `execution` is the same whatever it says."""
+
+    def denoise(self, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
+        """A copy of every slice; `options` cannot change it: any blend of equal images is that image."""
+        return (series.plane(k).hu.copy() for k in range(series.shape[0]))

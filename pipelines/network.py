@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from pipelines.base import ModelCard, Options, Progress, check_options
-from pipelines.noise import noise_level
-from pipelines.runtime import WEIGHTS, load_network, read_card, run_planes, run_volume
-from pipelines.safety import network_input, restrained
-from pipelines.streaming import Stream, slices, triples
-from pipelines.volume import Volume
+from pipelines.base import Execution, ModelCard, Options, check_options
+from pipelines.noise import series_noise_level
+from pipelines.runtime import WEIGHTS, choose, plane_engine, read_card, stream_engine
+from pipelines.safety import Rail, network_input
+from pipelines.scaling import to_hu, to_network
+from pipelines.volume import Series
 
+if TYPE_CHECKING:
+    from torch import nn
 
-class Streamed(Protocol):
-    """What a network for whole volumes (``input="volume"``) must have."""
+Array = NDArray[np.float32]
 
-    @property
-    def halo(self) -> int:
-        """Pixels that a result depends on in each direction."""
-        ...
-
-    def stream(self, stream: Stream) -> Stream:
-        """Stream of one channel in, stream of one channel out."""
-        ...
+PIXELS_AT_ONCE = 512 * 512
+"""Pixels of a strip of a network that makes one slice at a time: the usual slice as a whole."""
 
 
 class NetworkPipeline:
@@ -42,14 +39,13 @@ class NetworkPipeline:
     name
         Of card and weights.
     network
-        Untrained.
+        Makes it untrained; called only where PyTorch runs it.
     stride
         The network takes rows and columns in multiples of this.
     noise_map_stride
         Pixels of the image per pixel of the noise map.
-    halo
-        Pixels that a result depends on in each direction; large slices are then run in strips. None: a slice is run as
-        a whole, however large. Only for a network of stride 1.
+    execution
+        On what, and in which precision.
     folder
         Where card and weights lie.
 
@@ -60,37 +56,35 @@ class NetworkPipeline:
     pipelines.base.WeightsDamaged
         If they do not belong together.
     ValueError
-        For a card of a ``volume`` with a noise map, and for a `halo` with a `stride` above 1: nothing runs them.
+        For a card of a ``volume`` with a noise map: nothing runs it.
     """
 
     def __init__(
         self,
         name: str,
-        network: nn.Module,
+        network: Callable[[], nn.Module],
         *,
         stride: int = 1,
         noise_map_stride: int = 1,
-        halo: int | None = None,
+        execution: Execution | None = None,
         folder: Path = WEIGHTS,
     ) -> None:
-        self.card: ModelCard = read_card(name, folder)
-        if self.card.input == "volume" and self.card.noise_map:
+        card = read_card(name, folder)
+        if card.input == "volume" and card.noise_map:
             raise ValueError(
                 f"the card of {name!r} says input 'volume' and noise_map true: a network that streams in depth "
                 "is given none; correct the card"
             )
-        if halo is not None and stride > 1:
-            raise ValueError(
-                f"{name!r} has halo {halo} and stride {stride}: a strip may begin on any row, so a network of stride "
-                "above 1 is run on whole slices; leave the halo out"
-            )
-        if self.card.input != "volume":  # the quicker order of memory for convolutions in the plane
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-        self._network = load_network(network, self.card, folder)
-        self._stride, self._noise_map_stride, self._halo = stride, noise_map_stride, halo
+        self.choice = choose(card, execution or Execution(), folder)
+        self.card: ModelCard = replace(card, precision=self.choice.precision)
+        if card.input == "volume":
+            self._volumes = stream_engine(card, network, self.choice, folder)
+        else:
+            self._planes = plane_engine(card, network, self.choice, folder)
+        self._stride, self._noise_map_stride = stride, noise_map_stride
 
-    def denoise(self, volume: Volume, options: Options, progress: Progress) -> NDArray[np.float32]:
-        """Denoised HU, float32, same shape; see `pipelines.base.Options` for `options`.
+    def denoise(self, series: Series, options: Options) -> Iterator[Array]:
+        """Denoised slices, HU; see `pipelines.base.Pipeline`, and `pipelines.base.Options` for `options`.
 
         Raises
         ------
@@ -99,25 +93,65 @@ class NetworkPipeline:
         """
         check_options(self.card, options)
         if options.strength == 0:
-            progress(1.0)
-            return volume.hu.copy()
-        hu = network_input(volume)
-        part, noise_hu = options.blend * options.strength, None
+            return (series.plane(k).hu.copy() for k in range(series.shape[0]))
+        return self._denoise(series, options)
+
+    def _denoise(self, series: Series, options: Options) -> Iterator[Array]:
+        part, noise = options.blend * options.strength, None
         if self.card.noise_map:
             part = options.blend
-            noise_hu = noise_level(hu, volume.padding, volume.geometry.spacing_mm[1]) * options.strength
+            noise = np.float32(to_network(series_noise_level(series) * options.strength))
+        rail = Rail(series.geometry.spacing_mm[1], part)
+        given: deque[Array] = deque()
+
+        def feed() -> Iterator[Array]:
+            for k in range(series.shape[0]):
+                given.append(network_input(series.plane(k)))
+                yield to_network(given[-1])
+
         if self.card.input == "volume":
-            network = cast(Streamed, self._network)
-            denoised = run_volume(network.stream, network.halo, hu, progress)
+            results = self._volumes.stream(feed(), series.shape[1:])
         else:
-            denoised = run_planes(
-                self._network,
-                slices if self.card.input == "slice" else triples,
-                hu,
-                progress,
-                noise_hu=noise_hu,
-                stride=self._stride,
-                noise_map_stride=self._noise_map_stride,
-                halo=self._halo,
-            )
-        return restrained(volume, denoised, part)
+            stacks = (plane[None] for plane in feed()) if self.card.input == "slice" else triples(feed())
+            results = (self._run(stack, noise) for stack in stacks)
+        for k, result in enumerate(results):
+            yield rail(series.plane(k), given.popleft(), to_hu(result))
+
+    def _run(self, stack: Array, noise: np.float32 | None) -> Array:
+        """One slice (y, x) from its channels (c, y, x): reflected up to the stride, in strips if it is large."""
+        size = stack.shape[1:]
+        rows, columns = (-(-length // self._stride) * self._stride for length in size)
+        padded = np.pad(stack, ((0, 0), (0, rows - size[0]), (0, columns - size[1])), mode="symmetric")
+        # a strip may begin on any row, which a network of a stride does not allow
+        height = rows if self._stride > 1 else max(PIXELS_AT_ONCE // columns, 1)
+        out = np.empty((rows, columns), np.float32)
+        for read, keep, where in strips(rows, height, self.card.overlap_zyx[1]):
+            part, noise_map = np.ascontiguousarray(padded[:, read]), None
+            if noise is not None:
+                noise_map = np.full((1, *(length // self._noise_map_stride for length in part.shape[1:])), noise)
+            out[where] = self._planes(part, noise_map)[keep]
+        return out[: size[0], : size[1]]
+
+
+def triples(planes: Iterator[Array]) -> Iterator[Array]:
+    """Each slice with its two neighbours as three channels; the first and the last are their own neighbours."""
+    before = here = next(planes)
+    for after in planes:
+        yield np.stack([before, here, after])
+        before, here = here, after
+    yield np.stack([before, here, here])
+
+
+def strips(rows: int, height: int, halo: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut `rows` into equal strips of at most `height`, with `halo` more on each side.
+
+    Yields
+    ------
+    tuple of slice
+        Rows to read, rows of the result to keep, rows of the volume where they belong.
+    """
+    count = -(-rows // height)
+    edges = [rows * k // count for k in range(count + 1)]
+    for top, bottom in pairwise(edges):
+        first, last = max(top - halo, 0), min(bottom + halo, rows)
+        yield slice(first, last), slice(top - first, bottom - first), slice(top, bottom)

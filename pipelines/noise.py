@@ -7,8 +7,13 @@ deviation than the noise and lies in the tail; the mode does not move.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
+
+from pipelines.safety import network_input
+from pipelines.volume import Series
 
 Array = NDArray[np.float32]
 
@@ -20,6 +25,8 @@ _AIR_HU = -950.0
 _MIN_PIXELS = 500
 """Fewer windows than this make no histogram."""
 _BINS = 120
+SLICES = 8
+"""How many slices are looked at."""
 
 
 def _box_mean(image: NDArray[np.float64], size: int) -> NDArray[np.float64]:
@@ -47,7 +54,18 @@ def _mode(sd: Array) -> float:
     return float(edges[top] + edges[top + 1]) / 2
 
 
-def noise_level(hu: Array, padding: NDArray[np.bool_], pixel_mm: float, max_slices: int = 8) -> float:
+def _spread(count: int) -> list[int]:
+    """At most `SLICES` of `count` slices, evenly spread."""
+    return sorted({round(k) for k in np.linspace(0, count - 1, min(SLICES, count) + 2)[1:-1]})
+
+
+def series_noise_level(series: Series) -> float:
+    """`noise_level` of what a network is given of `series`; reads `SLICES` of its slices."""
+    planes = (series.plane(k) for k in _spread(series.shape[0]))
+    return _level(((network_input(plane), plane.padding) for plane in planes), series.geometry.spacing_mm[1])
+
+
+def noise_level(hu: Array, padding: NDArray[np.bool_], pixel_mm: float) -> float:
     """Noise of a series in HU (standard deviation), without truth.
 
     Where a series has no soft tissue (a resolution phantom, lung only), it is the 20th percentile of the local standard
@@ -59,18 +77,20 @@ def noise_level(hu: Array, padding: NDArray[np.bool_], pixel_mm: float, max_slic
         The volume and its mask of pixels without measurement, (z, y, x).
     pixel_mm
         Pixel size; the window is `WINDOW_MM` wide.
-    max_slices
-        How many slices, evenly spread, are looked at.
 
     Returns
     -------
     float
         HU; 0 for a series that is padding everywhere.
     """
-    window = min(max(2 * round(WINDOW_MM / pixel_mm / 2) + 1, 5), (min(hu.shape[1:]) - 1) // 2 * 2 + 1)
+    return _level(((hu[k], padding[k]) for k in _spread(len(hu))), pixel_mm)
+
+
+def _level(planes: Iterable[tuple[Array, NDArray[np.bool_]]], pixel_mm: float) -> float:
     soft, dense, every = [], [], []
-    for k in np.unique(np.linspace(0, len(hu) - 1, min(max_slices, len(hu)) + 2)[1:-1].round().astype(int)):
-        sd, smooth = _local_sd(hu[k], padding[k], window)
+    for hu, padding in planes:
+        window = min(max(2 * round(WINDOW_MM / pixel_mm / 2) + 1, 5), (min(hu.shape) - 1) // 2 * 2 + 1)
+        sd, smooth = _local_sd(hu, padding, window)
         measured = np.isfinite(sd)
         tissue = ((smooth > SOFT_TISSUE_HU[0]) & (smooth < SOFT_TISSUE_HU[1])).astype(np.float64)
         soft.append(sd[measured & (_box_mean(tissue, window) > 1 - 1e-6)])

@@ -14,14 +14,9 @@ What the paper leaves open or what cannot be kept:
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from torch.nn import functional
-
-from pipelines.network import NetworkPipeline
-from pipelines.runtime import WEIGHTS
 
 FEATURES = 96
 KERNEL = 5
@@ -63,8 +58,3 @@ class REDCNN(nn.Module):
             if k < LAYERS - 1:
                 y = functional.relu(y, inplace=True)
         return y
-
-
-def red_cnn(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `red-cnn` (entry point)."""
-    return NetworkPipeline("red-cnn", REDCNN(), halo=HALO, folder=folder)

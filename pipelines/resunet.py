@@ -15,14 +15,10 @@ initialisation, the strided and transposed ones keep PyTorch's.
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
-
-from pipelines.network import NetworkPipeline
-from pipelines.runtime import WEIGHTS
 
 SLICES = 3
 FEATURES = (32, 64, 128)
@@ -86,8 +82,3 @@ class ResUNet(nn.Module):
             y = decoder(up(y) + skip)
         noise: torch.Tensor = self.tail(y)
         return slices[:, SLICES // 2 : SLICES // 2 + 1] - noise
-
-
-def quality_2p5d(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `quality-2.5d` (entry point)."""
-    return NetworkPipeline("quality-2.5d", ResUNet(), stride=STRIDE, folder=folder)

@@ -1,31 +1,67 @@
-"""Weights, cards and execution: the only place that knows how a network is run (PyTorch on the CPU, fp32)."""
+"""Weights and cards of the networks that ship, and what computes them: the only place that knows how a network is run.
+
+An engine takes and gives numpy arrays in network units (`pipelines.scaling`). Nothing here imports PyTorch unless it is
+the engine that was chosen.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import load
-from torch import nn
 
-from pipelines.base import Envelope, ModelCard, Progress, WeightsDamaged, WeightsMissing
-from pipelines.scaling import to_hu, to_network
-from pipelines.streaming import Stream, slices, strips
+from pipelines.base import Envelope, Execution, ModelCard, WeightsDamaged, WeightsMissing
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Array = NDArray[np.float32]
 
 WEIGHTS = Path(__file__).parent / "weights"
-PIXELS_AT_ONCE = 512 * 128
-"""Pixels of a strip of a network that streams in depth: bounds the memory that its layers hold."""
-PLANE_PIXELS_AT_ONCE = 512 * 512
-"""Pixels of a strip of a network that makes one slice at a time: the usual slice as a whole."""
+
+
+class PlaneEngine(Protocol):
+    """Runs a network that makes one slice at a time."""
+
+    def __call__(self, slices: Array, noise_map: Array | None) -> Array:
+        """Denoise one slice.
+
+        Parameters
+        ----------
+        slices
+            (channels, y, x).
+        noise_map
+            (1, y', x') for a network that takes one.
+
+        Returns
+        -------
+        ndarray
+            (y, x).
+        """
+        ...
+
+
+class StreamEngine(Protocol):
+    """Runs a network for whole volumes, slice after slice, every slice computed once."""
+
+    def stream(self, planes: Iterator[Array], shape: tuple[int, int]) -> Iterator[Array]:
+        """Denoise `planes`, (y, x) of `shape` each; a slice comes as soon as its neighbourhood is there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What computes a network here, and why that."""
+
+    backend: Literal["openvino", "torch"]
+    precision: Literal["int8", "bf16", "fp32"]
+    reason: str
 
 
 def _content(name: str, suffix: str, folder: Path) -> bytes:
@@ -67,15 +103,15 @@ def _card(values: Any) -> ModelCard:
     return ModelCard(**{**known, "valid_for": Envelope(**envelope)})
 
 
-def load_network(network: nn.Module, card: ModelCard, folder: Path = WEIGHTS) -> nn.Module:
-    """Fill `network` with the weights of `card` and make it ready to run.
+def read_weights(card: ModelCard, folder: Path = WEIGHTS) -> bytes:
+    """The content of the safetensors file of `card`.
 
     Raises
     ------
     pipelines.base.WeightsMissing
-        If there is no file of weights.
+        If there is none.
     pipelines.base.WeightsDamaged
-        If the file is not the one that the card was written for, or both are those of another network.
+        If the file is not the one that the card was written for.
     """
     content = _content(card.name, "safetensors", folder)
     digest = hashlib.sha256(content).hexdigest()
@@ -84,87 +120,23 @@ def load_network(network: nn.Module, card: ModelCard, folder: Path = WEIGHTS) ->
             f"the weights of {card.name!r} are damaged: {card.name}.safetensors has SHA-256 {digest}, its card says "
             f"{card.weights_sha256}; install card and weights again"
         )
-    try:
-        network.load_state_dict({name: tensor.float() for name, tensor in load(content).items()})
-    except RuntimeError as error:  # other names or shapes, listed on many lines
-        raise WeightsDamaged(
-            f"card and weights of {card.name!r} are those of another network: install those of this version"
-        ) from error
-    return network.eval().requires_grad_(False)
+    return content
 
 
-def run_volume(network: Callable[[Stream], Stream], halo: int, hu: Array, progress: Progress) -> Array:
-    """Run a network that streams in depth over a volume.
-
-    Parameters
-    ----------
-    network
-        Stream of one channel in, stream of one channel out, in network units.
-    halo
-        Rows that a result depends on above and below.
-    hu
-        (z, y, x), any size.
-    progress
-        Called after every slice.
-    """
-    out = np.empty_like(hu)
-    height = max(PIXELS_AT_ONCE // hu.shape[2], 1)
-    with torch.inference_mode():
-        for read, keep, rows in strips(hu.shape[1], height, halo):
-            part = to_network(torch.from_numpy(np.ascontiguousarray(hu[:, read])))
-            for k, result in enumerate(network(slices(part))):
-                out[k, rows] = to_hu(result[0, 0, keep]).numpy()
-                progress((rows.start + (rows.stop - rows.start) * (k + 1) / len(hu)) / hu.shape[1])
-    return out
+def choose(card: ModelCard, execution: Execution, folder: Path) -> Choice:
+    """What computes the network of `card` here."""
+    return Choice("torch", "fp32", "the only one")
 
 
-def run_planes(
-    network: Callable[..., torch.Tensor],
-    stack: Callable[[torch.Tensor], Stream],
-    hu: Array,
-    progress: Progress,
-    *,
-    noise_hu: float | None = None,
-    stride: int = 1,
-    noise_map_stride: int = 1,
-    halo: int | None = None,
-) -> Array:
-    """Run a network that makes one slice at a time over a volume.
+def plane_engine(card: ModelCard, network: Callable[[], nn.Module], choice: Choice, folder: Path) -> PlaneEngine:
+    """The engine of a network that makes one slice at a time; `network` makes it untrained, for PyTorch."""
+    from pipelines.torch_engine import TorchPlanes
 
-    Parameters
-    ----------
-    network
-        Takes (batch, channels, y, x), and with `noise_hu` a noise map (batch, 1, y/noise_map_stride,
-        x/noise_map_stride); gives (batch, 1, y, x). All in network units.
-    stack
-        What of the volume it is given for each slice: `pipelines.streaming.slices` or `triples`.
-    hu
-        (z, y, x), any size.
-    progress
-        Called after every slice.
-    noise_hu
-        Value of the constant noise map; None: the network takes none.
-    stride
-        Rows and columns are reflected up to a multiple of it and cropped after.
-    noise_map_stride
-        Pixels of the image per pixel of the noise map.
-    halo
-        Rows that a result depends on above and below: large slices are run in strips. None: always as a whole. Only
-        for a network of stride 1.
-    """
-    out = np.empty_like(hu)
-    rows, columns = (-(-size // stride) * stride for size in hu.shape[1:])
-    pad = ((0, 0), (0, 0), (0, rows - hu.shape[1]), (0, columns - hu.shape[2]))
-    height = rows if halo is None else max(PLANE_PIXELS_AT_ONCE // columns, 1)
-    with torch.inference_mode():
-        for k, seen in enumerate(stack(torch.from_numpy(hu))):
-            plane = to_network(torch.from_numpy(np.pad(seen.numpy(), pad, mode="symmetric")))
-            for read, keep, where in strips(rows, height, halo or 0):
-                given = [plane[:, :, read].contiguous(memory_format=torch.channels_last)]
-                if noise_hu is not None:
-                    size = (1, 1, given[0].shape[2] // noise_map_stride, columns // noise_map_stride)
-                    given.append(torch.full(size, to_network(noise_hu)))
-                place = out[k, where]
-                place[...] = to_hu(network(*given)[0, 0, keep])[: place.shape[0], : place.shape[1]].numpy()
-            progress((k + 1) / len(hu))
-    return out
+    return TorchPlanes(network(), card, folder)
+
+
+def stream_engine(card: ModelCard, network: Callable[[], nn.Module], choice: Choice, folder: Path) -> StreamEngine:
+    """The engine of a network for whole volumes."""
+    from pipelines.torch_engine import TorchStream
+
+    return TorchStream(network(), card, folder)

@@ -7,13 +7,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
-from pipelines.volume import Volume
+from pipelines.volume import Plane, Volume
 
 Array = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 AIR_HU = -1000.0
 LOWEST_HU = -1024.0
@@ -26,65 +25,89 @@ LOW_FREQUENCY_MM = 1.5
 what is wider than 15 mm. Wider Gaussians kept organs at their HU and let lesions of 6 mm fade."""
 
 
-def network_input(volume: Volume) -> Array:
-    """HU with air for padding, declared or not; (z, y, x)."""
-    hu = np.maximum(volume.hu, np.float32(LOWEST_HU))
-    hu[volume.padding | (volume.hu < LOWEST_HU)] = AIR_HU
+def network_input(given: Plane | Volume) -> Array:
+    """HU with air for padding, declared or not; as many dimensions as `given`."""
+    hu = np.maximum(given.hu, np.float32(LOWEST_HU))
+    hu[given.padding | (given.hu < LOWEST_HU)] = AIR_HU
     return hu
 
 
-def _untouchable(hu: Array, padding: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Padding, and metal with its margin; one slice."""
-    fixed = padding | (hu < LOWEST_HU)
-    metal = hu > METAL_HU
-    if metal.any():
-        grown = functional.max_pool2d(
-            torch.from_numpy(metal.astype(np.float32))[None, None],
-            2 * METAL_MARGIN_PX + 1,
-            stride=1,
-            padding=METAL_MARGIN_PX,
-        )
-        fixed |= grown[0, 0].numpy() > 0
-    return np.asarray(fixed)
-
-
-def _gaussian(image: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Separable Gaussian of (1, 1, y, x), zeros around it."""
-    half = math.ceil(3 * sigma)
-    kernel = torch.exp(-0.5 * (torch.arange(-half, half + 1) / sigma) ** 2)
-    kernel /= kernel.sum()
-    image = functional.conv2d(image, kernel.view(1, 1, -1, 1), padding=(half, 0))
-    return functional.conv2d(image, kernel.view(1, 1, 1, -1), padding=(0, half))
-
-
-def low_frequencies(change: Array, where: NDArray[np.bool_], sigma_px: float) -> Array:
-    """Local mean of `change` over the pixels `where`: both blurred, then divided; one slice."""
-    weight = torch.from_numpy(where.astype(np.float32))[None, None]
-    values = torch.from_numpy(np.ascontiguousarray(change))[None, None] * weight
-    mean = _gaussian(values, sigma_px) / _gaussian(weight, sigma_px).clamp_min(1e-3)
-    return np.asarray(mean[0, 0].numpy())
-
-
-def restrained(volume: Volume, denoised: Array, part: float) -> Array:
-    """What leaves the pipeline: ``hu + part·(denoised − hu)`` without the low frequencies of the difference.
+class Rail:
+    """What leaves a pipeline: ``hu + part·(denoised − hu)`` without the low frequencies of the difference.
 
     Noise of a scanner has little power at low frequencies, so what the network changes there is mostly an error in HU.
 
     Parameters
     ----------
-    volume
-        The series as it came.
-    denoised
-        Output of the network for `network_input`, (z, y, x) HU; overwritten.
+    pixel_mm
+        Pixel size.
     part
         Part of the difference that is made, 0 to 1: `Options.blend`, times the strength of a network without noise map.
     """
-    given = network_input(volume)
-    sigma_px = LOW_FREQUENCY_MM / volume.geometry.spacing_mm[1]
-    with torch.inference_mode():
-        for k in range(len(denoised)):
-            fixed = _untouchable(volume.hu[k], volume.padding[k])
-            change = denoised[k] - given[k]
-            change -= low_frequencies(change, ~fixed, sigma_px)
-            denoised[k] = np.where(fixed, volume.hu[k], volume.hu[k] + np.float32(part) * change)
-    return denoised
+
+    def __init__(self, pixel_mm: float, part: float) -> None:
+        self._part = np.float32(part)
+        sigma_px = LOW_FREQUENCY_MM / pixel_mm
+        taps = np.exp(-0.5 * (np.arange(math.ceil(3 * sigma_px) + 1) / sigma_px) ** 2)
+        self._taps = (taps / (2 * taps.sum() - taps[0])).astype(np.float32)
+        """One half of the kernel, from its centre outwards."""
+        self._where: Mask = np.empty((0, 0), np.bool_)
+        self._weight: Array = np.empty((0, 0), np.float32)
+
+    def __call__(self, plane: Plane, given: Array, denoised: Array) -> Array:
+        """One slice.
+
+        Parameters
+        ----------
+        plane
+            As it came.
+        given
+            As the network was given it, `network_input`.
+        denoised
+            Output of the network, (y, x) HU.
+        """
+        fixed = _untouchable(plane)
+        change = denoised - given
+        change -= self.low_frequencies(change, ~fixed)
+        change *= self._part
+        change[fixed] = 0
+        return np.asarray(plane.hu + change)
+
+    def low_frequencies(self, change: Array, where: Mask) -> Array:
+        """Local mean of `change` over the pixels `where`: both blurred, then divided; (y, x)."""
+        if not np.array_equal(where, self._where):  # of most series it is the same for every slice
+            self._where = where
+            self._weight = np.maximum(self._blurred(where.astype(np.float32)), np.float32(1e-3))
+        return np.asarray(self._blurred(change * where) / self._weight)
+
+    def _blurred(self, image: Array) -> Array:
+        """Separable Gaussian, zeros around the image."""
+        half = len(self._taps) - 1
+        for axis in (0, 1):
+            padded = np.moveaxis(np.pad(image, [(half, half) if a == axis else (0, 0) for a in (0, 1)]), axis, 0)
+            image = image * self._taps[0]
+            out = np.moveaxis(image, axis, 0)
+            for k in range(1, half + 1):
+                out += self._taps[k] * (padded[half - k : half - k + len(out)] + padded[half + k : half + k + len(out)])
+        return image
+
+
+def _untouchable(plane: Plane) -> Mask:
+    """Padding, and metal with its margin."""
+    fixed = plane.padding | (plane.hu < LOWEST_HU)
+    metal = plane.hu > METAL_HU
+    if metal.any():
+        for axis in (0, 1):
+            metal = _grown(metal, axis)
+        fixed |= metal
+    return np.asarray(fixed)
+
+
+def _grown(mask: Mask, axis: int) -> Mask:
+    """True up to `METAL_MARGIN_PX` away along `axis`."""
+    grown = mask.copy()
+    source, target = np.moveaxis(mask, axis, 0), np.moveaxis(grown, axis, 0)
+    for k in range(1, METAL_MARGIN_PX + 1):
+        target[k:] |= source[:-k]
+        target[:-k] |= source[k:]
+    return grown

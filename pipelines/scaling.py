@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-Values = TypeVar("Values", NDArray[np.float32], torch.Tensor, float)
+if TYPE_CHECKING:  # the node runs without it
+    import torch
+
+Values = TypeVar("Values", NDArray[np.float32], "torch.Tensor", float)
 
 HU_PER_UNIT = 1000.0
 """One network unit in HU: air is −1, water 0, dense bone about 1. Nothing is clipped, so metal passes through."""

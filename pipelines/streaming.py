@@ -1,4 +1,4 @@
-"""How a volume passes through a network: slice after slice in depth, strip after strip in the plane.
+"""How a volume passes through a network: slice after slice in depth.
 
 A stream is an iterator of slices, tensors of (1, channels, rows, columns) in channels-last order. A network is a chain
 of iterators over streams. A temporal convolution holds the last three slices that it saw, a residual holds what its
@@ -13,23 +13,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 
 import torch
 from torch.nn import functional
 
 Stream = Iterator[torch.Tensor]
-
-
-def slices(volume: torch.Tensor) -> Stream:
-    """A volume (z, y, x) as a stream of one channel."""
-    return (volume[k : k + 1, None] for k in range(len(volume)))
-
-
-def triples(volume: torch.Tensor) -> Stream:
-    """Each slice with its two neighbours as three channels; the first and the last are their own neighbours."""
-    last = len(volume) - 1
-    return (torch.stack([volume[max(k - 1, 0)], volume[k], volume[min(k + 1, last)]])[None] for k in range(last + 1))
 
 
 def spatial(stream: Stream, weight: torch.Tensor, bias: torch.Tensor | None) -> Stream:
@@ -155,18 +144,3 @@ def residual(stream: Stream, branch: Callable[[Stream], Stream]) -> Stream:
         return answer.add_(held.popleft())
 
     return map(add, branch(map(tap, stream)))
-
-
-def strips(rows: int, height: int, halo: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut `rows` into equal strips of at most `height`, with `halo` more on each side.
-
-    Yields
-    ------
-    tuple of slice
-        Rows to read, rows of the result to keep, rows of the volume where they belong.
-    """
-    count = -(-rows // height)
-    edges = [rows * k // count for k in range(count + 1)]
-    for top, bottom in pairwise(edges):
-        first, last = max(top - halo, 0), min(bottom + halo, rows)
-        yield slice(first, last), slice(top - first, bottom - first), slice(top, bottom)

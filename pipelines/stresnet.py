@@ -16,7 +16,6 @@ What the paper leaves open, and what we chose:
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -24,8 +23,6 @@ from torch import nn
 from torch.nn import functional
 
 from pipelines import streaming
-from pipelines.network import NetworkPipeline
-from pipelines.runtime import WEIGHTS
 from pipelines.streaming import Stream
 
 FEATURES = 32
@@ -137,13 +134,3 @@ class SRResNet3D(ResNet3D):
 
     def __init__(self, features: int = FEATURES, blocks: int = BLOCKS) -> None:
         super().__init__(VolumetricConv, features, blocks)
-
-
-def st3d(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `st3d` (entry point)."""
-    return NetworkPipeline("st3d", STResNet(), folder=folder)
-
-
-def srresnet3d(folder: Path = WEIGHTS) -> NetworkPipeline:
-    """Make the pipeline `srresnet3d` (entry point)."""
-    return NetworkPipeline("srresnet3d", SRResNet3D(), folder=folder)

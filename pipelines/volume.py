@@ -1,4 +1,7 @@
-"""The only DICOM → HU code of the project: a CT series on disk becomes a volume in Hounsfield units.
+"""The only DICOM → HU code of the project: a CT series on disk becomes slices in Hounsfield units.
+
+A series of files reads its slices when they are asked for, so that 1500 slices need no more memory than 100; a volume
+holds them all, for those who measure.
 
 What a single object must be is decided in `pipelines.ct_slice`; here, which slices may stand in one volume. What a
 certain pipeline was not validated for (tilt, gaps, spacing) is decided in `pipelines.gate`. Every reason: docs/gate.md.
@@ -8,20 +11,24 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import warnings
-from collections import Counter, defaultdict
+from abc import ABC, abstractmethod
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.ct_slice import CTSlice, SeriesRefused, read_slice
 
-__all__ = ["Geometry", "SeriesRefused", "Volume", "read_volume"]
+__all__ = ["FileSeries", "Geometry", "Plane", "Series", "SeriesRefused", "Volume", "open_series", "read_volume"]
 
 MAX_VOXELS = 2**31
 """Largest volume, 8 GiB of HU: 2048 slices of 1024²."""
@@ -55,24 +62,67 @@ class Geometry:
     """Empty if the series has none, or another one for each slice."""
 
 
-@dataclass(frozen=True, slots=True)
-class Volume:
-    """A CT volume in HU. ``hu`` is float32 (z, y, x) and always HU: nothing asks whether it is normalised."""
+class Plane(NamedTuple):
+    """One slice. Shared by all who ask for it: nobody writes into it."""
 
     hu: NDArray[np.float32]
+    """Always HU, (y, x)."""
+    padding: NDArray[np.bool_]
+    """True where the scanner wrote no measurement (PixelPaddingValue); (y, x)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series(ABC):
+    """A CT series in the order of its slices along their normal."""
+
     geometry: Geometry
     slice_uids: tuple[str, ...]
-    """SOPInstanceUID of each slice, in the order of axis 0."""
+    """SOPInstanceUID of each slice."""
     slice_paths: tuple[Path, ...]
-    """File of each slice, in the order of axis 0."""
-    padding: NDArray[np.bool_]
-    """True where the scanner wrote no measurement (PixelPaddingValue); (z, y, x)."""
+    """File of each slice."""
     positions_mm: tuple[float, ...] = ()
     """Place of each slice along the slice normal, ascending; empty: regular, as `geometry` says."""
     thickness_mm: float = 0.0
     """Smallest SliceThickness; 0 if unknown."""
     tilt_deg: float = 0.0
     """Angle between the slice normal and the direction in which the slices advance: the gantry tilt."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """Slices, rows, columns."""
+
+    @abstractmethod
+    def plane(self, k: int) -> Plane:
+        """Slice `k`, counted from 0.
+
+        Raises
+        ------
+        SeriesRefused
+            ``undecodable``, if its pixels cannot be read.
+        OSError
+            If its file cannot be read.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume(Series):
+    """A series in memory."""
+
+    hu: NDArray[np.float32]
+    """(z, y, x)."""
+    padding: NDArray[np.bool_]
+    """(z, y, x)."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slices, rows, columns."""
+        slices, rows, columns = self.hu.shape
+        return slices, rows, columns
+
+    def plane(self, k: int) -> Plane:
+        """Slice `k`."""
+        return Plane(self.hu[k], self.padding[k])
 
     def with_hu(self, hu: NDArray[np.float32]) -> Volume:
         """The same volume with other values; refuses another shape, another type and non-finite values.
@@ -90,12 +140,64 @@ class Volume:
         return replace(self, hu=hu)
 
 
-def read_volume(paths: Sequence[Path]) -> Volume:
-    """Read one CT series, in whatever order its files come.
+PLANES_AHEAD = 4
+"""Read while the network works on the one before: decoding JPEG 2000 takes 33 ms a slice."""
+PLANES_KEPT = 64
+"""Of 1.3 MB (512²). A network for volumes answers some 20 slices later, and those who compare ask again then."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSeries(Series):
+    """A series on disk. Close it, or use it in a ``with`` statement: a thread of its own reads ahead."""
+
+    slices: tuple[CTSlice, ...]
+    _planes: OrderedDict[int, Future[Plane]] = field(default_factory=OrderedDict, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _reader: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "series-reader"), repr=False, compare=False
+    )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slices, rows, columns."""
+        return len(self.slices), *self.slices[0].matrix
+
+    def plane(self, k: int) -> Plane:
+        """Slice `k`; the next ones are read meanwhile, and the last `PLANES_KEPT` are kept."""
+        with self._lock:
+            for j in range(k, min(k + 1 + PLANES_AHEAD, len(self.slices))):
+                if j not in self._planes:
+                    self._planes[j] = self._reader.submit(self._read, j)
+            self._planes.move_to_end(k)
+            plane = self._planes[k]
+            while len(self._planes) > PLANES_KEPT:
+                self._planes.popitem(last=False)
+        return plane.result()
+
+    def _read(self, k: int) -> Plane:
+        plane = Plane(np.empty(self.shape[1:], np.float32), np.zeros(self.shape[1:], np.bool_))
+        with pydicom_silent():
+            self.slices[k].read_hu(*plane)
+        for values in plane:
+            values.flags.writeable = False
+        return plane
+
+    def close(self) -> None:
+        """End the thread."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> FileSeries:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_series(paths: Sequence[Path]) -> FileSeries:
+    """Open one CT series, in whatever order its files come: read all headers, judge them together, decode nothing yet.
 
     Slices are sorted along their normal (ImageOrientationPatient and ImagePositionPatient), never by number. Rescale is
     applied per slice, so slices of different RescaleSlope or RescaleIntercept are right, each in its own numbers.
-    Headers are read first and judged together, then one plane after the other is decoded into its place.
 
     Parameters
     ----------
@@ -109,26 +211,19 @@ def read_volume(paths: Sequence[Path]) -> Volume:
     OSError
         If a file cannot be read.
     """
+    if not paths:
+        raise SeriesRefused("empty", "there are no files")
     with pydicom_silent():
-        if not paths:
-            raise SeriesRefused("empty", "there are no files")
         slices = [read_slice(path) for path in paths]
-        _refuse_mixture(slices)
-        row, column = np.array(slices[0].orientation[:3]), np.array(slices[0].orientation[3:])
-        normal = np.cross(row, column)
-        slices.sort(key=lambda s: float(normal @ np.array(s.position_mm)))
-        places = np.array([s.position_mm for s in slices])
-        positions = places @ normal
-        _refuse_same_place(slices, positions)
-        _refuse_interleaved_acquisitions(slices, positions)
-        step, advance, tilt_deg = _advance(slices, places, positions, normal)
-
-        rows, columns = slices[0].matrix
-        hu = np.empty((len(slices), rows, columns), dtype=np.float32)
-        padding = np.zeros(hu.shape, dtype=np.bool_)
-        for k, one in enumerate(slices):
-            one.read_hu(hu[k], padding[k])
-
+    _refuse_mixture(slices)
+    row, column = np.array(slices[0].orientation[:3]), np.array(slices[0].orientation[3:])
+    normal = np.cross(row, column)
+    slices.sort(key=lambda s: float(normal @ np.array(s.position_mm)))
+    places = np.array([s.position_mm for s in slices])
+    positions = places @ normal
+    _refuse_same_place(slices, positions)
+    _refuse_interleaved_acquisitions(slices, positions)
+    step, advance, tilt_deg = _advance(slices, places, positions, normal)
     frames = {s.frame_of_reference_uid for s in slices}
     thickness = min(s.thickness_mm for s in slices)
     geometry = Geometry(
@@ -137,16 +232,34 @@ def read_volume(paths: Sequence[Path]) -> Volume:
         direction=(_triple(advance), _triple(column), _triple(row)),
         frame_of_reference_uid=frames.pop() if len(frames) == 1 else "",
     )
-    return Volume(
-        hu=hu,
+    return FileSeries(
         geometry=geometry,
         slice_uids=tuple(s.sop_instance_uid for s in slices),
         slice_paths=tuple(s.path for s in slices),
-        padding=padding,
         positions_mm=tuple(float(p) for p in positions),
         thickness_mm=thickness,
         tilt_deg=tilt_deg,
+        slices=tuple(slices),
     )
+
+
+def read_volume(paths: Sequence[Path]) -> Volume:
+    """The same with every slice decoded; raises the same."""
+    with open_series(paths) as series:
+        hu = np.empty(series.shape, np.float32)
+        padding = np.empty(series.shape, np.bool_)
+        for k in range(len(hu)):
+            hu[k], padding[k] = series.plane(k)
+        return Volume(
+            geometry=series.geometry,
+            slice_uids=series.slice_uids,
+            slice_paths=series.slice_paths,
+            positions_mm=series.positions_mm,
+            thickness_mm=series.thickness_mm,
+            tilt_deg=series.tilt_deg,
+            hu=hu,
+            padding=padding,
+        )
 
 
 @contextmanager
