@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import os
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,15 +25,13 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.tag import Tag
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
-from dicomnode.config import Derivation
 from dicomnode.derived_header import Making, describe, drop_false, explicit_copy
 from dicomnode.encoding import LOSSY_METHODS
 from dicomnode.errors import DerivationError
 from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, dataset_digest, sync_folder
 from dicomnode.uids import derived_uid
-from pipelines.base import ModelCard, Options, Progress
 from pipelines.ct_slice import OWN_MANUFACTURER, CTSlice, SeriesRefused, read_slice
-from pipelines.volume import Volume
+from pipelines.volume import Plane, Series
 
 _BROKEN = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, InvalidDicomError, LookupError, MemoryError),
@@ -52,6 +51,8 @@ _KEPT = (
 )
 """Looked at again in the written file: the same bytes as in the source."""
 
+_QUEUED_SLICES = 4
+"""Denoised slices that may wait for the writing thread: enough to bridge a sync, too few to cost memory."""
 
 _Element = DataElement | RawDataElement
 
@@ -81,81 +82,148 @@ class DerivedInstance:
     series_uid: str
 
 
-def derive_series(
-    volume: Volume,
-    hu: NDArray[np.float32],
-    *,
-    card: ModelCard,
-    options: Options,
-    pipeline_hash: str,
-    fingerprint: str,
-    settings: Derivation,
-    created_at: datetime,
-    out_dir: Path,
-    progress: Progress = lambda done: None,
-) -> list[DerivedInstance]:
-    """Write `hu` as a series derived from `volume`, one file per slice, Explicit VR Little Endian.
+class SeriesWriter:
+    """Writes a denoised series slice by slice, one file per slice, Explicit VR Little Endian.
+
+    Files are encoded, written, synced and proved in a thread of their own, so that the caller can go on with its next
+    slices. A fault of that thread is raised by the next `write`, or by `finish`. Use as a context manager: leaving it
+    ends the thread; without `finish` before, what was not written yet is given up.
 
     Parameters
     ----------
-    volume
+    series
         What was denoised; its files are read again for header and stored values.
-    hu
-        The denoised HU, float32, same shape. Where it equals ``volume.hu`` the stored value stays as it is.
-    card, options, pipeline_hash
-        The pipeline that ran. `card.input` says which slices fed one slice: itself (``slice``), its two neighbours too
-        (``slab3``), or ``card.overlap_zyx[0]`` on each side, the radius of the receptive field (``volume``).
-    fingerprint
-        Of the set of source slices.
-    settings
-        Of the site.
-    created_at
-        When the job was made, with a time zone. Written in the source's TimezoneOffsetFromUTC where it has one, else
-        in the zone it is given in: pass local time, as dates without offset are read as such (PS3.3 C.12.1).
+    made
+        The pipeline that ran and what the site wants said. `card.input` says which slices fed one slice: itself
+        (``slice``), its two neighbours too (``slab3``), or ``card.overlap_zyx[0]`` on each side, the radius of the
+        receptive field (``volume``). `created_at` is written in the source's TimezoneOffsetFromUTC where it has one,
+        else in the zone it is given in: pass local time, as dates without offset are read as such (PS3.3 C.12.1).
     out_dir
         Existing folder; the files are named by their new UIDs.
-    progress
-        Told the fraction done.
-
-    Returns
-    -------
-    list of DerivedInstance
-        In the order of the slices; all of them are on disk.
 
     Raises
     ------
-    DerivationError
-        A source file is not what was read as `volume`, cannot be encoded, or a written file is not what was meant.
     ValueError
-        `hu` is no finite float32 array of the volume's shape, or `created_at` has no time zone.
-    OSError
-        The disk failed; trying again may help.
+        `made.created_at` has no time zone.
     """
-    if created_at.tzinfo is None:
-        raise ValueError("created_at has no time zone")
-    volume.with_hu(hu)
-    made = Making(card, options, pipeline_hash, fingerprint, settings, created_at)
-    radius = {"slice": 0, "slab3": 1, "volume": card.overlap_zyx[0]}[card.input]
-    count = len(volume.slice_paths)
-    instances: list[DerivedInstance] = []
-    for k in range(count):
-        near = range(max(0, k - radius), min(count, k + radius + 1))
-        sources = [volume.slice_uids[j] for j in (k, *(j for j in near if j != k))]
+
+    def __init__(self, series: Series, made: Making, out_dir: Path) -> None:
+        if made.created_at.tzinfo is None:
+            raise ValueError("created_at has no time zone")
+        self._series = series
+        self._made = made
+        self._out_dir = out_dir
+        self._radius = {"slice": 0, "slab3": 1, "volume": made.card.overlap_zyx[0]}[made.card.input]
+        self._instances: dict[int, DerivedInstance] = {}
+        self._given: set[int] = set()
+        self._error: Exception | None = None
+        self._given_up = False
+        self._queue: Queue[tuple[int, Plane, NDArray[np.float32]] | None] = Queue(_QUEUED_SLICES)
+        self._thread = Thread(target=self._work, name="series-writer", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> SeriesWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._given_up = True
+        self._end()
+
+    def write(self, k: int, hu: NDArray[np.float32]) -> None:
+        """Hand over the denoised HU of slice `k`, each slice once; waits while too many slices are queued.
+
+        Parameters
+        ----------
+        k
+            Index of the slice in the volume.
+        hu
+            Float32, (y, x), not to be changed afterwards. Where it equals the source's HU the stored value stays as it
+            is.
+
+        Raises
+        ------
+        ValueError
+            `hu` is no finite float32 array of the slice's shape, or there is no such slice left to write.
+        SeriesRefused
+            The slice's pixels cannot be read.
+        DerivationError, OSError
+            As `finish`, for a slice handed over earlier.
+        """
+        shape = self._series.shape[1:]
+        if hu.shape != shape or hu.dtype != np.float32:
+            raise ValueError(f"expected float32 {shape}, got {hu.dtype} {hu.shape}")
+        if not np.isfinite(hu).all():
+            raise ValueError(f"slice {k}: {np.count_nonzero(~np.isfinite(hu))} values are not finite")
+        if k in self._given or not 0 <= k < len(self._series.slice_paths) or not self._thread.is_alive():
+            raise ValueError(f"slice {k} of {len(self._series.slice_paths)} is not to be written (again)")
+        self._raise_error()
+        self._given.add(k)
+        self._queue.put((k, self._series.plane(k), hu))
+
+    def finish(self) -> list[DerivedInstance]:
+        """Wait for the last file and sync the folder.
+
+        Returns
+        -------
+        list of DerivedInstance
+            In the order of the slices; all of them are on disk.
+
+        Raises
+        ------
+        DerivationError
+            A source file is not what was read as the volume, cannot be encoded, or a written file is not what was
+            meant.
+        ValueError
+            A slice was not handed over.
+        OSError
+            The disk failed; trying again may help.
+        """
+        self._end()
+        self._raise_error()
+        count = len(self._series.slice_paths)
+        if len(self._instances) != count:
+            raise ValueError(f"{len(self._instances)} of {count} slices were written")
+        sync_folder(self._out_dir)
+        instances = [self._instances[k] for k in range(count)]
+        for what, values in (
+            ("instances", {one.sop_instance_uid for one in instances}),
+            ("files", set(self._series.slice_paths)),
+        ):
+            if len(values) != count:
+                raise DerivationError(f"{count} slices have only {len(values)} different {what}")
+        return instances
+
+    def _end(self) -> None:
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (handed := self._queue.get()) is not None:
+            if self._error is not None or self._given_up:
+                continue  # taken off the queue all the same: the caller may wait for room in it
+            try:
+                self._instances[handed[0]] = self._derive(*handed)
+            except Exception as error:  # of whatever kind: it belongs to the caller's thread
+                self._error = error
+
+    def _derive(self, k: int, source: Plane, hu: NDArray[np.float32]) -> DerivedInstance:
+        series = self._series
+        near = range(max(0, k - self._radius), min(len(series.slice_uids), k + self._radius + 1))
+        sources = [series.slice_uids[j] for j in (k, *(j for j in near if j != k))]
         try:
-            meant = _derive_slice(volume, hu, k, made, sources)
+            meant = _derive_slice(series.slice_paths[k], sources, source, hu, self._made)
             encoded = _encode(meant.header)
         except _BROKEN as error:
             # no message of a library: it may quote the header
-            raise DerivationError(f"{volume.slice_uids[k]} cannot be derived from ({type(error).__name__})") from error
-        path = out_dir / f"{meant.sop_instance_uid}.dcm"
+            raise DerivationError(f"{series.slice_uids[k]} cannot be derived from ({type(error).__name__})") from error
+        path = self._out_dir / f"{meant.sop_instance_uid}.dcm"
         _write_durably(path, encoded)
-        instances.append(_prove(path, encoded, meant))
-        progress((k + 1) / count)
-    sync_folder(out_dir)
-    for what, values in (("instances", {i.sop_instance_uid for i in instances}), ("files", set(volume.slice_paths))):
-        if len(values) != count:
-            raise DerivationError(f"{count} slices have only {len(values)} different {what}")
-    return instances
+        return _prove(path, encoded, meant)
 
 
 def stored_values(
@@ -210,17 +278,19 @@ def stored_values(
     return np.where(padding | (hu == source_hu), source, stored.astype(source.dtype))
 
 
-def _derive_slice(volume: Volume, hu: NDArray[np.float32], k: int, made: Making, sources: list[str]) -> _Meant:
-    one = read_slice(volume.slice_paths[k])
-    source = dcmread(volume.slice_paths[k])
+def _derive_slice(path: Path, sources: list[str], plane: Plane, hu: NDArray[np.float32], made: Making) -> _Meant:
+    """What to write for the slice in `path`; `sources` names what fed it, itself first, `plane` is what was read."""
+    uid = sources[0]
+    one = read_slice(path)
+    source = dcmread(path)
     kept = {keyword: _as_read(source, keyword) for keyword in _KEPT}
     keep_private = made.settings.keep_private_attributes
     header = explicit_copy(source, keep_private=keep_private)  # before anything of the source is decoded
-    if one.sop_instance_uid != volume.slice_uids[k] or source.SOPInstanceUID != volume.slice_uids[k]:
-        raise DerivationError(f"{volume.slice_uids[k]}: its file holds another object now")
+    if one.sop_instance_uid != uid or source.SOPInstanceUID != uid:
+        raise DerivationError(f"{uid}: its file holds another object now")
     if source.SOPClassUID != CTImageStorage:
-        raise DerivationError(f"{volume.slice_uids[k]}: SOP class {source.SOPClassUID} is not CT Image Storage")
-    pixels = _pixels(source, one, volume.hu[k], hu[k], volume.padding[k])
+        raise DerivationError(f"{uid}: SOP class {source.SOPClassUID} is not CT Image Storage")
+    pixels = _pixels(source, one, plane, hu)
 
     drop_false(header)
     syntax = source.file_meta.TransferSyntaxUID
@@ -232,7 +302,7 @@ def _derive_slice(volume: Volume, hu: NDArray[np.float32], k: int, made: Making,
     meta = header.file_meta = FileMetaDataset()  # nothing of the source's: its sender and implementation are not ours
     meta.MediaStorageSOPClassUID = source.SOPClassUID
     key = (made.pipeline_hash, made.fingerprint)
-    sop_instance_uid = derived_uid(volume.slice_uids[k], *key, "instance")
+    sop_instance_uid = derived_uid(uid, *key, "instance")
     meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.ImplementationClassUID = UID(IMPLEMENTATION_CLASS_UID)
@@ -240,14 +310,9 @@ def _derive_slice(volume: Volume, hu: NDArray[np.float32], k: int, made: Making,
     return _Meant(header, pixels, kept, sop_instance_uid, derived_uid(one.series_uid, *key, "series"))
 
 
-def _pixels(
-    source: Dataset,
-    one: CTSlice,
-    source_hu: NDArray[np.float32],
-    hu: NDArray[np.float32],
-    padding: NDArray[np.bool_],
-) -> bytes:
+def _pixels(source: Dataset, one: CTSlice, plane: Plane, hu: NDArray[np.float32]) -> bytes:
     """PixelData of the derived slice, little endian, of even length."""
+    source_hu, padding = plane
     encapsulated = source.file_meta.TransferSyntaxUID.is_encapsulated
     before = pixel_array(source, correct_unused_bits=encapsulated)
     # a padding value may use bits above BitsStored; of a measured voxel they are no part (PS3.5 8.1.1)

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
 
 from dicomnode.config import Derivation
-from dicomnode.derive import DerivedInstance, derive_series
+from dicomnode.derive import DerivedInstance, SeriesWriter
+from dicomnode.derived_header import Making
 from pipelines.base import ModelCard, Options, pipeline_hash
-from pipelines.volume import read_volume
+from pipelines.volume import Series, read_volume
 
 HU = NDArray[np.float32]
 CARD = ModelCard(
@@ -47,17 +48,16 @@ def derive(
     out_dir.mkdir(exist_ok=True)
     volume = read_volume(paths)
     options = options or Options()
-    return derive_series(
-        volume,
-        change(volume.hu.copy()),
-        card=card,
-        options=options,
-        pipeline_hash=pipeline_hash(card, options),
-        fingerprint=fingerprint,
-        settings=settings or Derivation(),
-        created_at=created_at,
-        out_dir=out_dir,
-    )
+    made = Making(card, options, pipeline_hash(card, options), fingerprint, settings or Derivation(), created_at)
+    return write_all(volume, change(volume.hu.copy()), made, out_dir)
+
+
+def write_all(series: Series, hu: HU, made: Making, out_dir: Path) -> list[DerivedInstance]:
+    """All slices through one `SeriesWriter`."""
+    with SeriesWriter(series, made, out_dir) as writer:
+        for k, plane in enumerate(hu):
+            writer.write(k, plane)
+        return writer.finish()
 
 
 def derive_one(path: Path, out_dir: Path, change: Callable[[HU], HU] = lambda hu: hu, **how: object) -> Dataset:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -12,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 from ct_builder import edit, phantom, uid, write_series
-from derivation import CARD, CREATED_AT, FINGERPRINT, HU, derive, derive_one
+from derivation import CARD, CREATED_AT, FINGERPRINT, HU, derive, derive_one, write_all
 from pydicom import Dataset, dcmread
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 from scanner import image
 
 from dicomnode import derive as module
 from dicomnode.config import Derivation
-from dicomnode.derive import derive_series, stored_values
-from dicomnode.derived_header import describe
+from dicomnode.derive import DerivedInstance, SeriesWriter, stored_values
+from dicomnode.derived_header import Making, describe
 from dicomnode.errors import DerivationError
 from dicomnode.uids import derived_uid
 from pipelines.base import Options, pipeline_hash
@@ -249,38 +251,41 @@ def test_the_reader_refuses_what_we_made(tmp_path: Path) -> None:
     assert refused.value.code == "own-output"
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
-    told: list[float] = []
-    volume = read_volume(write_series(tmp_path, phantom(4, 16)))
-    call(volume, volume.hu, tmp_path, progress=told.append)
-    assert told == [0.25, 0.5, 0.75, 1.0]
-
-
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
-def call(volume: Volume, hu: HU, out_dir: Path, **how: Any) -> None:
-    settings: dict[str, Any] = {"created_at": CREATED_AT, "settings": Derivation()}
-    derive_series(
-        volume,
-        hu,
-        card=CARD,
-        options=Options(),
-        pipeline_hash="cafe",
-        fingerprint="f00d",
-        out_dir=out_dir,
-        **(settings | how),
-    )
+def making(created_at: datetime = CREATED_AT) -> Making:
+    return Making(CARD, Options(), "cafe", "f00d", Derivation(), created_at)
+
+
+def call(volume: Volume, hu: HU, out_dir: Path) -> list[DerivedInstance]:
+    return write_all(volume, hu, making(), out_dir)
 
 
 def test_refuses_wrong_arguments(tmp_path: Path) -> None:
     volume = read_volume(write_series(tmp_path, phantom(2, 16)))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="slice 0: 256 values are not finite"):
         call(volume, np.full_like(volume.hu, np.nan), tmp_path)
     with pytest.raises(ValueError, match="expected float32"):
-        call(volume, volume.hu[:1], tmp_path)
+        call(volume, volume.hu[:, 1:], tmp_path)
+    with pytest.raises(ValueError, match="expected float32"):
+        call(volume, volume.hu.astype(np.float64), tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no time zone"):
-        call(volume, volume.hu, tmp_path, created_at=datetime(2026, 1, 1))
+        SeriesWriter(volume, making(datetime(2026, 1, 1)), tmp_path)
+
+
+def test_each_slice_is_written_once(tmp_path: Path) -> None:
+    volume = read_volume(write_series(tmp_path, phantom(3, 16)))
+    with SeriesWriter(volume, making(), tmp_path) as writer:
+        writer.write(2, volume.hu[2])
+        for k in (2, 3, -1):
+            with pytest.raises(ValueError, match=f"slice {k} of 3 is not to be written"):
+                writer.write(k, volume.hu[0])
+        writer.write(0, volume.hu[0])
+        with pytest.raises(ValueError, match="2 of 3 slices were written"):
+            writer.finish()
+        with pytest.raises(ValueError, match="slice 1 of 3 is not to be written"):
+            writer.write(1, volume.hu[1])
 
 
 def _rename(ds: Dataset) -> None:
@@ -444,3 +449,75 @@ def test_each_file_is_synced_under_another_name_and_the_folder_last(
     made = derive(write_series(tmp_path, phantom(2, 16)), tmp_path / "out")
     assert synced == [f"{i.sop_instance_uid}.part" for i in made] + ["out"]
     assert list((tmp_path / "out").glob("*.part")) == []
+
+
+# --- the thread that writes ----------------------------------------------------------------------------------------
+
+
+def writers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "series-writer"]
+
+
+def test_a_fault_of_the_thread_reaches_the_caller_at_the_next_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many slices are still to come: nobody waits for room in the queue of a writer that has failed."""
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    volume = read_volume(write_series(tmp_path / "in", phantom(40, 16)))
+    handed = 0
+    (tmp_path / "out").mkdir()
+    with (  # noqa: PT012
+        pytest.raises(OSError, match="No space left"),
+        SeriesWriter(volume, making(), tmp_path / "out") as writer,
+    ):
+        for k, plane in enumerate(volume.hu):
+            writer.write(k, plane)
+            handed += 1
+        writer.finish()
+    assert handed < 40
+    assert not writers()
+
+
+def test_leaving_early_ends_the_thread(tmp_path: Path) -> None:
+    volume = read_volume(write_series(tmp_path / "in", phantom(3, 16)))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyError), SeriesWriter(volume, making(), tmp_path / "out") as writer:  # noqa: PT012
+        writer.write(0, volume.hu[0])
+        assert len(writers()) == 1
+        raise KeyError
+    assert not writers()
+
+
+def test_the_caller_waits_rather_than_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go, handed = threading.Event(), 0
+    write = module._write_durably
+
+    def slow(path: Path, content: bytes) -> None:
+        assert let_go.wait(20)
+        write(path, content)
+
+    monkeypatch.setattr(module, "_write_durably", slow)
+    volume = read_volume(write_series(tmp_path / "in", phantom(12, 16)))
+    (tmp_path / "out").mkdir()
+    with SeriesWriter(volume, making(), tmp_path / "out") as writer:
+
+        def hand_over() -> None:
+            nonlocal handed
+            for k, plane in enumerate(volume.hu):
+                writer.write(k, plane)
+                handed += 1
+
+        caller = threading.Thread(target=hand_over)
+        caller.start()
+        deadline = time.monotonic() + 20
+        while handed < 4 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        caller.join(0.05)
+        assert 4 <= handed <= 5  # four in the queue, one in hand
+        let_go.set()
+        caller.join(20)
+        assert len(writer.finish()) == 12
