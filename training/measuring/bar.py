@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.base import Options, Pipeline
+from pipelines.base import Options, Pipeline, denoise_volume
 from training.measuring.cases import volume_of
 from training.measuring.scores import Row
 from training.metrics import SOFT_TISSUE
@@ -53,8 +53,8 @@ class Steadiness:
 
 def steadiness(pipeline: Pipeline, options: Options, clean: Array, noisy: Array, pixel_mm: float) -> Steadiness:
     """Run `pipeline` on a noise-free image, and on a noisy one at strength 0."""
-    change = np.abs(pipeline.denoise(volume_of(clean, pixel_mm, 2.5), options, lambda part: None) - clean)
-    unchanged = pipeline.denoise(volume_of(noisy, pixel_mm, 2.5), Options(strength=0.0), lambda part: None)
+    change = np.abs(denoise_volume(pipeline, volume_of(clean, pixel_mm, 2.5), options) - clean)
+    unchanged = denoise_volume(pipeline, volume_of(noisy, pixel_mm, 2.5), Options(strength=0.0))
     return Steadiness(
         float(change.mean(dtype=np.float64)),
         100 * float((change <= CLEAN_WITHIN_HU).mean()),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.optimize import minimize_scalar
 
-from pipelines.base import ModelCard, Options, Progress
-from pipelines.noise import noise_level
+from pipelines.base import ModelCard, Options
+from pipelines.noise import series_noise_level
 from pipelines.safety import network_input
-from pipelines.volume import Volume
+from pipelines.volume import Series
 from training.measuring.cases import Trial
 from training.metrics import SOFT_TISSUE, Window, psnr
 
@@ -121,17 +121,14 @@ class Classical:
             noise_map=True,
         )
 
-    def denoise(self, volume: Volume, options: Options, progress: Progress) -> Array:
-        """Filtered HU, float32, same shape, padding untouched; the noise level is measured."""
-        hu = network_input(volume)
-        sigma = np.float32(noise_level(hu, volume.padding, volume.geometry.spacing_mm[1]) or 1.0)
-        out = np.empty_like(hu)
-        for k, image in enumerate(hu):
+    def denoise(self, series: Series, options: Options) -> Iterator[Array]:
+        """Filtered HU, padding untouched, slice by slice; the noise level is measured."""
+        sigma = np.float32(series_noise_level(series) or 1.0)
+        for k in range(series.shape[0]):
+            plane = series.plane(k)
+            image = network_input(plane)
             filtered = self._method.filter(image / sigma, self.parameter * options.strength) * sigma
-            changed = volume.hu[k] + np.float32(options.blend) * (filtered - image)
-            out[k] = np.where(volume.padding[k], volume.hu[k], changed)
-            progress((k + 1) / len(hu))
-        return out
+            yield np.where(plane.padding, plane.hu, plane.hu + np.float32(options.blend) * (filtered - image))
 
 
 def tuned(name: str, trial: Trial, window: Window = SOFT_TISSUE) -> Classical:
@@ -144,13 +141,13 @@ def tuned(name: str, trial: Trial, window: Window = SOFT_TISSUE) -> Classical:
     """
     places = np.unique(np.linspace(trial.scored.start, trial.scored.stop - 1, _SEARCH_SLICES + 2).round().astype(int))
     planes = places[1:-1] if len(places) > 2 else places
-    hu = network_input(trial.low)
-    sigma = np.float32(noise_level(hu, trial.low.padding, trial.pixel_mm) or 1.0)
+    sigma = np.float32(series_noise_level(trial.low) or 1.0)
+    images = [network_input(trial.low.plane(int(k))) for k in planes]
     truth, method = trial.truth[planes], METHODS[name]
     Classical(name, 1.0)
 
     def loss(parameter: float) -> float:
-        out = np.stack([method.filter(image / sigma, parameter) * sigma for image in hu[planes]])
+        out = np.stack([method.filter(image / sigma, parameter) * sigma for image in images])
         return -psnr(out, truth, window)
 
     low, high = method.bounds

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.base import Options, load
+from pipelines.base import denoise_volume, load
 from pipelines.noise import noise_level
 from pipelines.runtime import WEIGHTS
 from training.measuring.cases import PHANTOM_PIXEL_MM, PHANTOM_SEED, PHANTOM_SPACING_MM, volume_of
@@ -173,7 +173,7 @@ def write(name: str, command: str, slices: int = SLICES, seed: int = PHANTOM_SEE
     truth = chest_abdomen(slices, 512, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM, seed)
     before = low_dose(truth, PHANTOM_PIXEL_MM, DOSE, seed)
     volume = volume_of(before, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM)
-    after = load(name).denoise(volume, Options(), lambda part: None)
+    after = denoise_volume(load(name), volume)
     card["measured"] = {
         "command": command,
         "dose": DOSE,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from pipelines.base import Options, Pipeline
+from pipelines.base import Options, Pipeline, denoise_volume
 from training.measuring.cases import volume_of
 from training.physics import Curve, cnr, detectability, disc_task, falls_to, nps_2d, radial_nps, ttf
 from training.simulate import F50, unit_noise
@@ -138,5 +138,5 @@ def measured(pipeline: Pipeline | None, options: Options, scan: Phantom) -> Qual
     """`quality` of the phantom after `pipeline`, or of the phantom itself."""
     images = [scan.first, scan.second, scan.first + scan.rods]
     if pipeline is not None:
-        images = [pipeline.denoise(volume_of(hu, PIXEL_MM, SPACING_MM), options, lambda part: None) for hu in images]
+        images = [denoise_volume(pipeline, volume_of(hu, PIXEL_MM, SPACING_MM), options) for hu in images]
     return quality(*images)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.base import Options, Pipeline
+from pipelines.base import Options, Pipeline, denoise_volume
 from pipelines.noise import noise_level
 from training.measuring.cases import Trial, lesions, with_inserted
 from training.measuring.rods import Quality
@@ -123,10 +123,7 @@ def score(
     """
 
     def run(hu: Array) -> Array:
-        if pipeline is None:
-            return hu
-        volume = trial.low.with_hu(hu)
-        return np.asarray(pipeline.denoise(volume, options, lambda part: None), np.float32)
+        return hu if pipeline is None else denoise_volume(pipeline, trial.low.with_hu(hu), options)
 
     def row(metric: str, value: float, window: str = "", plane: str = "") -> Row:
         return Row(trial.case, trial.kind, trial.dose, name, metric, window, plane, value)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.base import Options, Pipeline
+from pipelines.base import Pipeline, denoise_volume
 from pipelines.gate import check
 from pipelines.safety import LOWEST_HU, network_input
 from pipelines.volume import Volume
@@ -194,7 +194,7 @@ def measure(cases: Iterable[Case], pipelines: Sequence[Pipeline], progress: Call
         yield from _rows(case, LOW_DOSE, case.low_dose.hu)
         for pipeline in pipelines:
             check(case.low_dose, pipeline.card)
-            denoised = pipeline.denoise(case.low_dose, Options(), lambda part: None)
+            denoised = denoise_volume(pipeline, case.low_dose)
             progress(f"{case.name}: {pipeline.card.name}")
             yield from _rows(case, pipeline.card.name, denoised)
 

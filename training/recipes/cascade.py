@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from pipelines.cascade import CNN10_HALO, DRL, DRL_HALO, Cascade, WuCNN10
-from pipelines.runtime import load_network, read_card
+from pipelines.runtime import read_card
+from pipelines.torch_engine import load_network
 from training.data import Batch
 from training.features import Backbone, FeatureLoss, PerceptualLoss, ShareWeight
 from training.loop import Loss, Schedule

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from pipelines.dcscn import DCSCN, HALO, PLAIN_HALO, PlainCNN
-from pipelines.runtime import load_network, read_card
+from pipelines.runtime import read_card
+from pipelines.torch_engine import load_network
 from training.critic import Critic
 from training.data import Batch
 from training.loop import Adversary, Loss, Schedule
