@@ -23,8 +23,8 @@ def folder() -> Path:
 
 
 class _Named(Identity):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, execution) -> None:
+        super().__init__(execution)
         self.card = replace(self.card, name=self.name)
 
 
@@ -33,13 +33,12 @@ class Held(_Named):
 
     name = "test-held"
 
-    def denoise(self, volume, options, progress):
+    def denoise(self, series, options):
         (folder() / "running").write_text(str(os.getpid()))
         end = time.monotonic() + _DEADLINE_S
         while (folder() / "hold").exists() and time.monotonic() < end:
             time.sleep(_POLL_S)
-        progress(1.0)
-        return volume.hu
+        yield from super().denoise(series, options)
 
 
 class Stack(Identity):
@@ -53,7 +52,7 @@ class Crash(_Named):
 
     name = "test-crash"
 
-    def denoise(self, volume, options, progress):
+    def denoise(self, series, options):
         with (folder() / "crashes").open("a") as file:
             file.write("x")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -64,8 +63,9 @@ class Harmful(_Named):
 
     name = "test-harmful"
 
-    def denoise(self, volume, options, progress):
-        return (volume.hu + 40.0 * (volume.hu > -500)).astype(np.float32)
+    def denoise(self, series, options):
+        for hu in super().denoise(series, options):
+            yield hu + np.float32(40) * (hu > -500)
 
 
 class NoSpace(_Named):
@@ -73,10 +73,10 @@ class NoSpace(_Named):
 
     name = "test-no-space"
 
-    def denoise(self, volume, options, progress):
+    def denoise(self, series, options):
         if not (folder() / "space").exists():
             raise OSError(errno.ENOSPC, "No space left on device")
-        return volume.hu
+        return super().denoise(series, options)
 
 
 class Broken(_Named):
@@ -84,12 +84,12 @@ class Broken(_Named):
 
     name = "test-broken"
 
-    def denoise(self, volume, options, progress):
+    def denoise(self, series, options):
         raise ValueError("a fault in the pipeline")
 
 
-def with_weights():
+def with_weights(execution):
     """``st3d`` with the card and weights that lie in the folder, if any do."""
-    from pipelines.stresnet import st3d
+    from pipelines.shipped import st3d
 
-    return st3d(folder())
+    return st3d(execution, folder())
