@@ -115,6 +115,22 @@ def add_job(
     return identity
 
 
+def state_of(connection: sa.Connection, identity: str = "job") -> JobState:
+    """State of a job, as this transaction sees it."""
+    job = job_table.get(connection, identity)
+    assert job is not None
+    return job.state
+
+
+def history(connection: sa.Connection, identity: str = "job") -> list[str]:
+    """States of a job, oldest first, as this transaction sees them."""
+    return list(
+        connection.execute(
+            sa.text("SELECT state FROM job_events WHERE job_id = :id ORDER BY id"), {"id": identity}
+        ).scalars()
+    )
+
+
 def row(database: sa.Engine, table: str, **where: object) -> dict[str, Any]:
     """The one row of a table that has these values."""
     with database.connect() as connection:

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from ct_builder import phantom, uid, write_series
+from ct_builder import phantom, write_series
 from oracle import Script, StorageOracle
 from peers import free_port, wait_for
 from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
-from scanner import image
-from tables import CT, EXPLICIT, add_job, config_of, database_in, events, row, rows
+from sender import COUNT, PROMPT, UIDS, Sender
+from tables import CT, EXPLICIT, config_of, database_in, events, rows
 
 from dicomnode import answers
 from dicomnode import delivery as module
 from dicomnode import jobs as job_table
-from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
-from dicomnode.delivery import Delivery, peer, plan, put_back
+from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, jobs, transfers
+from dicomnode.delivery import Delivery, peer, plan
 from dicomnode.errors import NodeError
 from dicomnode.scu import Outgoing
-
-COUNT = 4
-UIDS = [uid("series", "instance", k) for k in range(COUNT)]
-PROMPT = {"retry_first_s": 0.1, "retry_max_s": 0.1, "failure_status_tries": 3}
-
 
 # ── one attempt ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -47,40 +41,6 @@ def series_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def oracle() -> Iterator[StorageOracle]:
     with StorageOracle() as made:
         yield made
-
-
-def outgoing(k: int, path: Path) -> Outgoing:
-    return Outgoing(UIDS[k], CT, EXPLICIT, path, image(path).sha256)
-
-
-class Sender:
-    """A job with one delivery for each destination, and somebody who calls `deliver` as the engine would."""
-
-    def __init__(self, database: sa.Engine, files: list[Path], destinations: dict[str, int], **settings: Any) -> None:
-        self.database = database
-        self.spool = files[0].parent
-        self.config = config_of(destinations=destinations, delivery={**PROMPT, **settings})
-        self.delivery = Delivery(self.config, database, self.spool)
-        self.items = [outgoing(k, path) for k, path in enumerate(files)]
-        with database.begin() as connection:
-            add_job(connection, state=JobState.DISPATCHING)
-            plan(connection, "job", list(destinations), self.items, self.spool)
-
-    def attempt(self, destination: str = "pacs") -> dict[str, Any]:
-        """The next attempt; the row after it."""
-        self.delivery.deliver("job", destination, self.row(destination)["attempts"])
-        return self.row(destination)
-
-    def row(self, destination: str = "pacs") -> dict[str, Any]:
-        return row(self.database, "deliveries", destination=destination)
-
-    def states(self, destination: str = "pacs") -> list[str]:
-        where = {"job_id": "job", "destination": destination}
-        return [row(self.database, "transfers", sop_instance_uid=one, **where)["state"] for one in UIDS]
-
-    @property
-    def job(self) -> dict[str, Any]:
-        return row(self.database, "jobs")
 
 
 @pytest.fixture
@@ -397,142 +357,3 @@ def test_how_to_call_a_destination() -> None:
     assert (peer(config, "pacs").port, peer(config, "pacs").calling_ae_title) == (104, config.node.ae_title)
     with pytest.raises(NodeError, match=r"no destination 'pax' in config.yaml; there are: pacs"):
         peer(config, "pax")
-
-
-# ── when again ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def pauses(sender: Sender, attempts: int) -> list[float]:
-    """Seconds between the end of each of so many attempts and the next."""
-    found = []
-    for _ in range(attempts):
-        failed = sender.attempt()
-        found.append((failed["next_try_at"] - failed["updated_at"]).total_seconds())
-    return found
-
-
-def test_pauses_grow_and_are_capped(
-    database: sa.Engine, series_files: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module.random, "uniform", lambda low, high: high)
-    sender = Sender(database, series_files, {"pacs": free_port()}, retry_first_s=10.0, retry_max_s=60.0)
-    assert pauses(sender, 6) == pytest.approx([10, 20, 40, 60, 60, 60], abs=0.5)
-    assert sender.row()["failures"] == 6
-    assert "next try in 60 s" in events(database)[-1][1]
-    # The row holds it: a new process takes it from there.
-    sender.delivery = Delivery(sender.config, database, sender.spool)
-    assert pauses(sender, 1) == pytest.approx([60], abs=0.5)
-
-
-def test_pauses_are_spread(database: sa.Engine, series_files: list[Path]) -> None:
-    sender = Sender(database, series_files, {"pacs": free_port()}, retry_first_s=10.0, retry_max_s=10.0)
-    found = pauses(sender, 8)
-    assert all(4.9 < pause < 10.1 for pause in found)
-    assert len({round(pause, 3) for pause in found}) > 1
-
-
-def test_an_enormous_number_of_failures_overflows_nothing(sender: Sender) -> None:
-    with sender.database.begin() as connection:
-        connection.execute(sa.update(deliveries).values(failures=100_000))
-    assert sender.delivery._pause(100_001) <= timedelta(seconds=PROMPT["retry_max_s"])
-
-
-def test_progress_starts_the_pauses_anew(sender: Sender, oracle: StorageOracle) -> None:
-    with sender.database.begin() as connection:
-        connection.execute(sa.update(deliveries).values(failures=9))
-    oracle.script = Script(drop_at={2})
-    assert sender.attempt()["failures"] == 0
-
-
-@pytest.mark.parametrize("trouble", ["down", "transient", "abort"])
-def test_trouble_that_passes_is_tried_until_the_configured_age(
-    database: sa.Engine, series_files: list[Path], oracle: StorageOracle, trouble: str
-) -> None:
-    sender = Sender(database, series_files, {"pacs": free_port() if trouble == "down" else oracle.port})
-    oracle.script = Script(reject="transient") if trouble == "transient" else Script(abort_at=range(1, 99))
-    for _ in range(PROMPT["failure_status_tries"] + 3):
-        assert sender.attempt()["state"] == DeliveryState.WAITING
-    days = sender.config.delivery.give_up_after_days
-    with database.begin() as connection:
-        connection.execute(sa.update(deliveries).values(created_at=now() - timedelta(days=days, seconds=-60)))
-    assert sender.attempt()["state"] == DeliveryState.WAITING
-    with database.begin() as connection:
-        connection.execute(sa.update(deliveries).values(created_at=now() - timedelta(days=days, seconds=1)))
-    failed = sender.attempt()
-    assert failed["state"] == DeliveryState.FAILED
-    assert failed["reason"].startswith("gave up: ")
-    assert "4 of 4 not accepted" in failed["reason"]
-    assert sender.job["state"] == JobState.FAILED
-
-
-def test_a_permanent_rejection_after_many_passing_troubles_has_its_own_count(
-    sender: Sender, oracle: StorageOracle
-) -> None:
-    with sender.database.begin() as connection:
-        connection.execute(sa.update(deliveries).values(failures=50))
-    oracle.script = Script(reject="permanent")
-    row = sender.attempt()
-    assert (row["state"], row["rejections"]) == (DeliveryState.WAITING, 1)
-
-
-def test_a_permanent_rejection_is_tried_a_few_times(sender: Sender, oracle: StorageOracle) -> None:
-    oracle.script = Script(reject="permanent")
-    assert [sender.attempt()["state"] for _ in range(3)] == ["WAITING", "WAITING", "FAILED"]
-    assert "does not know the called AE title" in sender.job["reason"]
-
-
-# ── plan ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_planning_again_changes_nothing(sender: Sender) -> None:
-    before = rows(sender.database, "deliveries"), rows(sender.database, "transfers")
-    with sender.database.begin() as connection:
-        plan(connection, "job", ["pacs"], sender.items, sender.spool)
-    assert (rows(sender.database, "deliveries"), rows(sender.database, "transfers")) == before
-    assert {one["path"] for one in before[1]} == {item.path.name for item in sender.items}
-
-
-def test_an_image_that_comes_later_reopens_its_delivery(
-    database: sa.Engine, series_files: list[Path], oracle: StorageOracle
-) -> None:
-    sender = Sender(database, series_files[:3], {"pacs": oracle.port})
-    with database.begin() as connection:
-        connection.execute(sa.update(jobs).values(kind="ORIGINALS"))
-        connection.execute(sa.text("UPDATE series SET state = 'OPEN'"))
-    assert sender.attempt()["state"] == DeliveryState.SENT
-    assert sender.job["state"] == JobState.DISPATCHING
-    with database.begin() as connection:
-        plan(connection, "job", ["pacs"], [outgoing(3, series_files[3])], sender.spool)
-    assert (sender.row()["state"], sender.row()["next_try_at"]) == (DeliveryState.WAITING, None)
-    assert sender.attempt()["state"] == DeliveryState.SENT
-    assert oracle.images == COUNT
-
-
-def test_an_image_that_comes_during_an_attempt_is_due_at_once(
-    database: sa.Engine, series_files: list[Path], oracle: StorageOracle
-) -> None:
-    sender = Sender(database, series_files[:3], {"pacs": oracle.port})
-    oracle.script = Script(delay_s=0.1)
-    thread = threading.Thread(target=sender.delivery.deliver, args=("job", "pacs", 0))
-    thread.start()
-    wait_for(lambda: oracle.images >= 1)
-    with database.begin() as connection:
-        plan(connection, "job", ["pacs"], [outgoing(3, series_files[3])], sender.spool)
-    thread.join(10)
-    waiting = sender.row()
-    assert waiting["state"] == DeliveryState.WAITING
-    assert waiting["next_try_at"] <= waiting["updated_at"]
-    assert sender.attempt()["state"] == DeliveryState.SENT
-
-
-def test_an_attempt_without_a_trace_is_put_back(sender: Sender) -> None:
-    with sender.database.begin() as connection:
-        connection.execute(sa.update(deliveries).values(state=DeliveryState.SENDING, attempts=1))
-        put_back(connection, "job", "pacs", 0)
-        assert connection.execute(sa.select(deliveries.c.state)).scalar_one() == DeliveryState.SENDING
-        put_back(connection, "job", "pacs", 1)
-    assert (sender.row()["state"], sender.row()["enqueued"]) == (DeliveryState.WAITING, 1)
-    assert sender.attempt()["state"] == DeliveryState.SENT
-    with sender.database.begin() as connection:
-        put_back(connection, "job", "pacs", 2)
-    assert sender.row()["state"] == DeliveryState.SENT
