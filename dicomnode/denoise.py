@@ -1,5 +1,8 @@
 """One series, files to files: load → gate → denoise → guard → derive.
 
+All but the gate, which judges the whole series by its headers, happen slice by slice and at the same time: one thread
+reads ahead, one runs the pipeline, the caller's compares, one encodes and writes. Memory is that of some slices.
+
 The node's child process and `dicomnode denoise` run the same function. Its result is a folder that appears whole or not
 at all: derived files and ``manifest.json``. Whoever sends reads only that folder.
 """
@@ -10,25 +13,38 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dicomnode.config import Derivation
-from dicomnode.derive import DerivedInstance, derive_series
+from dicomnode.derive import DerivedInstance, SeriesWriter
+from dicomnode.derived_header import Making
 from dicomnode.errors import NodeError
 from dicomnode.spool import PART_SUFFIX, sync_folder
-from pipelines import gate, guard
+from pipelines import base, gate
 from pipelines.base import ModelCard, OptionRefused, Options, Pipeline, check_options, pipeline_hash
-from pipelines.volume import read_volume
+from pipelines.guard import Guard
+from pipelines.volume import open_series
+
+Array = NDArray[np.float32]
 
 MANIFEST = "manifest.json"
 Report = Callable[[str, float], None]
-"""Called with the stage's name and the fraction of the whole job that is done (0 to 1)."""
-_SHARE = {"load": 0.05, "denoise": 0.80, "guard": 0.05, "derive": 0.10}
-"""Part of the whole that each stage is shown as; only for the progress display."""
+"""Called with the stage that has ended, or of which a slice has, and the fraction of the job that is done (0 to 1)."""
+STAGES = ("load", "denoise", "guard", "derive")
+"""Where the time of the caller's thread goes; denoising, comparing and writing happen at the same time, and the slowest
+of them shows."""
+_SLICES_AHEAD = 4
+"""That the pipeline may be ahead of the comparison."""
 
 
 class Withheld(NodeError):
@@ -141,30 +157,34 @@ def denoise_series(
     part = out.with_name(f"{out.name}.{os.getpid()}{PART_SUFFIX}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    seconds = dict.fromkeys(STAGES, 0.0)
     try:
-        clock = _Stages(report)
-        volume = read_volume(paths)
-        gate.check(volume, pipeline.card)
-        clock.done("load")
-        hu = pipeline.denoise(volume, options, clock.within("denoise"))
-        clock.done("denoise")
-        verdict = guard.check(volume, hu)
-        if verdict.withheld:
-            raise Withheld(verdict.withheld, asdict(verdict))
-        clock.done("guard")
-        instances = derive_series(
-            volume,
-            hu,
-            card=pipeline.card,
-            options=options,
-            pipeline_hash=identity,
-            fingerprint=fingerprint,
-            settings=settings,
-            created_at=created_at,
-            out_dir=part,
-            progress=clock.within("derive"),
-        )
-        clock.done("derive")
+        with ExitStack() as resources:
+            with _timed(seconds, "load"):
+                series = resources.enter_context(open_series(paths))
+                gate.check(series, pipeline.card)
+            report("load", 0.0)
+            guard = Guard((series.geometry.spacing_mm[1], series.geometry.spacing_mm[2]))
+            made = Making(pipeline.card, options, identity, fingerprint, settings, created_at)
+            writer = resources.enter_context(SeriesWriter(series, made, part))
+            denoised = resources.enter_context(closing(_ahead(base.denoise(pipeline, series, options))))
+            count = series.shape[0]
+            for k in range(count + 1):
+                with _timed(seconds, "denoise"):
+                    hu = next(denoised, None)  # the one after the last is none, or a fault
+                if hu is None:
+                    break
+                with _timed(seconds, "guard"):
+                    guard.add(k, series.plane(k), hu)
+                with _timed(seconds, "derive"):
+                    writer.write(k, hu)
+                report("denoise", (k + 1) / count)
+            verdict = guard.verdict()
+            if verdict.withheld:
+                raise Withheld(verdict.withheld, asdict(verdict))
+            with _timed(seconds, "derive"):
+                instances = writer.finish()
+            report("derive", 1.0)
         manifest = Manifest(
             pipeline=pipeline.card.name,
             version=pipeline.card.version,
@@ -175,7 +195,7 @@ def denoise_series(
             derived_series_uid=instances[0].series_uid,
             n_in=len(paths),
             instances=tuple(instances),
-            seconds=clock.seconds,
+            seconds={stage: round(value, 3) for stage, value in seconds.items()},
             noise_before_hu=verdict.noise_before_hu,
             noise_after_hu=verdict.noise_after_hu,
             guard=asdict(verdict),
@@ -204,22 +224,21 @@ def _publish(part: Path, out: Path) -> None:
     sync_folder(out.parent)
 
 
-class _Stages:
-    """Seconds per stage, and the progress of the whole."""
+def _ahead(slices: Iterator[Array]) -> Iterator[Array]:
+    """The same slices, made by a thread of its own while the caller works on those before."""
+    maker = ThreadPoolExecutor(1, "pipeline")
+    try:
+        coming = deque(maker.submit(next, slices, None) for _ in range(_SLICES_AHEAD))
+        while (hu := coming.popleft().result()) is not None:
+            coming.append(maker.submit(next, slices, None))
+            yield hu
+    finally:
+        maker.shutdown(cancel_futures=True)
 
-    def __init__(self, report: Report) -> None:
-        self.seconds: dict[str, float] = {}
-        self._report = report
-        self._since = time.monotonic()
 
-    def done(self, stage: str) -> None:
-        self.seconds[stage] = round(time.monotonic() - self._since, 3)
-        self._since = time.monotonic()
-        self._report(stage, self._before(stage) + _SHARE[stage])
-
-    def within(self, stage: str) -> Callable[[float], None]:
-        return lambda fraction: self._report(stage, self._before(stage) + fraction * _SHARE[stage])
-
-    def _before(self, stage: str) -> float:
-        names = list(_SHARE)
-        return sum(_SHARE[name] for name in names[: names.index(stage)])
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time of the block to ``seconds[stage]``."""
+    start = time.monotonic()
+    yield
+    seconds[stage] += time.monotonic() - start

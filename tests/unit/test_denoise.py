@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -21,9 +22,10 @@ from dicomnode import denoise as module
 from dicomnode.config import Derivation
 from dicomnode.denoise import MANIFEST, Manifest, Withheld, denoise_series, remove_partial
 from dicomnode.errors import NodeError
-from pipelines.base import Envelope, ModelCard, Options, load, pipeline_hash
+from pipelines.base import Envelope, ModelCard, Options, PipelineFault, load, pipeline_hash
+from pipelines.guard import Guard
 from pipelines.identity import Identity
-from pipelines.volume import SeriesRefused, Volume
+from pipelines.volume import Plane, Series, SeriesRefused
 
 AT = datetime(2026, 11, 20, 10, 4, 5, tzinfo=timezone(timedelta(hours=1)))
 FINGERPRINT = "5e" * 32
@@ -39,11 +41,13 @@ class Counting(Identity):
         self._shift_hu = shift_hu
         self._error = error
 
-    def denoise(self, volume: Volume, options: Options, progress: Any) -> NDArray[np.float32]:
+    def denoise(self, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
         self.calls += 1
-        if self._error is not None:
-            raise self._error
-        return np.asarray(volume.hu + np.float32(self._shift_hu) * (volume.hu > -500), dtype=np.float32)
+        for k in range(COUNT):
+            if self._error is not None and k == COUNT // 2:
+                raise self._error
+            hu = series.plane(k).hu
+            yield np.asarray(hu + np.float32(self._shift_hu) * (hu > -500), dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +152,11 @@ def test_of_two_results_the_first_stands(series_files: list[Path], tmp_path: Pat
     out = tmp_path / "job"
 
     class Overtaken(Counting):
-        def denoise(self, volume: Volume, options: Options, progress: Any) -> NDArray[np.float32]:
+        def denoise(self, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
             run(series_files, tmp_path / "elsewhere")
             (tmp_path / "elsewhere").rename(out)
             (out / "mark").touch()
-            return super().denoise(volume, options, progress)
+            yield from super().denoise(series, options)
 
     manifest = run(series_files, out, Overtaken())
     assert (out / "mark").exists()
@@ -190,6 +194,59 @@ def test_nothing_is_visible_before_it_is_whole(
     run(series_files, tmp_path / "job")
     part = next(one for one in order if one.startswith("publish")).split()[1]
     assert order == ["manifest", f"publish {part}", f"sync {part}", f"sync {tmp_path.name}"]
+
+
+@pytest.mark.parametrize("count", [COUNT - 1, COUNT + 1])
+def test_another_number_of_slices_is_a_fault(series_files: list[Path], tmp_path: Path, count: int) -> None:
+    class Miscounting(Counting):
+        def denoise(self, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
+            return (series.plane(k % COUNT).hu.copy() for k in range(count))
+
+    with pytest.raises(PipelineFault, match=f"{COUNT}"):
+        run(series_files, tmp_path / "job", Miscounting())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slices_are_written_while_the_pipeline_works_on_the_next(series_files: list[Path], tmp_path: Path) -> None:
+    """The pipeline waits for the first file to appear before it gives its last slice."""
+    appeared = []
+
+    class Waiting(Counting):
+        def denoise(self, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
+            slices = super().denoise(series, options)
+            for _ in range(COUNT - 1):
+                yield next(slices)
+            deadline = time.monotonic() + 30
+            while not appeared and time.monotonic() < deadline:
+                appeared.extend(tmp_path.glob("job.*/*.dcm"))
+            yield next(slices)
+
+    run(series_files, tmp_path / "job", Waiting())
+    assert appeared
+
+
+def test_a_slow_writer_holds_the_pipeline_back(
+    series_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is that of some slices: the pipeline never runs far ahead of the comparison."""
+    made, ahead = 0, []
+
+    class Eager(Counting):
+        def denoise(self, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
+            nonlocal made
+            for hu in super().denoise(series, options):
+                made += 1
+                yield hu
+
+    class Late(Guard):
+        def add(self, k: int, plane: Plane, after: NDArray[np.float32]) -> None:
+            ahead.append(made - k)
+            super().add(k, plane, after)
+
+    monkeypatch.setattr(module, "Guard", Late)
+    run(series_files, tmp_path / "job", Eager())
+    assert len(ahead) == COUNT
+    assert max(ahead) <= module._SLICES_AHEAD + 1
 
 
 def test_the_guard_withholds(series_files: list[Path], tmp_path: Path) -> None:

@@ -35,26 +35,26 @@ print("a word while the module is loaded", flush=True)
 
 
 class Talkative(Identity):
-    def __init__(self):
+    def __init__(self, execution=None):
         super().__init__()
         self.card = replace(self.card, name="test-talkative")
         with (Path(os.environ["TEST_PIPELINES"]) / "loads").open("a") as file:
             file.write("x")
 
-    def denoise(self, volume, options, progress):
+    def denoise(self, series, options):
         print('{"kind": "done"}', flush=True)
         os.write(1, b'{"kind": "failed"}' + bytes([10]))
         os.system("echo noise of a child of the child")
-        return super().denoise(volume, options, progress)
+        return super().denoise(series, options)
 
 
 class Unloadable(Identity):
-    def __init__(self):
+    def __init__(self, execution=None):
         raise RuntimeError("no weights here")
 
 
 class Untrained(Identity):
-    def __init__(self):
+    def __init__(self, execution=None):
         from pipelines.runtime import read_card
         read_card("absent")
 """
@@ -164,7 +164,7 @@ def test_models_are_loaded_once_and_words_do_not_reach_the_protocol(
     assert (controls / "loads").read_text() == "x"
     one_job = stages[: len(stages) // 2]
     assert [fraction for _, fraction in one_job] == sorted(fraction for _, fraction in one_job)
-    assert list(dict.fromkeys(stage for stage, _ in one_job)) == ["load", "denoise", "guard", "derive"]
+    assert list(dict.fromkeys(stage for stage, _ in one_job)) == ["load", "denoise", "derive"]
     assert one_job[-1] == ("derive", pytest.approx(1.0))
 
 
