@@ -22,8 +22,8 @@ if sys.modules.get("openvino_telemetry") is not None:
     )
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # this is how Python spells "not to be had"
 
-import openvino as ov  # type: ignore[import-untyped]  # noqa: E402
-from openvino import opset13 as op  # noqa: E402
+import openvino as ov  # type: ignore[import-untyped]  # noqa: E402 - untyped; only after the line above
+from openvino import opset13 as op  # noqa: E402 - likewise
 
 __all__ = [
     "Float",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,7 @@ def test_odd_files(node: NodeProcess, oracle: StorageOracle, odd_dir: Path) -> N
             else:
                 acknowledged[name] = one
     for name, one in acknowledged.items():
-        found[name] = wait_for(lambda one=one: outcome(node, one), 60, f"an outcome of {name}")  # type: ignore[misc]
+        found[name] = wait_for(partial(outcome, node, one), 60, f"an outcome of {name}")
     assert found == ODD
     assert node.running
     check_kept(node, acknowledged.values())

@@ -92,9 +92,9 @@ def test_every_installed_pipeline_has_options_and_a_site_may_name_its_own(read):
 def test_configuration_is_frozen():
     config = Config()
     with pytest.raises(ValidationError, match="frozen"):
-        config.node.port = 1  # type: ignore[misc]
+        config.node.port = 1  # type: ignore[misc]  # mypy forbids it too
     with pytest.raises(ValidationError, match="frozen"):
-        config.node = Node()  # type: ignore[misc]
+        config.node = Node()  # type: ignore[misc]  # mypy forbids it too
 
 
 def test_relative_paths_count_from_the_file(read, tmp_path: Path):

@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from untrained import install, reach
+from untrained import FP32, install, reach, through_rails
 
-from pipelines import runtime
-from pipelines.dcscn import DCSCN, HALO, PLAIN_HALO, PlainCNN, cnn_l1, dcscn, dcswgan, wgan, widths
+from pipelines import network as running
+from pipelines.base import denoise_volume
+from pipelines.dcscn import DCSCN, HALO, PLAIN_HALO, PlainCNN, widths
 from pipelines.network import NetworkPipeline
-from pipelines.runtime import run_planes
-from pipelines.streaming import slices
+from pipelines.safety import network_input
+from pipelines.shipped import Factory, cnn_l1, dcscn, dcswgan, wgan
 from pipelines.testing import check_pipeline
+from training.measuring.cases import volume_of
 
 
 def test_widths_are_the_printed_ones() -> None:
@@ -78,7 +80,9 @@ def test_plain_network_written_out_once_more() -> None:
     x = torch.randn(2, 1, 13, 17, dtype=torch.double)
     y = x
     for k in range(8):
-        y = functional.conv2d(y, network.convs[k].weight, network.convs[k].bias, padding=1)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
+        conv = network.convs[k]
+        assert isinstance(conv, nn.Conv2d)
+        y = functional.conv2d(y, conv.weight, conv.bias, padding=1)
         y = y.clamp_min(0) if k < 7 else y
     assert float(y.detach().min()) < 0
     assert torch.allclose(network(x), y, atol=1e-12)
@@ -91,15 +95,18 @@ def test_untrained_dcscn_is_nearly_the_identity() -> None:
 
 
 @pytest.mark.parametrize(("make", "halo"), [(DCSCN, HALO), (PlainCNN, PLAIN_HALO)])
-def test_strips_are_the_whole_slice(monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module], halo: int) -> None:
+def test_strips_are_the_whole_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module], halo: int
+) -> None:
     """Within rounding: 0.01 HU."""
     torch.manual_seed(0)
-    network = make().eval().requires_grad_(False)
-    hu = np.random.default_rng(0).normal(0, 300, (1, 101, 77)).astype(np.float32)
-    monkeypatch.setattr(runtime, "PLANE_PIXELS_AT_ONCE", 20 * 77)
-    in_strips = run_planes(network, slices, hu, lambda part: None, halo=halo)
-    whole = network(torch.from_numpy(hu[:, None] / 1000))[:, 0].numpy() * 1000
-    assert float(np.abs(in_strips - whole).max()) < 0.01
+    network = make().eval().requires_grad_(False).half().float()  # as the weights on disk
+    volume = volume_of(np.random.default_rng(0).normal(0, 300, (1, 101, 77)).astype(np.float32), 0.7, 2.0)
+    install(tmp_path, "any", network, "slice", halo=halo)
+    monkeypatch.setattr(running, "PIXELS_AT_ONCE", 20 * 77)
+    in_strips = denoise_volume(NetworkPipeline("any", make, execution=FP32, folder=tmp_path), volume)
+    whole = network(torch.from_numpy(network_input(volume)[:, None] / 1000))[:, 0].numpy() * 1000
+    assert float(np.abs(in_strips - through_rails(volume, whole)).max()) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -107,14 +114,14 @@ def test_strips_are_the_whole_slice(monkeypatch: pytest.MonkeyPatch, make: Calla
     [("dcscn", dcscn, DCSCN), ("dcswgan", dcswgan, DCSCN), ("cnn-l1", cnn_l1, PlainCNN), ("wgan", wgan, PlainCNN)],
 )
 def test_pipelines_keep_the_contract(
-    tmp_path: Path, name: str, factory: Callable[[Path], NetworkPipeline], make: Callable[[], nn.Module]
+    tmp_path: Path, name: str, factory: Factory, make: Callable[[], nn.Module]
 ) -> None:
     torch.manual_seed(0)
     network = make()
     if isinstance(network, PlainCNN):  # it has no skip: give it one through its first feature, which stays positive
         _pass_through(network)
     install(tmp_path, name, network, "slice")
-    check_pipeline(factory(tmp_path))
+    check_pipeline(factory(FP32, tmp_path))
 
 
 def _pass_through(network: PlainCNN) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
-from untrained import install
+from untrained import FP32, install, through_rails
 
-from pipelines.base import Options
-from pipelines.hqinet import ASPP, SCSE, STRIDE, Bottleneck, HQINet, hqinet_lite
-from pipelines.runtime import run_planes
-from pipelines.streaming import triples
+from pipelines.base import denoise_volume
+from pipelines.hqinet import ASPP, SCSE, Bottleneck, HQINet
+from pipelines.safety import network_input
+from pipelines.shipped import hqinet_lite
 from pipelines.testing import check_pipeline, water_volume
+from training.measuring.cases import volume_of
 
 RESNET50_STAGES = 25_557_032 - 2_049_000 - 9_408 - 128
 """Parameters of the four stages of ResNet-50: all but its classifier and its stem."""
@@ -31,7 +33,7 @@ def test_the_encoder_is_that_of_resnet50() -> None:
         full = HQINet()
     attention = [module for module in full.modules() if isinstance(module, SCSE)]
     assert _count(full.stages) - _count(*attention) == RESNET50_STAGES
-    assert [len(stage) - 1 for stage in full.stages] == [3, 4, 6, 3]  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
+    assert [sum(1 for _ in stage.children()) - 1 for stage in full.stages] == [3, 4, 6, 3]
     assert _count(full) == 34_472_709
 
 
@@ -92,16 +94,23 @@ def test_aspp_reaches_as_far_as_its_rates(pool: bool) -> None:
 def test_options_change_what_they_say() -> None:
     torch.manual_seed(0)
     slices = torch.randn(1, 3, 64, 48)
-    small = {"blocks": (1, 1, 1, 1), "base": 4, "aspp": 8, "skip": 4, "decoders": (8, 8, 4, 4), "fused": 4}
-    plain = HQINet(**small).eval()  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
-    residual = HQINet(**small, residual=True).eval()  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
+    small: dict[str, Any] = {
+        "blocks": (1, 1, 1, 1),
+        "base": 4,
+        "aspp": 8,
+        "skip": 4,
+        "decoders": (8, 8, 4, 4),
+        "fused": 4,
+    }
+    plain = HQINet(**small).eval()
+    residual = HQINet(**small, residual=True).eval()
     residual.load_state_dict(plain.state_dict())
     assert torch.allclose(residual(slices) - plain(slices), slices[:, 1:2], atol=1e-6)
-    strided = HQINet(**small, stem_strides=(2, 2)).eval()  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
+    strided = HQINet(**small, stem_strides=(2, 2)).eval()
     assert strided(slices).shape == (1, 1, 64, 48)
     assert strided.stem[0](slices).shape[2:] == (32, 24)
     assert strided.stem[1](strided.stem[0](slices)).shape[2:] == (16, 12)
-    assert _count(HQINet(**small, pool=False)) < _count(plain)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
+    assert _count(HQINet(**small, pool=False)) < _count(plain)
 
 
 def test_reconstruction_is_of_all_decoders_together() -> None:
@@ -132,19 +141,22 @@ def test_initialisation_is_the_stated_one() -> None:
     assert float(weights.std()) == pytest.approx(0.008796, rel=0.01)
 
 
-def test_odd_sizes_are_reflected_to_the_stride() -> None:
+def test_odd_sizes_are_reflected_to_the_stride(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = HQINet.lite().eval().requires_grad_(False)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
-    hu = np.random.default_rng(0).normal(0, 300, (2, 101, 77)).astype(np.float32)
-    out = run_planes(network, triples, hu, lambda part: None, stride=STRIDE)
-    padded = np.pad(hu / 1000, ((0, 0), (0, 11), (0, 3)), mode="symmetric")
+    network = network.half().float()  # as the weights on disk
+    install(tmp_path, "hqinet-lite", network, "slab3")
+    volume = volume_of(np.random.default_rng(0).normal(0, 300, (2, 101, 77)).astype(np.float32), 0.7, 2.0)
+    out = denoise_volume(hqinet_lite(FP32, tmp_path), volume)
+    padded = np.pad(network_input(volume) / 1000, ((0, 0), (0, 11), (0, 3)), mode="symmetric")
     assert padded.shape == (2, 112, 80)
-    expected = network(torch.from_numpy(padded[[0, 0, 1]][None]))[0, 0, :101, :77].numpy() * 1000
-    assert float(np.abs(expected - hu[0]).mean()) > 10
-    assert np.allclose(out[0], expected, atol=0.01)
+    triples = torch.from_numpy(padded[[[0, 0, 1], [0, 1, 1]]])
+    expected = network(triples)[:, 0, :101, :77].numpy() * 1000
+    assert float(np.abs(expected[0] - volume.hu[0]).mean()) > 10
+    assert np.allclose(out, through_rails(volume, expected), atol=0.01)
 
 
 def test_pipeline_keeps_the_contract(tmp_path: Path) -> None:
@@ -156,7 +168,7 @@ def test_pipeline_keeps_the_contract(tmp_path: Path) -> None:
             nn.init.kaiming_normal_(module.weight)
     network.reconstruction.weight.data *= 0.0015
     install(tmp_path, "hqinet-lite", network, "slab3")
-    pipeline = hqinet_lite(tmp_path)
+    pipeline = hqinet_lite(FP32, tmp_path)
     check_pipeline(pipeline)
     volume = water_volume((3, 101, 77))
-    assert 0.1 < float(np.abs(pipeline.denoise(volume, Options(), lambda _: None) - volume.hu).mean()) < 3
+    assert 0.1 < float(np.abs(denoise_volume(pipeline, volume) - volume.hu).mean()) < 3

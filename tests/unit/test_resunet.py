@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional
-from untrained import install
+from untrained import FP32, install
 
-from pipelines.base import Options
-from pipelines.resunet import ResUNet, quality_2p5d
+from pipelines.base import denoise_volume
+from pipelines.resunet import ResUNet
+from pipelines.shipped import quality_2p5d
 from pipelines.testing import check_pipeline, water_volume
 
 
@@ -74,7 +75,8 @@ def test_three_levels_meet_their_own_skips() -> None:
     x, sigma = (t.double() for t in _noisy())
     assert network(x, sigma).shape == (2, 1, 16, 24)
     for up in network.ups:
-        nn.init.zeros_(up.weight)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
+        assert isinstance(up, nn.ConvTranspose2d)
+        nn.init.zeros_(up.weight)
     before = network(x, sigma)
     for parameter in network.encoders[1].parameters():
         nn.init.zeros_(parameter)
@@ -87,9 +89,9 @@ def test_three_levels_meet_their_own_skips() -> None:
 def test_pipeline_keeps_the_contract(tmp_path: Path) -> None:
     torch.manual_seed(0)
     install(tmp_path, "quality-2.5d", ResUNet(), "slab3", noise_map=True)
-    pipeline = quality_2p5d(tmp_path)
+    pipeline = quality_2p5d(FP32, tmp_path)
     check_pipeline(pipeline)
     volume = water_volume((3, 101, 77))
-    out = pipeline.denoise(volume, Options(), lambda _: None)
+    out = denoise_volume(pipeline, volume)
     assert out.shape == (3, 101, 77)
     assert 0.1 < float(abs(out - volume.hu).mean()) < 50
