@@ -42,7 +42,7 @@ def test_shipped_configuration_stays_on_this_machine(shipped: Config):
 
 def test_shipped_configuration_uses_both_kinds_of_pipeline(shipped: Config):
     used = {route.pipeline for route in shipped.routes} - {None}
-    assert used == {"st3d", "fast-2.5d"}
+    assert used == {"st3d", "quality-2.5d"}
 
 
 CHEST = {
