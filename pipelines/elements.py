@@ -8,18 +8,23 @@ from typing import Any
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from pipelines.element_index import HandedOver
+from pipelines.indexed_header import IndexedHeader
+
+Header = Dataset | IndexedHeader
+
 
 class BadElement(ValueError):
     """An element holds what its definition does not allow; the message names the element, never its value."""
 
 
-def text(ds: Dataset, keyword: str) -> str:
+def text(ds: Header, keyword: str) -> str:
     """Value as text without surrounding blanks; empty if absent or empty."""
     value = _value(ds, keyword)
     return "" if value is None else str(value).strip()
 
 
-def texts(ds: Dataset, keyword: str) -> list[str]:
+def texts(ds: Header, keyword: str) -> list[str]:
     """Values of a multi-valued text element; empty if absent or empty."""
     value = _value(ds, keyword)
     if value is None:
@@ -27,13 +32,13 @@ def texts(ds: Dataset, keyword: str) -> list[str]:
     return [value] if isinstance(value, str) else [str(part) for part in value]
 
 
-def items(ds: Dataset, keyword: str) -> list[Dataset]:
+def items(ds: Header, keyword: str) -> list[Dataset]:
     """Items of a sequence; empty if absent or no sequence."""
     value = _value(ds, keyword)
     return [item for item in value if isinstance(item, Dataset)] if isinstance(value, Sequence) else []
 
 
-def numbers(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
+def numbers(ds: Header, keyword: str, count: int) -> tuple[float, ...] | None:
     """`count` finite numbers; None if the element is absent or empty.
 
     Raises
@@ -58,10 +63,12 @@ def shown(value: str) -> str:
     return value.encode("unicode_escape").decode("ascii").replace("\\\\", "\\")[:64]
 
 
-def _value(ds: Dataset, keyword: str) -> Any:
+def _value(ds: Header, keyword: str) -> Any:
     """Value of an element; None if absent or empty."""
     try:
         value = ds.get(keyword)
+    except HandedOver:
+        raise
     except Exception as error:  # raw bytes are converted on access, by whatever the file says they are
         raise BadElement(f"{keyword} cannot be read ({type(error).__name__})") from error
     return None if value is None or value == "" else value
