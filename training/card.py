@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.torch import save
 from torch import nn
 
+from pipelines.ct_slice import read_slice
 from training.data import ADDED_DOSE, ADDED_NOISE_HU
 from training.sources.layouts import Case
 from training.sources.scans import HU_RANGE
@@ -43,6 +44,9 @@ class Source:
     licence_status: str
     """Who has checked the licence, in words."""
     attribution: str
+    study_uid: str
+    """StudyInstanceUID, by which other series of the same examination are known. Nothing else of the patient is kept:
+    a digest of a PatientID is undone by trying all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,7 @@ def commit() -> str:
 
 
 def source_of(case: Case) -> Source:
-    """Licence, its status and attribution of a series, from ``SOURCE.txt`` in the folder of its first file.
+    """Study of a series, and its licence and attribution from ``SOURCE.txt`` in the folder of its first file.
 
     Without that file nothing is known of them, and the card says so.
 
@@ -116,16 +120,17 @@ def source_of(case: Case) -> Source:
     ValueError
         If the file does not name all three.
     """
+    study_uid = read_slice(case.full[0]).study_uid
     path = case.full[0].parent / "SOURCE.txt"
     if not path.exists():
-        return Source(case.name, "not stated", "no SOURCE.txt lay beside the images", "not stated")
+        return Source(case.name, "not stated", "no SOURCE.txt lay beside the images", "not stated", study_uid)
     lines = (line.partition(": ") for line in path.read_text(encoding="utf-8").splitlines())
     fields = {key: value.strip() for key, _, value in lines}
     missing = [key for key in ("licence", "licence status", "attribution") if not fields.get(key)]
     if missing:
         raise ValueError(f"SOURCE.txt of {path.parent.name} does not name {' and '.join(missing)}")
     status = UNCHECKED if fields["licence status"].startswith("UNVERIFIED") else fields["licence status"]
-    return Source(path.parent.name, fields["licence"], status, fields["attribution"])
+    return Source(path.parent.name, fields["licence"], status, fields["attribution"], study_uid)
 
 
 def _trained_on(record: TrainingRecord) -> str:

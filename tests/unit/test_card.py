@@ -39,7 +39,7 @@ def test_a_card_before_the_plateau_is_strict_json(tmp_path: Path) -> None:
     assert card["training"]["plateau"] == {"gain_db": None, "reached": False}
 
 
-OURS = Source("siemens-sensation16-acrinflt013-petct-B10f", "", "", "")
+OURS = Source("siemens-sensation16-acrinflt013-petct-B10f", "", "", "", "")
 """A soft kernel that teaches."""
 
 
@@ -49,8 +49,8 @@ OURS = Source("siemens-sensation16-acrinflt013-petct-B10f", "", "", "")
         (1, (), ["Head", "children", "photon starvation"], ["kernels", "named above"]),  # phantoms have sharp ones
         (1, (OURS,), ["Head", "children"], ["kernels", "named above"]),
         (0, (OURS,), ["Head", "children", "sharp (lung, bone) kernels"], ["named above"]),
-        (0, (OURS, Source("L067 B30f 1 mm", "", "", "")), ["Whatever the series named above do not"], ["Head"]),
-        (1, (Source("1.2.3", "", "", ""),), ["the series named above and the phantoms"], ["Head", "children"]),
+        (0, (OURS, Source("L067 B30f 1 mm", "", "", "", "")), ["Whatever the series named above do not"], ["Head"]),
+        (1, (Source("1.2.3", "", "", "", ""),), ["the series named above and the phantoms"], ["Head", "children"]),
     ],
 )
 def test_what_was_never_tried_is_what_the_training_did_not_show(

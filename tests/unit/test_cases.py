@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,9 +71,12 @@ def test_a_series_gets_the_noise_of_its_dose(monkeypatch: pytest.MonkeyPatch, tm
     full = low_dose(chest_abdomen(5, 192, 2.0, 5.0, seed=4), 2.0, 0.5, seed=4)
     padding = np.zeros(full.shape, np.bool_)
     padding[:, :4] = True
-    monkeypatch.setattr(cases, "read_series", lambda folder: volume_of(full, 2.0, 5.0, padding))
+    paths = tuple(write_series(tmp_path, np.zeros((1, 8, 8)), name="full"))
+    volume = replace(volume_of(full, 2.0, 5.0, padding), slice_paths=paths)
+    monkeypatch.setattr(cases, "read_series", lambda folder: volume)
     quarter, tenth = simulated_trials(tmp_path / "series", [0.25, 0.1], 2)
     assert quarter.case == "series"
+    assert (quarter.origin.series_uid, quarter.origin.study_uid) == (uid("full"), uid("study"))
     assert quarter.scored == slice(1, 3)
     own = noise_level(full, padding, 2.0)
     assert quarter.truth_noise_hu == pytest.approx(own, rel=0.15)
@@ -131,7 +135,7 @@ def test_pairs_are_measured_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(cases, "load_pair", lambda case: pair)
     (trial,) = pair_trials(tmp_path, 1)
     assert (trial.case, trial.kind, trial.dose, trial.again) == ("both", "pair", 0.1, None)
-    assert trial.series_uid == uid("full")
+    assert (trial.origin.series_uid, trial.origin.study_uid) == (uid("full"), uid("study"))
     assert np.array_equal(trial.truth, full[1:8])
     assert np.array_equal(trial.low.hu, low[1:8])
     assert trial.scored == slice(3, 4)

@@ -14,7 +14,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from pipelines.ct_slice import CTSlice, read_slice
 from training.sources import layouts
-from training.sources.layouts import Case, find
+from training.sources.layouts import Case, Origin, find, origin
 
 HU = np.zeros((3, 8, 8))
 
@@ -244,6 +244,14 @@ def test_one_header_is_read_for_a_series_that_names_tell(
         assert len(find(tmp_path)) == 3
     assert len(read) == 5
     assert "3 files of projections of C001 are passed over" in caplog.text
+
+
+@pytest.mark.parametrize("patient_id", ["4711-0815", ""])
+def test_origin_names_the_patient_as_a_case_does(tmp_path: Path, patient_id: str) -> None:
+    files = write_series(tmp_path, HU, name="one", PatientID=patient_id, StudyInstanceUID="1.2.9")
+    (case,) = find(tmp_path)
+    assert origin(files[0]) == Origin(uid("one"), "1.2.9", case.subject)
+    assert case.subject not in ("", "4711-0815")
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

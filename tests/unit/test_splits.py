@@ -13,7 +13,7 @@ from conftest import DATA
 from pydicom import dcmread
 
 from training.sources.layouts import find
-from training.sources.splits import Entry, Role, entry_of, folds, kept_for_tests, split, table
+from training.sources.splits import Entry, Role, entry_of, folds, kept_for_tests, of_patient, split, table
 
 Fractions = dict[Role, float]
 
@@ -97,6 +97,7 @@ def test_who_is_kept_for_tests_is_known_by_patient_and_by_study() -> None:
             found = kept_for_tests(patient, study_uid)
             assert (found is not None) == kept
             assert found is None or found.subject == entry.subject
+            assert {one.subject for one in of_patient(patient, study_uid)} == {entry.subject}
     assert kept_for_tests("another", "1.2") is None
 
 

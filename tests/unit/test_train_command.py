@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ct_builder import edit, write_series
+from ct_builder import edit, uid, write_series
 from safetensors.torch import load_file
 
 from pipelines.base import WeightsDamaged
 from pipelines.ffdnet import FFDNet
-from pipelines.runtime import load_network, read_card
+from pipelines.runtime import read_card
+from pipelines.torch_engine import load_network
 from pipelines.volume import read_volume
 from training import train
 from training.__main__ import COMMANDS, main
@@ -258,13 +259,15 @@ def test_every_command_has_its_help(command: str, capsys: pytest.CaptureFixture[
 
 
 def test_licence_and_attribution_come_from_beside_the_images(tmp_path: Path) -> None:
-    case = Case("somebody", "a series", (tmp_path / "1.dcm",), None, None, "", 1.0)
+    files = tuple(write_series(tmp_path, np.zeros((1, 8, 8))))
+    case = Case("somebody", "a series", files, None, None, "", 1.0)
     assert source_of(case).licence == "not stated"
+    assert source_of(case).study_uid == uid("study")
     path = tmp_path / "SOURCE.txt"
     path.write_text("licence: CC BY 4.0\nlicence status: read\nattribution:\n", encoding="utf-8")
     with pytest.raises(ValueError, match="does not name attribution"):
         source_of(case)
     path.write_text("licence: CC BY 4.0\nlicence status: read\nattribution: A: b\n", encoding="utf-8")
-    assert source_of(case) == Source(tmp_path.name, "CC BY 4.0", "read", "A: b")
+    assert source_of(case) == Source(tmp_path.name, "CC BY 4.0", "read", "A: b", uid("study"))
     path.write_text("licence: CC BY 4.0\nlicence status: UNVERIFIED: said\nattribution: A: b\n", encoding="utf-8")
-    assert source_of(case) == Source(tmp_path.name, "CC BY 4.0", UNCHECKED, "A: b")
+    assert source_of(case) == Source(tmp_path.name, "CC BY 4.0", UNCHECKED, "A: b", uid("study"))

@@ -14,10 +14,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom import dcmread
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
-from pipelines.elements import text
 from pipelines.noise import noise_level
 from pipelines.safety import LOWEST_HU, network_input
 from pipelines.volume import Geometry, Volume
@@ -27,7 +25,7 @@ from training.simulation.calibration import calibrate
 from training.simulation.projection import Kernel
 from training.simulation.simulated_series import read_series
 from training.simulation.simulated_volume import simulate
-from training.sources.layouts import find
+from training.sources.layouts import Origin, find, origin
 from training.sources.pairs import load_pair
 from training.sources.phantom import chest_abdomen, tissue_masks
 
@@ -47,6 +45,7 @@ _SITE_DISTANCE_MM = 25.0
 _SITES_PER_SLICE = 4
 _PATCH_MM = 10.0
 """Half the size of the box around a lesion; its blurred edge has ended there."""
+_NOBODY = Origin("", "", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +68,8 @@ class Trial:
     """Noise level of the truth; 0 of a phantom."""
     f50: float
     """Half-value frequency of the kernel, 1/mm: the band that an inserted lesion is blurred to."""
-    series_uid: str = ""
-    """SeriesInstanceUID of the full-dose series; a phantom has none."""
+    origin: Origin = _NOBODY
+    """Whose the full-dose series is."""
 
     @property
     def pixel_mm(self) -> float:
@@ -127,13 +126,6 @@ def phantom_trials(doses: Sequence[float], slices: int, seed: int = PHANTOM_SEED
         )
 
 
-def _series_uid(files: Sequence[Path]) -> str:
-    """Of the first file, which speaks for all."""
-    if not files:
-        return ""
-    return text(dcmread(files[0], stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]), "SeriesInstanceUID")
-
-
 def _half_value(kernel: Kernel) -> float:
     """The highest frequency of which `kernel` passes half, 1/mm."""
     grid = np.linspace(0, 4 * kernel.f50, 4001)
@@ -172,7 +164,7 @@ def simulated_trials(folder: Path, doses: Sequence[float], slices: int, seed: in
             scored,
             level_hu,
             _half_value(scanner.kernel),
-            _series_uid(volume.slice_paths),
+            origin(volume.slice_paths[0]),
         )
 
 
@@ -222,5 +214,4 @@ def pair_trials(root: Path, slices: int) -> Iterator[Trial]:
         truth = np.ascontiguousarray(pair.full[read], np.float32)
         low = volume_of(np.ascontiguousarray(pair.low[read], np.float32), pair.pixel_mm, pair.spacing_mm, padding)
         level_hu = noise_level(truth, padding, pair.pixel_mm)
-        uid = _series_uid(case.full)
-        yield Trial(case.name, "pair", case.dose, low, None, truth, scored, level_hu, F50, uid)
+        yield Trial(case.name, "pair", case.dose, low, None, truth, scored, level_hu, F50, origin(case.full[0]))

@@ -75,6 +75,16 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Whose a series is, as far as its header tells; never to be written where it outlives the run."""
+
+    series_uid: str
+    study_uid: str
+    patient: str
+    """A digest of the PatientID, as `Case.subject` of a generic series."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Series:
     """One series of the Mayo Clinic's data."""
 
@@ -214,6 +224,14 @@ def find(root: Path) -> list[Case]:
         cases = [*_paired(found), *_unpaired(found)]
     found.left_out.log()
     return sorted(cases, key=lambda case: (case.subject, case.name, case.full))
+
+
+def origin(path: Path) -> Origin:
+    """Whose the series of the DICOM file `path` is."""
+    with pydicom_silent():
+        ds = dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
+    study_uid = text(ds, "StudyInstanceUID")
+    return Origin(text(ds, "SeriesInstanceUID"), study_uid, _digest(text(ds, "PatientID") or study_uid))
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:

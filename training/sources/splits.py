@@ -62,8 +62,8 @@ def entry_of(series: str) -> Entry | None:
     return next((entry for entry in table() if series in (entry.series_uid, entry.series)), None)
 
 
-def kept_for_tests(patient: str, study_uid: str) -> Entry | None:
-    """An entry with the same patient or study that is not taught; None if there is none.
+def of_patient(patient: str, study_uid: str) -> list[Entry]:
+    """Entries with the same patient or study.
 
     Parameters
     ----------
@@ -72,14 +72,12 @@ def kept_for_tests(patient: str, study_uid: str) -> Entry | None:
     study_uid
         For series whose PatientID was changed.
     """
-    return next(
-        (
-            entry
-            for entry in table()
-            if entry.role != "train" and (entry.patient == patient or entry.study_uid == study_uid)
-        ),
-        None,
-    )
+    return [entry for entry in table() if entry.patient == patient or entry.study_uid == study_uid]
+
+
+def kept_for_tests(patient: str, study_uid: str) -> Entry | None:
+    """An entry of `of_patient` that is not taught; None if there is none."""
+    return next((entry for entry in of_patient(patient, study_uid) if entry.role != "train"), None)
 
 
 def split(
