@@ -1,0 +1,361 @@
+"""STResNet and SRResNet3D slice by slice in depth on OpenVINO, without torch (what they are: `pipelines.stresnet`).
+
+::
+
+                                              (once for each block)
+    input → entry → ring 0 → head → ring 1 → first → ring 2 → second → … → body → ring n−1 → tail → result
+      │                        └─────── trunk ───────────────────┴ trunk … ─ ┘                 │
+      │                        └─────── trunk of the head ───────────────────┘                 │
+      └────────────────────────────────────────────────────────────────────────────────────────┘
+
+What stands between two rings is a segment (`pipelines.openvino_segments`), a small model compiled by itself: it reads
+the last three planes of one ring and writes one plane into the next. In each step every ring gets one plane, ring k at
+step t plane t − k of the volume; so a result comes out as soon as the last slice that it depends on has gone in.
+
+All that stays from step to step lies in rings, made once: plane p in slot p mod depth, which OpenVINO reads and writes
+in place. A window of three is never shifted; instead each segment is compiled three times, with its weights turned to
+where the newest plane lies. The skips (lower lines) are rings as well, as deep as what they wait for is late. A plane
+outside the volume is a slot filled with the code of zero. So every voxel is computed once, memory does not grow with
+the number of slices, and the result is that of the whole volume at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.base import WeightsDamaged
+from pipelines.openvino_core import Precision, compile_model, float_of, ov
+from pipelines.openvino_segments import Code, Convolution, Planes, segment
+
+Plane = NDArray[np.float32]
+"""(y, x) in network units."""
+
+WINDOW = 3
+"""Planes that a convolution in depth sees."""
+SMALLEST_RANGE = 1e-6
+"""For a tensor of zeros only: a step of 0 has no codes."""
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One convolution of the paper: in the plane and then in depth (STResNet), or both at once (SRResNet3D)."""
+
+    across: Convolution | None
+    along: Convolution
+
+
+def _levels(weights: Mapping[str, NDArray[Any]], ranges: Mapping[str, float]) -> list[_Level]:
+    """The network in the order in which a plane passes it; width and depth are those of the weights."""
+    blocks = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    parts = ["head", *(f"blocks.{k}.{part}" for k in range(blocks) for part in ("first", "second")), "body", "tail"]
+    separable = "head.0.weight" in weights
+    used: set[str] = set()
+
+    def convolution(name: str) -> Convolution:
+        used.update((f"{name}.weight", f"{name}.bias"))
+        weight, bias = (np.asarray(weights[f"{name}.{kind}"], np.float32) for kind in ("weight", "bias"))
+        return Convolution(name, weight, bias, ranges.get(name))
+
+    try:
+        if separable:
+            levels = [_Level(convolution(f"{part}.0"), convolution(f"{part}.1")) for part in parts]
+        else:
+            levels = [_Level(None, convolution(part)) for part in parts]
+    except KeyError as error:
+        raise WeightsDamaged(
+            f"these are no weights of STResNet or SRResNet3D ({error} is missing): install weights and card again"
+        ) from error
+    strangers = sorted(set(weights) - used) + sorted(name for name in ranges if f"{name}.weight" not in used)
+    if strangers:
+        raise WeightsDamaged(
+            f"weights or ranges of another network: {strangers[0]} is not in one of {blocks} blocks; "
+            "install weights, ranges and card again"
+        )
+    return levels
+
+
+class _Ring:
+    """The last planes of one tensor: plane p of the volume in slot p mod `depth`."""
+
+    def __init__(self, depth: int, planes: Planes) -> None:
+        self.planes = planes
+        shape = [1, depth, planes.rows, planes.columns, planes.channels]
+        self.values = np.full(shape, planes.code.zero, planes.code.dtype)
+        # OpenVINO's tensors are views and keep nothing alive: the ring does
+        self._views = [self.values[:, k : k + 1] for k in range(depth)]
+        self._slots = [ov.Tensor(view, list(view.shape), planes.code.type) for view in self._views]
+        self._whole = ov.Tensor(self.values, shape, planes.code.type)
+
+    def plane(self, p: int) -> NDArray[Any]:
+        """The codes of plane `p`, (rows, columns, channels); a view."""
+        view: NDArray[Any] = self._views[p % len(self._views)][0, 0]
+        return view
+
+    def slot(self, p: int) -> Any:
+        """The tensor of plane `p`, to read or write."""
+        return self._slots[p % len(self._slots)]
+
+    def window(self, _: int) -> Any:
+        """The tensor of all slots."""
+        return self._whole
+
+    def outside(self, p: int) -> None:
+        """Make plane `p` one outside the volume."""
+        self.plane(p)[...] = self.planes.code.zero
+
+
+class _Segment:
+    """A segment, compiled for each place of its window.
+
+    Parameters
+    ----------
+    models
+        For plane p the model number p mod their number.
+    tensors
+        For each input and output what it is bound to for plane p.
+    precision, threads
+        See `pipelines.openvino_core.compile_model`.
+    """
+
+    def __init__(
+        self, models: list[Any], tensors: dict[str, Callable[[int], Any]], precision: Precision, threads: int
+    ) -> None:
+        self._tensors = tensors
+        self.compiled: list[Any] = []
+        self._requests: list[Any] = []
+        for p, model in enumerate(models):
+            self.compiled.append(compile_model(model, precision, threads))
+            self._requests.append(self.compiled[-1].create_infer_request())
+            self.run(p)  # of zeros: what compiling took is only given back after a first run
+
+    def run(self, p: int) -> None:
+        """Make plane `p`."""
+        k = p % len(self.compiled)
+        for name, tensor in self._tensors.items():
+            self._requests[k].set_tensor(name, tensor(p))
+        self._requests[k].infer()
+        # Dozens of models, of which one runs: each would keep planes of its own for what lies between its convolutions,
+        # several times the memory of the rings. Given back, the next one takes the same memory; it costs no time.
+        self.compiled[k].release_memory()
+
+
+class StreamEngine:
+    """STResNet or SRResNet3D for planes of one size, ready to run.
+
+    Parameters
+    ----------
+    weights
+        The tensors of the file of weights by name.
+    shape
+        Rows and columns of the planes.
+    precision
+        What it runs in; with ``int8`` the convolutions in `ranges` are quantised, and the others, the skips and the
+        sums are in `pipelines.openvino_core.float_of`.
+    ranges
+        For ``int8``, from `calibrate`: largest magnitude of the input of each convolution to quantise, by the name of
+        the convolution.
+    threads
+        CPU cores to use.
+    watch
+        For `calibrate`: called with the name of a convolution and a plane of its input, (rows, columns, channels).
+
+    Attributes
+    ----------
+    halo : int
+        Slices, rows and columns that a result depends on in each direction.
+
+    Raises
+    ------
+    pipelines.base.WeightsDamaged
+        If `weights` or `ranges` are those of another network.
+    ValueError
+        If `ranges` are missing for ``int8``.
+    pipelines.openvino_core.PrecisionRefused
+        If this CPU cannot run `precision`.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, NDArray[Any]],
+        shape: tuple[int, int],
+        *,
+        precision: Precision,
+        ranges: Mapping[str, float] | None,
+        threads: int,
+        watch: Callable[[str, NDArray[Any]], None] | None = None,
+    ) -> None:
+        if precision == "int8" and not ranges:
+            raise ValueError("int8 needs the ranges of the activations: calibrate, or run in fp32 or bf16")
+        self.shape = shape
+        self._watch = watch
+        self._volume = 0
+        levels = self._levels = _levels(weights, ranges if ranges and precision == "int8" else {})
+        n = self.halo = len(levels)
+        features = len(levels[0].along.weight)
+        working = Code.of_float(float_of(precision))
+
+        def ring(depth: int, channels: int, code: Code) -> _Ring:
+            return _Ring(depth, Planes(*shape, channels, code))
+
+        single = Code.of_float("fp32")
+        self._input, self._result = ring(n + 1, 1, single), ring(1, 1, single)
+        # after which level the relu stands, and which level's trunk each adds: see the picture
+        relus = set(range(1, n - 2, 2))
+        adds = {**{k: k - 2 for k in range(2, n - 2, 2)}, n - 2: 0}
+        # a trunk is needed until the last that adds it is there, as many steps later as levels lie between
+        self._trunks = {k: ring(max(j for j in adds if adds[j] == k) - k + 1, features, working) for k in adds.values()}
+        if watch is not None:
+            self._trunks = {k: self._trunks.get(k) or ring(1, features, working) for k in range(n - 1)}
+        self._rings = [
+            ring(
+                WINDOW,
+                level.along.weight.shape[1],
+                working
+                if level.along.largest is None
+                else Code.of_range(level.along.largest, signed=level.across is not None or k - 1 not in relus),
+            )
+            for k, level in enumerate(levels)
+        ]
+        self._segments = []
+        for k in range(-1, n):  # what is made after level k: the entry after none, the result after the last
+            window = self._rings[k] if k >= 0 else None
+            skip = self._input if k in (-1, n - 1) else self._trunks[adds[k]] if k in adds else None
+            trunk = self._trunks.get(k)
+            plane = self._rings[k + 1] if k + 1 < n else self._result
+            tensors: dict[str, Callable[[int], Any]] = {"plane": plane.slot}
+            if window:
+                tensors["window"] = window.window
+            if skip:
+                tensors["skip"] = skip.slot
+            if trunk:
+                tensors["trunk"] = trunk.slot
+            models = [
+                segment(
+                    # slot s holds one of the planes p − 1, p, p + 1, and gets the weights of that one
+                    window=(window.planes, levels[k].along, p - 1) if window else None,
+                    skip=skip.planes if skip else None,
+                    relu=k in relus,
+                    trunk=trunk.planes if trunk else None,
+                    plane=plane.planes,
+                    across=levels[k + 1].across if k + 1 < n else None,
+                )
+                for p in range(WINDOW if window else 1)
+            ]
+            self._segments.append(_Segment(models, tensors, precision, threads))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all rings: the memory of a volume of any length, beside that of one segment at work."""
+        trunks = self._trunks.values()
+        return sum(ring.values.nbytes for ring in (self._input, self._result, *self._rings, *trunks))
+
+    def stream(self, planes: Iterator[Plane]) -> Iterator[Plane]:
+        """Run the network over a volume of any number of planes.
+
+        Parameters
+        ----------
+        planes
+            Taken one at a time, and no sooner than needed: the result for a plane is there when the next `halo` have
+            been taken, or none are left.
+
+        Yields
+        ------
+        numpy.ndarray
+            (y, x) in network units, one for each plane; the caller's own.
+
+        Raises
+        ------
+        ValueError
+            If a plane has another size than the engine.
+        RuntimeError
+            If it is asked for more after another stream of the same engine was begun: there is one set of rings.
+        """
+        self._volume += 1
+        volume = self._volume
+        for ring in self._rings:
+            ring.outside(-1)
+        end: int | None = None
+        for t, plane in enumerate(chain(planes, repeat(None, self.halo))):
+            if volume != self._volume:
+                raise RuntimeError("another volume was begun on this engine before this one was through")
+            if plane is not None:
+                if plane.shape != self.shape:
+                    raise ValueError(f"plane {t} has {plane.shape} rows and columns, the engine is for {self.shape}")
+                self._input.plane(t)[..., 0] = plane
+            elif end is None:
+                end = t
+            for k, made_by in enumerate(self._segments):
+                p = t - k
+                if p == end and k < self.halo:
+                    self._rings[k].outside(p)
+                elif p >= 0 and (end is None or p < end):
+                    made_by.run(p)
+                    if self._watch is not None:
+                        self._show(k, p)
+            if t >= self.halo:
+                yield self._result.plane(t - self.halo)[..., 0].copy()
+
+    def _show(self, k: int, p: int) -> None:
+        """Show the inputs of the convolutions of level `k`, of which plane `p` is there."""
+        assert self._watch is not None
+        if k == self.halo:  # the result: no convolution reads it
+            return
+        level = self._levels[k]
+        if level.across is not None:
+            before = self._trunks[k - 1] if k else self._input
+            self._watch(level.across.name, before.plane(p))
+        self._watch(level.along.name, self._rings[k].plane(p))
+
+
+def calibrate(
+    weights: Mapping[str, NDArray[Any]], volumes: Iterable[Iterator[Plane]], *, threads: int = 1
+) -> dict[str, float]:
+    """Find the ranges of the activations for ``int8``: the largest magnitudes that occur in fp32.
+
+    The first and the last convolution have none and so stay in float: with a single channel on one side they are no
+    faster in 8 bits, and their rounding would go straight into the image.
+
+    Parameters
+    ----------
+    weights
+        See `StreamEngine`.
+    volumes
+        Typical ones, each as its planes in network units; their sizes may differ.
+    threads
+        CPU cores to use.
+
+    Returns
+    -------
+    dict
+        For each convolution in the order of the network, by name, the largest magnitude of its input.
+
+    Raises
+    ------
+    ValueError
+        If there is no plane in `volumes`.
+    """
+    ranges: dict[str, float] = {}
+
+    def watch(name: str, values: NDArray[Any]) -> None:
+        ranges[name] = max(ranges.get(name, SMALLEST_RANGE), float(values.max()), -float(values.min()))
+
+    engine: StreamEngine | None = None
+    for planes in volumes:
+        first = next(planes, None)
+        if first is None:
+            continue
+        if engine is None or engine.shape != first.shape:
+            shape = (first.shape[0], first.shape[1])
+            engine = StreamEngine(weights, shape, precision="fp32", ranges=None, threads=threads, watch=watch)
+        for _ in engine.stream(chain([first], planes)):
+            pass
+    if not ranges:
+        raise ValueError("there is no slice to find the ranges of the activations with")
+    names = list(ranges)
+    return {name: ranges[name] for name in names[1:-1]}
