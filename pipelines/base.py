@@ -43,15 +43,23 @@ class ModelCard:
     hu_window: tuple[float, float]
     """HU range of the training data; values outside pass the network unclipped."""
     precision: str
-    """Number format that really runs: ``fp32``, ``bf16``, ``int8`` or ``none``."""
+    """Number format that really runs: ``fp32``, ``bf16``, ``fp16``, ``int8`` or ``none``."""
     weights_sha256: str
     """Digest of the weights file; empty for a pipeline without weights."""
+    files_sha256: dict[str, str] = field(default_factory=dict)
+    """Digests of what else lies beside the weights, by suffix: ``xml`` and ``int8.xml`` are graphs for OpenVINO."""
+    int8_loss_db: float | None = None
+    """PSNR that INT8 loses against fp32 on series that nothing was trained on; None: not measured."""
     valid_for: Envelope = field(default_factory=Envelope)
     noise_map: bool = False
     """True if the network takes a noise map; decides what `Options.strength` means."""
     trained_on: str = ""
     measured: dict[str, Any] = field(default_factory=dict)
     """Its own quality table, with the command that printed it."""
+    backend: str = ""
+    """What computes it here, ``openvino`` or ``torch``; known once it is loaded, and empty where there is no choice."""
+    reason: str = ""
+    """Why that backend in that precision, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,15 +212,17 @@ more than float rounding; tests/contract/test_golden_output.py fails until then.
 
 
 def pipeline_hash(card: ModelCard, options: Options) -> str:
-    """Digest of everything that can move a voxel: name, version, weights, options, precision that runs, and our code.
+    """Digest of everything that can move a voxel: name, version, weights, options, our code, and what computes it.
 
-    It is part of every derived UID (docs/architecture.md): whatever changes a pixel changes the UID.
+    It is part of every derived UID (docs/architecture.md): whatever changes a pixel changes the UID. Two backends of
+    one precision differ by rounding, in the short formats by some HU.
     """
     what = {
         "voxel_revision": VOXEL_REVISION,
         "name": card.name,
         "version": card.version,
         "weights_sha256": card.weights_sha256,
+        "backend": card.backend,
         "precision": card.precision,
         **asdict(options),
     }

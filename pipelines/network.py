@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Array = NDArray[np.float32]
+
+log = logging.getLogger(__name__)
 
 PIXELS_AT_ONCE = 512 * 512
 """Pixels of a strip of a network that makes one slice at a time: the usual slice as a whole."""
@@ -55,6 +58,8 @@ class NetworkPipeline:
         If there is no such card or no weights.
     pipelines.base.WeightsDamaged
         If they do not belong together.
+    pipelines.runtime.ExecutionRefused
+        If it cannot be run here like that.
     ValueError
         For a card of a ``volume`` with a noise map: nothing runs it.
     """
@@ -75,12 +80,13 @@ class NetworkPipeline:
                 f"the card of {name!r} says input 'volume' and noise_map true: a network that streams in depth "
                 "is given none; correct the card"
             )
-        self.choice = choose(card, execution or Execution(), folder)
-        self.card: ModelCard = replace(card, precision=self.choice.precision)
+        choice = choose(card, execution or Execution())
+        log.info("%s runs on %s", name, choice.reason)
+        self.card: ModelCard = replace(card, precision=choice.precision, backend=choice.backend, reason=choice.reason)
         if card.input == "volume":
-            self._volumes = stream_engine(card, network, self.choice, folder)
+            self._volumes = stream_engine(card, network, choice, folder)
         else:
-            self._planes = plane_engine(card, network, self.choice, folder)
+            self._planes = plane_engine(card, network, choice, folder)
         self._stride, self._noise_map_stride = stride, noise_map_stride
 
     def denoise(self, series: Series, options: Options) -> Iterator[Array]:

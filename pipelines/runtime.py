@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 Array = NDArray[np.float32]
 
 WEIGHTS = Path(__file__).parent / "weights"
+
+INT8_MAX_LOSS_DB = 0.1
+"""A network that loses more PSNR in INT8 runs in it only where it is told to."""
+GPU = Path("/dev/nvidiactl")
+"""Is there where the driver of NVIDIA's GPUs is: PyTorch takes seconds to import and need not be asked elsewhere."""
 
 
 class PlaneEngine(Protocol):
@@ -60,8 +67,15 @@ class Choice:
     """What computes a network here, and why that."""
 
     backend: Literal["openvino", "torch"]
-    precision: Literal["int8", "bf16", "fp32"]
+    device: Literal["cpu", "cuda"]
+    precision: Literal["int8", "bf16", "fp16", "fp32"]
+    threads: int
+    """Of the CPU."""
     reason: str
+
+
+class ExecutionRefused(RuntimeError):
+    """A network cannot be run here as it is wanted."""
 
 
 def _content(name: str, suffix: str, folder: Path) -> bytes:
@@ -113,30 +127,148 @@ def read_weights(card: ModelCard, folder: Path = WEIGHTS) -> bytes:
     pipelines.base.WeightsDamaged
         If the file is not the one that the card was written for.
     """
-    content = _content(card.name, "safetensors", folder)
+    return _verified(card, "safetensors", card.weights_sha256, folder)
+
+
+def read_file(card: ModelCard, suffix: str, folder: Path = WEIGHTS) -> bytes:
+    """The content of another file of `card`, one of `ModelCard.files_sha256`; raises what `read_weights` raises."""
+    return _verified(card, suffix, card.files_sha256[suffix], folder)
+
+
+def _verified(card: ModelCard, suffix: str, expected: str, folder: Path) -> bytes:
+    content = _content(card.name, suffix, folder)
     digest = hashlib.sha256(content).hexdigest()
-    if digest != card.weights_sha256:
+    if digest != expected:
         raise WeightsDamaged(
-            f"the weights of {card.name!r} are damaged: {card.name}.safetensors has SHA-256 {digest}, its card says "
-            f"{card.weights_sha256}; install card and weights again"
+            f"the weights of {card.name!r} are damaged: {card.name}.{suffix} has SHA-256 {digest}, its card says "
+            f"{expected}; install card and weights again"
         )
     return content
 
 
-def choose(card: ModelCard, execution: Execution, folder: Path) -> Choice:
-    """What computes the network of `card` here."""
-    return Choice("torch", "fp32", "the only one")
+def choose(card: ModelCard, execution: Execution) -> Choice:
+    """What computes the network of `card` here.
+
+    On a GPU that PyTorch can use, PyTorch; on a CPU OpenVINO, in INT8 if the card vouches for it and the CPU is fast in
+    it, else in bf16 if the CPU is fast in that. A network without a graph for OpenVINO is left to PyTorch.
+
+    Raises
+    ------
+    ExecutionRefused
+        If it cannot be run as `execution` says; with what to do.
+    """
+    threads = execution.threads or len(os.sched_getaffinity(0))
+    fastest, no_gpu = _gpu(execution)
+    if fastest is not None:
+        if execution.precision == "auto":
+            return Choice("torch", "cuda", fastest, threads, f"the GPU, {fastest}, the fastest on it")
+        if execution.precision in (fastest, "fp32"):
+            return Choice(
+                "torch", "cuda", execution.precision, threads, f"the GPU, {execution.precision} as configured"
+            )
+        if execution.device == "cuda":
+            raise ExecutionRefused(
+                f"the GPU does not run {card.name} in {execution.precision}: set precision auto, which takes {fastest}"
+            )
+        no_gpu = f"no GPU is used for {execution.precision}"
+    if "xml" not in card.files_sha256:
+        return _without_graph(card, execution, threads)
+    precision, why = _of_cpu(card, execution)
+    return Choice("openvino", "cpu", precision, threads, f"the CPU ({no_gpu}), {why}")
+
+
+def _gpu(execution: Execution) -> tuple[Literal["bf16", "fp16"] | None, str]:
+    """What a GPU is fastest in, or None and why none is used."""
+    if execution.device == "cpu":
+        return None, "as configured"
+    demanded = execution.device == "cuda"
+    if not demanded and not GPU.exists():
+        return None, "there is no GPU"
+    if find_spec("torch") is None:
+        if demanded:
+            raise ExecutionRefused(
+                "device cuda needs PyTorch, which is not installed: install the extra gpu, or set device auto"
+            )
+        return None, "there is a GPU, but not PyTorch, which the extra gpu installs"
+    from pipelines.torch_engine import fastest_of_gpu
+
+    fastest = fastest_of_gpu()
+    if fastest is None and demanded:
+        raise ExecutionRefused("PyTorch finds no GPU that it can use: install its driver, or set device auto")
+    return fastest, "PyTorch finds no GPU that it can use"
+
+
+def _of_cpu(card: ModelCard, execution: Execution) -> tuple[Literal["int8", "bf16", "fp32"], str]:
+    """The precision on the CPU, and why that."""
+    from pipelines.openvino_core import cpu_supports
+
+    quantised = not {"int8.xml", "int8.json"}.isdisjoint(card.files_sha256)
+    if execution.precision != "auto":
+        if execution.precision == "int8" and not quantised:
+            raise ExecutionRefused(
+                f"there are no INT8 weights of {card.name}: set precision auto, or make them by "
+                f"`python -m training quantize {card.name}`"
+            )
+        if not cpu_supports(execution.precision):
+            raise ExecutionRefused(
+                f"{execution.precision} would be no faster on this CPU, which has no instructions for it: set "
+                "precision auto"
+            )
+        return execution.precision, f"{execution.precision} as configured"
+    loss = card.int8_loss_db
+    if not quantised:
+        no_int8 = "there are no INT8 weights"
+    elif not cpu_supports("int8"):
+        no_int8 = "it has no instructions for int8"
+    elif loss is None:
+        no_int8 = "nobody has measured what it loses in int8"
+    elif loss > INT8_MAX_LOSS_DB:
+        no_int8 = f"it loses {loss:.2f} dB in int8, more than {INT8_MAX_LOSS_DB:g}"
+    else:
+        return "int8", f"int8, the fastest: measured to lose {max(loss, 0):.2f} dB"
+    if cpu_supports("bf16"):
+        return "bf16", f"bf16, the fastest left: {no_int8}"
+    return "fp32", f"fp32: {no_int8}, and it has no instructions for bf16"
+
+
+def _without_graph(card: ModelCard, execution: Execution, threads: int) -> Choice:
+    """PyTorch in its place, as far as that goes."""
+    if find_spec("torch") is None or execution.precision not in ("auto", "fp32"):
+        raise ExecutionRefused(
+            f"there is no graph of {card.name} for OpenVINO, so it runs only by PyTorch (the extra gpu) in fp32; "
+            f"`python -m training export --graph {card.name}` makes one"
+        )
+    return Choice("torch", "cpu", "fp32", threads, "the CPU, by PyTorch in fp32: there is no graph of it for OpenVINO")
 
 
 def plane_engine(card: ModelCard, network: Callable[[], nn.Module], choice: Choice, folder: Path) -> PlaneEngine:
-    """The engine of a network that makes one slice at a time; `network` makes it untrained, for PyTorch."""
-    from pipelines.torch_engine import TorchPlanes
+    """The engine of a network that makes one slice at a time; `network` makes it untrained, for PyTorch.
 
-    return TorchPlanes(network(), card, folder)
+    Raises
+    ------
+    pipelines.base.WeightsMissing
+        If a file of it is missing.
+    pipelines.base.WeightsDamaged
+        If one is not what its card was written for.
+    """
+    if choice.backend == "torch":
+        from pipelines.torch_engine import TorchPlanes
+
+        assert choice.precision != "int8"  # `choose` gives none
+        return TorchPlanes(network(), card, folder, choice.device, choice.precision)
+    from pipelines.openvino_planes import OpenVINOPlanes
+
+    if choice.precision == "int8":
+        graph, weights = (read_file(card, suffix, folder) for suffix in ("int8.xml", "int8.bin"))
+    else:
+        graph, weights = read_file(card, "xml", folder), read_weights(card, folder)
+    assert choice.precision != "fp16"  # that is for GPUs
+    return OpenVINOPlanes(graph, weights, choice.precision, choice.threads)
 
 
 def stream_engine(card: ModelCard, network: Callable[[], nn.Module], choice: Choice, folder: Path) -> StreamEngine:
-    """The engine of a network for whole volumes."""
+    """The engine of a network for whole volumes; raises what `plane_engine` raises."""
     from pipelines.torch_engine import TorchStream
 
-    return TorchStream(network(), card, folder)
+    assert choice.precision != "int8"
+    return TorchStream(network(), card, folder, choice.device, choice.precision)

@@ -5,10 +5,11 @@ Their definitions are imported only where PyTorch runs them; a node on a CPU has
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pipelines.base import Execution
 from pipelines.network import NetworkPipeline
@@ -18,41 +19,47 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Factory(Protocol):
-    """Makes a pipeline; raises what `NetworkPipeline` raises."""
+@dataclass(frozen=True, slots=True)
+class Factory:
+    """Makes a pipeline; ``definition`` is ``MODULE.CLASS`` in this package, or a class method of it."""
 
-    def __call__(self, execution: Execution | None = None, folder: Path = WEIGHTS) -> NetworkPipeline: ...
+    name: str
+    definition: str
+    arguments: tuple[int, ...] = ()
+    stride: int = 1
+    noise_map_stride: int = 1
 
-
-def _ships(name: str, network: str, *arguments: int, stride: int = 1, noise_map_stride: int = 1) -> Factory:
-    """`network` is ``MODULE.CLASS`` in this package, or a class method that makes one."""
-    module, _, maker = network.partition(".")
-
-    def make() -> nn.Module:
-        made: nn.Module = attrgetter(maker)(import_module(f"pipelines.{module}"))(*arguments)
-        return made
-
-    def factory(execution: Execution | None = None, folder: Path = WEIGHTS) -> NetworkPipeline:
+    def __call__(self, execution: Execution | None = None, folder: Path = WEIGHTS) -> NetworkPipeline:
+        """The pipeline; raises what `NetworkPipeline` raises."""
         return NetworkPipeline(
-            name, make, stride=stride, noise_map_stride=noise_map_stride, execution=execution, folder=folder
+            self.name,
+            self.network,
+            stride=self.stride,
+            noise_map_stride=self.noise_map_stride,
+            execution=execution,
+            folder=folder,
         )
 
-    return factory
+    def network(self) -> nn.Module:
+        """The network, untrained."""
+        module, _, maker = self.definition.partition(".")
+        made: nn.Module = attrgetter(maker)(import_module(f"pipelines.{module}"))(*self.arguments)
+        return made
 
 
-quality_2p5d = _ships("quality-2.5d", "resunet.ResUNet", stride=4)
-fast_2p5d = _ships("fast-2.5d", "ffdnet.FFDNet", stride=2, noise_map_stride=2)
-st3d = _ships("st3d", "stresnet.STResNet")
-srresnet3d = _ships("srresnet3d", "stresnet.SRResNet3D")
-hqinet = _ships("hqinet", "hqinet.HQINet", stride=16)
-hqinet_lite = _ships("hqinet-lite", "hqinet.HQINet.lite", stride=16)
-dcscn = _ships("dcscn", "dcscn.DCSCN")
-dcswgan = _ships("dcswgan", "dcscn.DCSCN")
-cnn_l1 = _ships("cnn-l1", "dcscn.PlainCNN")
-wgan = _ships("wgan", "dcscn.PlainCNN")
-drl = _ships("drl", "cascade.DRL")
-cnn10 = _ships("cnn10", "cascade.WuCNN10")
-cascade = _ships("cascade", "cascade.Cascade")
-cascade_mse = _ships("cascade-mse", "cascade.Cascade")
-cascade_3 = _ships("cascade-3", "cascade.Cascade", 3)
-red_cnn = _ships("red-cnn", "redcnn.REDCNN")
+quality_2p5d = Factory("quality-2.5d", "resunet.ResUNet", stride=4)
+fast_2p5d = Factory("fast-2.5d", "ffdnet.FFDNet", stride=2, noise_map_stride=2)
+st3d = Factory("st3d", "stresnet.STResNet")
+srresnet3d = Factory("srresnet3d", "stresnet.SRResNet3D")
+hqinet = Factory("hqinet", "hqinet.HQINet", stride=16)
+hqinet_lite = Factory("hqinet-lite", "hqinet.HQINet.lite", stride=16)
+dcscn = Factory("dcscn", "dcscn.DCSCN")
+dcswgan = Factory("dcswgan", "dcscn.DCSCN")
+cnn_l1 = Factory("cnn-l1", "dcscn.PlainCNN")
+wgan = Factory("wgan", "dcscn.PlainCNN")
+drl = Factory("drl", "cascade.DRL")
+cnn10 = Factory("cnn10", "cascade.WuCNN10")
+cascade = Factory("cascade", "cascade.Cascade")
+cascade_mse = Factory("cascade-mse", "cascade.Cascade")
+cascade_3 = Factory("cascade-3", "cascade.Cascade", (3,))
+red_cnn = Factory("red-cnn", "redcnn.REDCNN")

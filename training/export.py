@@ -1,5 +1,7 @@
 """Install the result of a training, or of several: weights and card to where pipelines are loaded from, and the log.
 
+A network that makes one slice at a time also gets its graph, with which a node runs it on a CPU without PyTorch.
+
 A pipeline that is announced in pyproject.toml under the name of the network can then be named in config.yaml. Measure
 it first: python -m training evaluate NAME writes what it is worth into its card.
 """
@@ -8,11 +10,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import shutil
+from importlib.metadata import entry_points
 from pathlib import Path
 
-from pipelines.base import WeightsDamaged
+from pipelines.base import ENTRY_POINT_GROUP, WeightsDamaged
 from pipelines.runtime import WEIGHTS, read_card
+from pipelines.shipped import Factory
+from training.ir import graph
 
 HELP = "install the result of a training for the node"
 LOGS = Path(__file__).parent / "logs"
@@ -21,7 +27,8 @@ LOGS = Path(__file__).parent / "logs"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     add = parser.add_argument
-    add("training", nargs="+", type=Path, help="folder that `train --out` wrote")
+    add("training", nargs="*", type=Path, help="folder that `train --out` wrote")
+    add("--graph", nargs="+", default=(), metavar="NAME", help="make only the graph again, of weights that are there")
     add("--weights", type=Path, default=WEIGHTS, help="where weights and card go (default: of the installed package)")
     add("--logs", type=Path, default=LOGS, help="where the log goes (default: training/logs)")
     parser.set_defaults(run=run)
@@ -49,10 +56,41 @@ def export(training: Path, weights: Path, logs: Path) -> str:
     shutil.copy(training / f"{name}.safetensors", weights)
     shutil.copy(card, weights)
     shutil.copy(training / "log.jsonl", logs / f"{name}.jsonl")
+    write_graph(name, weights)
     return name
+
+
+def write_graph(name: str, weights: Path) -> bool:
+    """Write ``NAME.xml`` beside the weights and its digest into the card; False if the network is run without one.
+
+    What was quantised before belongs to other weights or another graph, and goes.
+
+    Raises
+    ------
+    training.ir.NotConvertible, pipelines.base.WeightsMissing, pipelines.base.WeightsDamaged
+        As `training.ir.graph`.
+    """
+    for old in weights.glob(f"{name}.int8.*"):
+        old.unlink()
+    card = read_card(name, weights)
+    factory = next((point.load() for point in entry_points(group=ENTRY_POINT_GROUP, name=name)), None)
+    if card.input == "volume" or not isinstance(factory, Factory):
+        return False
+    content = graph(factory.network(), card, weights, noise_map_stride=factory.noise_map_stride)
+    (weights / f"{name}.xml").write_bytes(content)
+    path = weights / f"{name}.json"
+    full = json.loads(path.read_text(encoding="utf-8"))
+    full.pop("int8_loss_db", None)
+    full["files_sha256"] = {"xml": hashlib.sha256(content).hexdigest()}
+    path.write_text(json.dumps(full, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return True
 
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
     for training in args.training:
-        print(f"installed {export(training, args.weights, args.logs)} in {args.weights}")
+        name = export(training, args.weights, args.logs)
+        print(f"installed {name} in {args.weights}")
+    for name in args.graph:
+        wrote = write_graph(name, args.weights)
+        print(f"wrote {name}.xml in {args.weights}" if wrote else f"{name} is run without a graph")
