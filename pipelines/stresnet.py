@@ -116,11 +116,6 @@ class ResNet3D(nn.Module):
 
         return streaming.residual(stream, lambda x: self.tail.stream(streaming.residual(self.head.stream(x), deep)))
 
-    @property
-    def halo(self) -> int:
-        """Pixels (and slices) that a result depends on in each direction."""
-        return 2 * len(self.blocks) + 3
-
 
 class STResNet(ResNet3D):
     """Spatial, then temporal convolutions."""

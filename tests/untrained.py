@@ -1,4 +1,4 @@
-"""Card and weights on disk as training leaves them: of networks that were never trained, and with a wrong bit."""
+"""Networks that were never trained, on disk as training leaves them, and what their pipelines must make of a volume."""
 
 from __future__ import annotations
 
@@ -8,18 +8,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import nn
 
-from pipelines.base import ModelCard
+from pipelines.base import Execution, ModelCard
 from pipelines.runtime import WEIGHTS
+from pipelines.safety import Rail, network_input
+from pipelines.volume import Volume
+
+FP32 = Execution(device="cpu", precision="fp32")
+"""What the definition of a network says; one without a graph, as `install` leaves it, is run by PyTorch."""
 
 
 def install(
-    folder: Path, name: str, network: nn.Module, given: Literal["slice", "slab3", "volume"], *, noise_map: bool = False
+    folder: Path,
+    name: str,
+    network: nn.Module,
+    given: Literal["slice", "slab3", "volume"],
+    *,
+    noise_map: bool = False,
+    halo: int = 0,
 ) -> None:
-    """Write ``NAME.safetensors`` (half precision) and ``NAME.json``."""
+    """Write ``NAME.safetensors`` (half precision) and ``NAME.json``; `halo` is the overlap of rows and columns."""
     weights = save({key: tensor.half().contiguous() for key, tensor in network.state_dict().items()})
     card = ModelCard(
         name=name,
@@ -28,7 +41,7 @@ def install(
         doi="",
         input=given,
         patch_zyx=(1, 64, 64),
-        overlap_zyx=(0, 0, 0),
+        overlap_zyx=(0, halo, halo),
         hu_window=(-1024.0, 4000.0),
         precision="fp32",
         weights_sha256=hashlib.sha256(weights).hexdigest(),
@@ -60,3 +73,9 @@ def reach(network: nn.Module, size: int) -> tuple[int, int]:
     rows, columns = (x.grad[0, 0].abs().sum(axis).nonzero().flatten() for axis in (1, 0))
     assert rows[0] > 0, "the receptive field is larger than the image"
     return int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1
+
+
+def through_rails(volume: Volume, denoised: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What must leave a pipeline whose network makes `denoised`, (z, y, x) HU, of its input."""
+    rail, given = Rail(volume.geometry.spacing_mm[1], 1.0), network_input(volume)
+    return np.stack([rail(volume.plane(k), given[k], plane) for k, plane in enumerate(denoised)])

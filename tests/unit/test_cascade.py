@@ -10,27 +10,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from untrained import install, reach
+from untrained import FP32, install, reach, through_rails
 
-from pipelines import runtime
-from pipelines.base import Options
-from pipelines.cascade import (
-    CNN10_HALO,
-    DRL,
-    DRL_HALO,
-    Cascade,
-    WuCNN10,
-    cascade,
-    cascade_3,
-    cascade_mse,
-    cnn10,
-    drl,
-)
+from pipelines import network as running
+from pipelines.base import denoise_volume
+from pipelines.cascade import CNN10_HALO, DRL, DRL_HALO, Cascade, WuCNN10
 from pipelines.network import NetworkPipeline
-from pipelines.runtime import run_planes
-from pipelines.safety import network_input, restrained
-from pipelines.streaming import slices
+from pipelines.safety import network_input
+from pipelines.shipped import Factory, cascade, cascade_3, cascade_mse, cnn10, drl
 from pipelines.testing import check_pipeline, water_volume
+from training.measuring.cases import volume_of
 
 
 def _random(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -142,21 +131,24 @@ def test_only_the_last_stage_learns() -> None:
 
 
 @pytest.mark.parametrize(("make", "halo"), [(DRL, DRL_HALO), (WuCNN10, CNN10_HALO), (lambda: Cascade(2), 2 * DRL_HALO)])
-def test_strips_are_the_whole_slice(monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module], halo: int) -> None:
+def test_strips_are_the_whole_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module], halo: int
+) -> None:
     """Within rounding: 0.01 HU."""
-    network = _random(make()).float()
-    hu = np.random.default_rng(0).normal(0, 300, (1, 101, 77)).astype(np.float32)
-    monkeypatch.setattr(runtime, "PLANE_PIXELS_AT_ONCE", 40 * 77)
-    in_strips = run_planes(network, slices, hu, lambda part: None, halo=halo)
-    whole = network(torch.from_numpy(hu[:, None] / 1000))[:, 0].numpy() * 1000
-    assert float(np.abs(whole - hu).mean()) > 10
-    assert float(np.abs(in_strips - whole).max()) < 0.01
+    network = _random(make()).half().float()  # as the weights on disk
+    volume = volume_of(np.random.default_rng(0).normal(0, 300, (1, 101, 77)).astype(np.float32), 0.7, 2.0)
+    install(tmp_path, "any", network, "slice", halo=halo)
+    monkeypatch.setattr(running, "PIXELS_AT_ONCE", 40 * 77)
+    in_strips = denoise_volume(NetworkPipeline("any", make, execution=FP32, folder=tmp_path), volume)
+    whole = network(torch.from_numpy(network_input(volume)[:, None] / 1000))[:, 0].numpy() * 1000
+    assert float(np.abs(whole - volume.hu).mean()) > 10
+    assert float(np.abs(in_strips - through_rails(volume, whole)).max()) < 0.01
 
 
 def test_pipeline_keeps_the_contract(tmp_path: Path) -> None:
     torch.manual_seed(0)
     install(tmp_path, "drl", DRL(), "slice")
-    check_pipeline(drl(tmp_path))
+    check_pipeline(drl(FP32, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -169,13 +161,13 @@ def test_pipeline_keeps_the_contract(tmp_path: Path) -> None:
     ],
 )
 def test_pipelines_run_their_own_network(
-    tmp_path: Path, name: str, factory: Callable[[Path], NetworkPipeline], make: Callable[[], nn.Module]
+    tmp_path: Path, name: str, factory: Factory, make: Callable[[], nn.Module]
 ) -> None:
     network = _random(make()).half().float()  # as the weights on disk
     install(tmp_path, name, network, "slice")
     volume = water_volume((1, 45, 37))
     given = torch.from_numpy(network_input(volume)[:, None] / 1000)
-    expected = restrained(volume, network(given)[:, 0].numpy() * 1000, 1.0)
-    out = factory(tmp_path).denoise(volume, Options(), lambda _: None)
+    expected = through_rails(volume, network(given)[:, 0].numpy() * 1000)
+    out = denoise_volume(factory(FP32, tmp_path), volume)
     assert float(np.abs(out - volume.hu).mean()) > 1
     assert np.allclose(out, expected, atol=0.05)

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from untrained import install
+from untrained import FP32, install, through_rails
 
-from pipelines import runtime
+from pipelines.base import denoise_volume
 from pipelines.network import NetworkPipeline
-from pipelines.runtime import run_volume
-from pipelines.stresnet import ResNet3D, SRResNet3D, STResNet, srresnet3d, st3d
+from pipelines.safety import network_input
+from pipelines.shipped import Factory, srresnet3d, st3d
+from pipelines.stresnet import ResNet3D, SRResNet3D, STResNet
 from pipelines.testing import check_pipeline
+from training.measuring.cases import volume_of
 
 KINDS = pytest.mark.parametrize("kind", [STResNet, SRResNet3D])
 
@@ -71,12 +73,11 @@ def test_untrained_it_is_the_identity(kind: Callable[..., ResNet3D]) -> None:
 
 
 @KINDS
-def test_halo_is_the_reach_of_one_voxel(kind: Callable[..., ResNet3D]) -> None:
+def test_the_reach_of_one_voxel_grows_by_two_with_each_block(kind: Callable[..., ResNet3D]) -> None:
     torch.manual_seed(0)
     network = kind(features=4, blocks=2).double()
     for parameter in network.parameters():
         nn.init.uniform_(parameter, 0.1, 1)  # all positive: nothing cancels, no ReLU closes
-    assert network.halo == 7
     for axis, size in ((2, (41, 1, 1)), (3, (1, 41, 1)), (4, (1, 1, 41))):
         x = torch.zeros(1, 1, *size, dtype=torch.double)
         pulse = x.clone()
@@ -87,32 +88,32 @@ def test_halo_is_the_reach_of_one_voxel(kind: Callable[..., ResNet3D]) -> None:
 
 @KINDS
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_strips_of_a_stream_are_the_whole_volume(
-    monkeypatch: pytest.MonkeyPatch, kind: Callable[..., ResNet3D], count: int
-) -> None:
+def test_a_stream_is_the_whole_volume(tmp_path: Path, kind: Callable[..., ResNet3D], count: int) -> None:
     """Within rounding: 0.01 HU."""
     torch.manual_seed(0)
     network = kind(features=8, blocks=2).eval()
     for parameter in network.tail.parameters():
         nn.init.normal_(parameter)
-    hu = np.random.default_rng(0).normal(0, 300, (count, 101, 77)).astype(np.float32)
-    monkeypatch.setattr(runtime, "PIXELS_AT_ONCE", 30 * 77)
-    out = run_volume(network.stream, network.halo, hu, lambda part: None)
-    with torch.inference_mode():
-        whole = network(torch.from_numpy(hu / 1000)[None, None])[0, 0].numpy() * 1000
-    assert float(np.abs(whole - hu).mean()) > 10
-    assert float(np.abs(out - whole).max()) < 0.01
+    network = network.half().float()  # as the weights on disk
+    install(tmp_path, "any", network, "volume")
+    volume = volume_of(np.random.default_rng(0).normal(0, 300, (count, 101, 77)).astype(np.float32), 0.7, 2.0)
+    pipeline = NetworkPipeline("any", lambda: kind(features=8, blocks=2), execution=FP32, folder=tmp_path)
+    with torch.inference_mode():  # in float64, so that only the stream rounds
+        given = torch.from_numpy(network_input(volume)).double() / 1000
+        whole = network.double()(given[None, None])[0, 0].float().numpy() * 1000
+    assert float(np.abs(whole - volume.hu).mean()) > 10
+    assert float(np.abs(denoise_volume(pipeline, volume) - through_rails(volume, whole)).max()) < 0.01
 
 
 @pytest.mark.parametrize(
     ("name", "factory", "kind"), [("st3d", st3d, STResNet), ("srresnet3d", srresnet3d, SRResNet3D)]
 )
 def test_pipelines_keep_the_contract(
-    tmp_path: Path, name: str, factory: Callable[[Path], NetworkPipeline], kind: Callable[..., ResNet3D]
+    tmp_path: Path, name: str, factory: Factory, kind: Callable[..., ResNet3D]
 ) -> None:
     torch.manual_seed(0)
     network = kind()
     for parameter in network.tail.parameters():
         nn.init.normal_(parameter, std=0.001)
     install(tmp_path, name, network, "volume")
-    check_pipeline(factory(tmp_path))
+    check_pipeline(factory(FP32, tmp_path))
