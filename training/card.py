@@ -31,7 +31,7 @@ UNCHECKED = (
 """What the card says of licence, DOI and attribution whose status in ``SOURCE.txt`` begins with UNVERIFIED."""
 
 PLATEAU_DB = 0.05
-"""A network that gains less in a third of its training has reached its plateau."""
+"""A network whose validated PSNR moves by less in a third of its training has reached its plateau."""
 _CHECKS_OF_A_LINE = 4
 
 
@@ -51,24 +51,39 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Plateau:
-    """Did the network still learn when its learning rate began to fall?"""
+    """Had the validated PSNR come to rest when the learning rate began to fall?"""
 
     gain_db: float | None
-    """Rise of the validated PSNR over the last third of the constant part, from a straight line through it; None if
-    there were too few validations to tell."""
-    reached: bool
+    """Rise of the validated PSNR (a fall is below 0) over the last third of the constant part, from a straight line
+    through what of it one state of the code and one loss trained; None if that has too few validations to tell."""
+    reached: bool | None
+    """None of a network that learns against a critic: the PSNR is not what it learns."""
+    obstacle: str = ""
+    """Why it counts as not reached whatever its own PSNR did; empty if nothing is in the way."""
 
     @classmethod
-    def of(cls, log: Path, decay_from: int) -> Plateau:
-        """From the log of a training; not reached while there are fewer than `_CHECKS_OF_A_LINE` validations."""
+    def of(cls, log: Path, decay_from: int, same_since: int = 0, obstacle: str = "") -> Plateau:
+        """From the log of a training; not reached while there are fewer than `_CHECKS_OF_A_LINE` validations.
+
+        Parameters
+        ----------
+        log
+            ``log.jsonl``.
+        decay_from
+            Step at which the learning rate began to fall.
+        same_since
+            Step after which neither code nor loss changed; what came before says nothing of what they come to.
+        obstacle
+            As the attribute.
+        """
         rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         checks = [(row["step"], row["validation_psnr_db"]) for row in rows if "validation_psnr_db" in row]
-        last = [(step, value) for step, value in checks if decay_from * 2 / 3 <= step <= decay_from]
+        last = [check for check in checks if decay_from * 2 / 3 <= check[0] <= decay_from and check[0] > same_since]
         if len(last) < _CHECKS_OF_A_LINE:
-            return cls(None, False)
+            return cls(None, False, obstacle)
         steps, values = np.array(last).T
         gain = float(np.polyfit(steps, values, 1)[0] * decay_from / 3)
-        return cls(round(gain, 3), gain < PLATEAU_DB)
+        return cls(round(gain, 3), abs(gain) < PLATEAU_DB and not obstacle, obstacle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +107,22 @@ class TrainingRecord:
     pairs: int
     """How many of them were shown with their real low-dose image."""
     plateau: Plateau
+
+
+def plateau_in_words(plateau: Mapping[str, Any]) -> str:
+    """A sentence on the plateau in a card."""
+    obstacle = plateau.get("obstacle", "")
+    if plateau["reached"] is None:
+        return f"There is no plateau to reach: {obstacle}."
+    gain = plateau["gain_db"]
+    if gain is None:
+        moved = "there were too few validations of one state of the code and one loss to tell"
+    else:
+        moved = (
+            f"the validated PSNR {'fell' if gain < 0 else 'rose'} by {abs(gain):.2f} dB in the last third before the "
+            "learning rate fell"
+        )
+    return f"The plateau was {'' if plateau['reached'] else '**not** '}reached: {moved}{obstacle and f'; {obstacle}'}."
 
 
 def commit() -> str:

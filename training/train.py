@@ -29,7 +29,7 @@ from training.data import Batch, Sampler
 from training.features import Backbone
 from training.loop import Loss, Run
 from training.metrics import SOFT_TISSUE, psnr
-from training.recipes import MODULES, Recipe, recipe
+from training.recipes import MODULES, Faithful, Recipe, recipe
 from training.recipes.cascade import Perceptual
 from training.simulation.simulated_series import is_simulated
 from training.sources.layouts import Case, find
@@ -164,6 +164,24 @@ def _loss(how: Recipe, args: argparse.Namespace) -> Loss:
     return how.perceptual(args.features or "ct-ae", args.feature_weights)
 
 
+def same_since(stretches: Sequence[tuple[int, str]], loss: Loss, decay_from: int) -> int:
+    """Step after which, up to the decay, neither code (`training.loop.Run.stretches`) nor loss changed."""
+    settled = loss.steady_after if isinstance(loss, Faithful | Perceptual) else 0
+    return max([settled, *(step for step, _ in stretches if step < decay_from)])
+
+
+def plateau(log: Path, decay_from: int, same_since: int, how: Recipe, start: Path) -> Plateau:
+    """As the log has it; a network is no further than the one that it began with."""
+    if how.adversary:
+        return Plateau(None, None, "the network learns against a critic, and its PSNR is not what it learns")
+    obstacle = ""
+    if how.start:
+        first = json.loads((start / f"{how.begins_with}.json").read_text(encoding="utf-8"))
+        if not first["training"].get("plateau", {}).get("reached"):
+            obstacle = f"{how.begins_with}, which it began with, had not reached its own"
+    return Plateau.of(log, decay_from, same_since, obstacle)
+
+
 def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: Sequence[Case], out: Path) -> float:
     """Train into `out`; the last validated PSNR (dB)."""
     torch.manual_seed(args.seed)
@@ -213,7 +231,13 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
             phantoms=args.phantoms,
             series=tuple(source_of(case) for case in shown),
             pairs=sum(not scan.noises for scan in shown.values()),
-            plateau=Plateau.of(out / "log.jsonl", schedule.decay_from),
+            plateau=plateau(
+                out / "log.jsonl",
+                schedule.decay_from,
+                same_since(training.stretches, loss, schedule.decay_from),
+                how,
+                args.start,
+            ),
         )
         write_network(out, how.card, average, record)
 

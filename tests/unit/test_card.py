@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from training.card import Plateau, Source, TrainingRecord, write_network
+from training.card import Plateau, Source, TrainingRecord, plateau_in_words, write_network
 
 RECORD = TrainingRecord(
     command="python -m training train x",
@@ -36,7 +36,54 @@ def test_a_card_before_the_plateau_is_strict_json(tmp_path: Path) -> None:
         raise AssertionError(f"{word} is no JSON (RFC 8259)")
 
     card = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"), parse_constant=refuse)
-    assert card["training"]["plateau"] == {"gain_db": None, "reached": False}
+    assert card["training"]["plateau"] == {"gain_db": None, "reached": False, "obstacle": ""}
+
+
+def _plateau(tmp_path: Path, values: list[float], same_since: int = 0, obstacle: str = "") -> Plateau:
+    """Of a training that validated each 100 steps, and whose learning rate fell from the last of them on."""
+    rows = [{"step": 100 * (k + 1), "validation_psnr_db": value} for k, value in enumerate(values)]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return Plateau.of(log, 100 * len(values), same_since, obstacle)
+
+
+@pytest.mark.parametrize("step_db", [0.02, -0.02])
+def test_a_psnr_that_still_moves_in_the_last_third_is_on_no_plateau(tmp_path: Path, step_db: float) -> None:
+    moving = _plateau(tmp_path, [30 + step_db * k for k in range(12)])
+    assert moving.gain_db == pytest.approx(step_db * 4, abs=0.002)
+    assert moving.reached is False
+    words = plateau_in_words({"gain_db": moving.gain_db, "reached": moving.reached})
+    assert words == (
+        f"The plateau was **not** reached: the validated PSNR {'rose' if step_db > 0 else 'fell'} by 0.08 dB in the "
+        "last third before the learning rate fell."
+    )
+
+
+def test_a_psnr_at_rest_is_on_its_plateau(tmp_path: Path) -> None:
+    assert _plateau(tmp_path, [30.0, 33.0, 34.0, 34.5, 34.8, *[35.0, 35.01] * 4]).reached is True
+    assert _plateau(tmp_path, [30.0, 30.0]) == Plateau(None, False)  # too few to say
+
+
+def test_only_what_one_code_and_one_loss_trained_tells_of_a_plateau(tmp_path: Path) -> None:
+    """A change at step 1300 sets the PSNR down: a line through both would call the rise since then a fall."""
+    values = [35.0] * 13 + [34.0, 34.1, 34.2, 34.3, 34.4]
+    assert (_plateau(tmp_path, values).gain_db or 0) < 0
+    assert _plateau(tmp_path, values, 1300).gain_db == pytest.approx(0.1 * 6, abs=0.002)
+    assert _plateau(tmp_path, values, 1500).gain_db is None  # three are too few
+
+
+def test_a_network_is_no_further_than_the_one_it_began_with(tmp_path: Path) -> None:
+    plateau = _plateau(tmp_path, [35.0] * 12, 0, "drl, which it began with, had not reached its own")
+    assert plateau.reached is False
+    assert plateau_in_words(asdict(plateau)) == (
+        "The plateau was **not** reached: the validated PSNR rose by 0.00 dB in the last third before the learning "
+        "rate fell; drl, which it began with, had not reached its own."
+    )
+
+
+def test_against_a_critic_there_is_no_plateau() -> None:
+    words = plateau_in_words(asdict(Plateau(None, None, "the network learns against a critic")))
+    assert words == "There is no plateau to reach: the network learns against a critic."
 
 
 OURS = Source("siemens-sensation16-acrinflt013-petct-B10f", "", "", "", "")

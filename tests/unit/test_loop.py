@@ -232,16 +232,3 @@ def test_frozen_weights_stay(tmp_path: Path) -> None:
     assert torch.equal(run.network.state_dict()["layers.0.weight"], before)
 
 
-def test_plateau_is_a_rise_below_the_bar_in_the_last_third(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-
-    def plateau(values: list[float]) -> Plateau:
-        rows = [{"step": 100 * (k + 1), "validation_psnr_db": value} for k, value in enumerate(values)]
-        log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return Plateau.of(log, 100 * len(values))
-
-    rising = plateau([30 + 0.02 * k for k in range(12)])
-    assert rising.gain_db == pytest.approx(0.02 * 4, abs=0.002)
-    assert not rising.reached
-    assert plateau([30.0, 33.0, 34.0, 34.5, 34.8, *[35.0, 35.01] * 4]).reached
-    assert plateau([30.0, 30.0]) == Plateau(None, False)  # too few to say

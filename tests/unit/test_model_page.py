@@ -43,7 +43,8 @@ def test_shipped_page_is_that_of_the_shipped_card(name: str) -> None:
     [
         (0.02, True, "The plateau was reached: the validated PSNR rose by 0.02 dB"),
         (0.31, False, "The plateau was **not** reached: the validated PSNR rose by 0.31 dB"),
-        (None, False, "The plateau was **not** reached: there were too few validations to tell."),
+        (-0.31, False, "The plateau was **not** reached: the validated PSNR fell by 0.31 dB"),
+        (None, False, "The plateau was **not** reached: there were too few validations of one state"),
     ],
 )
 def test_page_says_whether_the_plateau_was_reached(gain_db: float | None, reached: bool, says: str) -> None:

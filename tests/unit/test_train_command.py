@@ -250,6 +250,25 @@ def test_every_recipe_makes_a_step(name: str) -> None:
     assert how.card["name"] == name
 
 
+def test_what_a_card_says_of_the_plateau_is_of_the_whole_training(tmp_path: Path) -> None:
+    """The first stage counts, what an older state of the code or of the loss trained does not, nor does a critic."""
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(f'{{"step": {k}, "validation_psnr_db": 30.0}}\n' for k in range(100, 4001, 100)))
+    card = tmp_path / "drl.json"
+    for first, reached in (
+        ({}, False),
+        ({"plateau": {"reached": False}}, False),
+        ({"plateau": {"reached": True}}, True),
+    ):
+        card.write_text(json.dumps({"training": first}), encoding="utf-8")
+        assert train.plateau(log, 4000, 0, recipe("cascade"), tmp_path).reached is reached
+    assert train.plateau(log, 4000, 0, recipe("wgan"), tmp_path).reached is None
+    stretches = [(0, "a"), (1500, "b"), (3900, "c")]
+    assert train.same_since(stretches, recipe("st3d").loss(), 3200) == 2000  # the weight of lost contrast rises so long
+    assert train.same_since(stretches, recipe("dcscn").loss(), 3200) == 1500
+    assert train.same_since(stretches, recipe("dcscn").loss(), 4000) == 3900
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_its_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

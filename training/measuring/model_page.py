@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pipelines.base import denoise_volume, load
 from pipelines.noise import noise_level
 from pipelines.runtime import WEIGHTS
+from training.card import plateau_in_words
 from training.measuring.cases import PHANTOM_PIXEL_MM, PHANTOM_SEED, PHANTOM_SPACING_MM, volume_of
 from training.metrics import FULL, SOFT_TISSUE, psnr
 from training.simulate import low_dose
@@ -84,16 +85,7 @@ def _how(training: dict[str, Any]) -> list[str]:
         f"    {training['command']}",
     ]
     if plateau := training.get("plateau"):
-        gain = plateau["gain_db"]
-        lines += [
-            "",
-            f"The plateau was {'' if plateau['reached'] else '**not** '}reached: "
-            + (
-                "there were too few validations to tell."
-                if gain is None
-                else f"the validated PSNR rose by {gain:.2f} dB in the last third before the learning rate fell."
-            ),
-        ]
+        lines += ["", plateau_in_words(plateau)]
     return lines
 
 

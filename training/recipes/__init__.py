@@ -130,6 +130,8 @@ def relative_charbonnier(denoised: torch.Tensor, target: torch.Tensor, batch: Ba
 class Faithful(nn.Module):
     """`relative_charbonnier`, and faint lesions must come out as they went in; for batches of twins."""
 
+    steady_after = CONTRAST_STEPS
+    """Steps after which the loss no longer changes."""
     steps: torch.Tensor
 
     def __init__(self) -> None:

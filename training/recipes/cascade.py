@@ -38,6 +38,8 @@ class Perceptual(nn.Module):
         features = FeatureLoss(backbone, weights)
         weight = VGG_WEIGHT if features.is_vgg else ShareWeight(PERCEPTUAL_SHARE)
         self.both = PerceptualLoss(features, weight)
+        self.steady_after = weight.batches if isinstance(weight, ShareWeight) else 0
+        """Steps after which the loss no longer changes."""
         self.features = f"{backbone} {features.sha256}".strip()
         """Backbone and digest of its weights."""
 
