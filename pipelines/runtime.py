@@ -11,17 +11,21 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load
 
 from pipelines.base import Envelope, Execution, ModelCard, WeightsDamaged, WeightsMissing
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from pipelines.openvino_stream import StreamEngine as OpenVINOStream
 
 Array = NDArray[np.float32]
 
@@ -171,7 +175,7 @@ def choose(card: ModelCard, execution: Execution) -> Choice:
                 f"the GPU does not run {card.name} in {execution.precision}: set precision auto, which takes {fastest}"
             )
         no_gpu = f"no GPU is used for {execution.precision}"
-    if "xml" not in card.files_sha256:
+    if card.input != "volume" and "xml" not in card.files_sha256:
         return _without_graph(card, execution, threads)
     precision, why = _of_cpu(card, execution)
     return Choice("openvino", "cpu", precision, threads, f"the CPU ({no_gpu}), {why}")
@@ -266,9 +270,33 @@ def plane_engine(card: ModelCard, network: Callable[[], nn.Module], choice: Choi
     return OpenVINOPlanes(graph, weights, choice.precision, choice.threads)
 
 
+class _OpenVINOStreams:
+    """Streams of images of any size: `pipelines.openvino_stream.StreamEngine` is for one; the last stays ready."""
+
+    def __init__(self, engine: Callable[[tuple[int, int]], OpenVINOStream]) -> None:
+        self._make = engine
+        self._engine: OpenVINOStream | None = None
+
+    def stream(self, planes: Iterator[Array], shape: tuple[int, int]) -> Iterator[Array]:
+        """See `StreamEngine`."""
+        if self._engine is None or self._engine.shape != shape:
+            self._engine = None  # its memory goes before that of the next is taken
+            self._engine = self._make(shape)
+        return self._engine.stream(planes)
+
+
 def stream_engine(card: ModelCard, network: Callable[[], nn.Module], choice: Choice, folder: Path) -> StreamEngine:
     """The engine of a network for whole volumes; raises what `plane_engine` raises."""
-    from pipelines.torch_engine import TorchStream
+    if choice.backend == "torch":
+        from pipelines.torch_engine import TorchStream
 
-    assert choice.precision != "int8"
-    return TorchStream(network(), card, folder, choice.device, choice.precision)
+        assert choice.precision != "int8"  # `choose` gives none
+        return TorchStream(network(), card, folder, choice.device, choice.precision)
+    from pipelines.openvino_stream import StreamEngine as OpenVINOStream
+
+    assert choice.precision != "fp16"  # that is for GPUs
+    ranges = json.loads(read_file(card, "int8.json", folder)) if choice.precision == "int8" else None
+    weights = load(read_weights(card, folder))
+    return _OpenVINOStreams(
+        partial(OpenVINOStream, weights, precision=choice.precision, ranges=ranges, threads=choice.threads)
+    )
