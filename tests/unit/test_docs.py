@@ -16,6 +16,7 @@ from dicomnode.answers import Verdict, judge
 from dicomnode.cli import main
 from dicomnode.db import JobState
 from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from pipelines.base import Execution
 from pipelines.testing import check_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,7 +182,7 @@ def test_the_example_pipeline_keeps_the_contract() -> None:
     (code,) = re.findall(r"```python\n# hospital_denoise\.py\n(.*?)```", PIPELINES, re.DOTALL)
     namespace: dict[str, Any] = {}
     exec(code, namespace)  # noqa: S102 - our own document
-    check_pipeline(namespace["Median"]())
+    check_pipeline(namespace["Median"](Execution()))
 
 
 def test_the_example_route_is_valid() -> None:

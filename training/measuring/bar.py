@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import Options, Pipeline, denoise_volume
-from training.measuring.cases import volume_of
+from training.measuring.cases import PHANTOM_SPACING_MM, volume_of
 from training.measuring.scores import Row
 from training.metrics import SOFT_TISSUE
 
@@ -52,9 +52,9 @@ class Steadiness:
 
 
 def steadiness(pipeline: Pipeline, options: Options, clean: Array, noisy: Array, pixel_mm: float) -> Steadiness:
-    """Run `pipeline` on a noise-free image, and on a noisy one at strength 0."""
-    change = np.abs(denoise_volume(pipeline, volume_of(clean, pixel_mm, 2.5), options) - clean)
-    unchanged = denoise_volume(pipeline, volume_of(noisy, pixel_mm, 2.5), Options(strength=0.0))
+    """Run `pipeline` on the noise-free phantom, and on a noisy one at strength 0."""
+    change = np.abs(denoise_volume(pipeline, volume_of(clean, pixel_mm, PHANTOM_SPACING_MM), options) - clean)
+    unchanged = denoise_volume(pipeline, volume_of(noisy, pixel_mm, PHANTOM_SPACING_MM), Options(strength=0.0))
     return Steadiness(
         float(change.mean(dtype=np.float64)),
         100 * float((change <= CLEAN_WITHIN_HU).mean()),
