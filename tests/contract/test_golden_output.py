@@ -9,7 +9,7 @@ import golden_output
 import numpy as np
 import pytest
 from ct_builder import write_series
-from golden_output import PIPELINES, SPACING_MM, compare, golden, output_hu, source_hu, write
+from golden_output import EXECUTION, PIPELINES, SPACING_MM, compare, golden, output_hu, source_hu, write
 
 from pipelines import base, noise, safety, scaling
 from pipelines.volume import read_volume
@@ -17,7 +17,7 @@ from pipelines.volume import read_volume
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_output_is_what_this_revision_promises(name: str) -> None:
-    pipeline = base.load(name)
+    pipeline = base.load(name, EXECUTION)
     compare(pipeline.card, output_hu(pipeline))
 
 
@@ -47,14 +47,14 @@ def test_a_small_change_of_the_code_shows(
     monkeypatch: pytest.MonkeyPatch, name: str, module: ModuleType, constant: str, value: float
 ) -> None:
     monkeypatch.setattr(module, constant, value)
-    pipeline = base.load(name)
+    pipeline = base.load(name, EXECUTION)
     with pytest.raises(AssertionError, match="raise VOXEL_REVISION"):
         compare(pipeline.card, output_hu(pipeline))
 
 
 def test_what_is_written_down_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(golden_output, "FOLDER", tmp_path)
-    pipeline = base.load("fast-2.5d")
+    pipeline = base.load("fast-2.5d", EXECUTION)
     with pytest.raises(AssertionError, match=r"run python tests/golden_output\.py"):
         compare(pipeline.card, source_hu())
     np.savez_compressed(golden(pipeline.card), hu=source_hu())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
-from pipelines.base import Options, Progress
+from pipelines.base import Options
 from pipelines.identity import Identity
-from pipelines.volume import Volume
+from pipelines.volume import Series
 from training.measuring.bar import Steadiness, judge, steadiness, table
 from training.measuring.scores import Row
 from training.metrics import SOFT_TISSUE
@@ -118,10 +120,11 @@ class Offset:
 
     card = Identity.card
 
-    def denoise(self, volume: Volume, options: Options, progress: Progress) -> np.ndarray:
-        out = volume.hu.copy()
-        out[..., 0] += np.float32(8 * options.strength * options.blend)
-        return out
+    def denoise(self, series: Series, options: Options) -> Iterator[np.ndarray]:
+        for k in range(series.shape[0]):
+            out = series.plane(k).hu.copy()
+            out[:, 0] += np.float32(8 * options.strength * options.blend)
+            yield out
 
 
 def test_steadiness_counts_voxels() -> None:

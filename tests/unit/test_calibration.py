@@ -35,7 +35,14 @@ def body(inside_hu: float = 40.0) -> Array:
 
 def volume_of(hu: Array, thickness_mm: float = 3.0) -> Volume:
     geometry = Geometry((0, 0, 0), (3.0, PIXEL_MM, PIXEL_MM), ((0, 0, 1), (0, 1, 0), (1, 0, 0)), "")
-    return Volume(hu, geometry, (), (), np.zeros(hu.shape, np.bool_), thickness_mm=thickness_mm)
+    return Volume(
+        hu=hu,
+        geometry=geometry,
+        slice_uids=(),
+        slice_paths=(),
+        padding=np.zeros(hu.shape, np.bool_),
+        thickness_mm=thickness_mm,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from skimage.restoration import denoise_nl_means
 
-from pipelines.base import Options
+from pipelines.base import Options, denoise_volume
 from pipelines.noise import noise_level
 from training.measuring.cases import Trial, volume_of
 from training.measuring.classical import METHODS, Classical, MethodMissing, tuned
@@ -27,7 +27,7 @@ def _trial() -> Trial:
 
 
 def _run(name: str, parameter: float, trial: Trial, options: Options | None = None) -> np.ndarray:
-    return Classical(name, parameter).denoise(trial.low, options or Options(), lambda part: None)
+    return denoise_volume(Classical(name, parameter), trial.low, options)
 
 
 def test_nlm_is_that_of_scikit_image_in_noise_levels() -> None:
@@ -46,7 +46,7 @@ def test_gaussian_is_that_of_scipy_whatever_the_noise() -> None:
 def test_all_denoise_and_keep_the_mean(name: str) -> None:
     trial = _trial()
     chosen = tuned(name, trial)
-    out = chosen.denoise(trial.low, Options(), lambda part: None)
+    out = denoise_volume(chosen, trial.low)
     assert psnr(out, trial.truth, SOFT_TISSUE) > psnr(trial.low.hu, trial.truth, SOFT_TISSUE) + 2
     assert abs(float((out - trial.truth).mean())) < 1
     best = max(

@@ -18,7 +18,7 @@ from dicomnode import jobs as job_table
 from dicomnode.cli import BAD_USAGE, FAILED, OK, main
 from dicomnode.db import JobKind, JobState, SeriesState, now, open_database, series
 from pipelines import base
-from pipelines.stresnet import st3d
+from pipelines.shipped import st3d
 
 SERIES = "1.2.3.4"
 
@@ -187,7 +187,7 @@ def test_denoise_says_why_not(config: Path, tmp_path: Path, capsys: pytest.Captu
 def test_denoise_without_weights_is_one_sentence(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def untrained(name: str) -> base.Pipeline:
+    def untrained(name: str, execution: base.Execution | None = None) -> base.Pipeline:
         raise base.WeightsMissing(f"there are no weights of {name!r}")
 
     monkeypatch.setattr(base, "load", untrained)
@@ -202,7 +202,7 @@ def test_denoise_with_damaged_weights_is_one_sentence(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damaged("st3d", tmp_path)
-    monkeypatch.setattr(base, "load", lambda name: st3d(tmp_path))
+    monkeypatch.setattr(base, "load", lambda name, execution=None: st3d(execution, tmp_path))
     write_series(tmp_path / "ct", phantom(2))
     arguments = ["denoise", str(tmp_path / "ct"), str(tmp_path / "out"), "--pipeline", "identity"]
     assert main([*arguments, "--config", str(config)]) == FAILED

@@ -41,7 +41,8 @@ def chest_volume(noise_hu: float = 20, padded: bool = True) -> Volume:
         padding[:, :, :4] = True
         hu[padding] = -3024
     directions = ((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0))
-    return Volume(hu, Geometry((0.0, 0.0, 0.0), SPACING_MM, directions, ""), (), (), padding)
+    geometry = Geometry((0.0, 0.0, 0.0), SPACING_MM, directions, "")
+    return Volume(hu=hu, geometry=geometry, slice_uids=(), slice_paths=(), padding=padding)
 
 
 @pytest.fixture

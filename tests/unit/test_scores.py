@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from pipelines.base import ModelCard, Options, Progress
+from pipelines.base import ModelCard, Options
 from pipelines.identity import Identity
-from pipelines.volume import Volume
+from pipelines.volume import Series
 from training.measuring.cases import Trial, lesions, volume_of
 from training.measuring.scores import IMAGE_METRICS, WINDOWS, Row, score, soft_tiles, values
 from training.metrics import SOFT_TISSUE
@@ -24,9 +25,11 @@ class Gaussian:
     def __init__(self, sigma_px: float, offset_hu: float = 0.0) -> None:
         self.sigma_px, self.offset_hu = sigma_px, offset_hu
 
-    def denoise(self, volume: Volume, options: Options, progress: Progress) -> np.ndarray:
-        out = gaussian_filter(volume.hu, (0, self.sigma_px, self.sigma_px)) + np.float32(self.offset_hu)
-        return np.asarray(volume.hu + np.float32(options.blend) * (out - volume.hu), np.float32)
+    def denoise(self, series: Series, options: Options) -> Iterator[np.ndarray]:
+        for k in range(series.shape[0]):
+            hu = series.plane(k).hu
+            out = gaussian_filter(hu, self.sigma_px) + np.float32(self.offset_hu)
+            yield hu + np.float32(options.blend) * (out - hu)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipelines.base import Options, Pipeline, load
+from pipelines.base import Options, Pipeline, denoise_volume, load
 from pipelines.runtime import WEIGHTS
 from training.measuring.cases import volume_of
 from training.measuring.model_page import measure
@@ -30,13 +30,9 @@ def pair() -> tuple[Array, Array]:
     return truth, low_dose(truth, PIXEL_MM, 0.25, seed=910_001)
 
 
-def _quiet(part: float) -> None:
-    assert 0 <= part <= 1
-
-
 def test_shipped_weights_denoise(pipeline: Pipeline, pair: tuple[Array, Array]) -> None:
     truth, noisy = pair
-    measured = measure(noisy, pipeline.denoise(volume_of(noisy, PIXEL_MM, 2.5), Options(), _quiet), truth)
+    measured = measure(noisy, denoise_volume(pipeline, volume_of(noisy, PIXEL_MM, 2.5)), truth)
     for before, after in measured["psnr_db"].values():
         assert after - before > 3
     for name, tissue in measured["tissues"].items():
@@ -47,7 +43,7 @@ def test_shipped_weights_denoise(pipeline: Pipeline, pair: tuple[Array, Array]) 
 
 def test_same_input_same_output_and_blend(pipeline: Pipeline, pair: tuple[Array, Array]) -> None:
     volume = volume_of(np.ascontiguousarray(pair[1][:3, 60:151, 40:123]), PIXEL_MM, 2.5)
-    one, two, none, half = (pipeline.denoise(volume, Options(blend=blend), _quiet) for blend in (1.0, 1.0, 0.0, 0.5))
+    one, two, none, half = (denoise_volume(pipeline, volume, Options(blend=blend)) for blend in (1.0, 1.0, 0.0, 0.5))
     assert np.array_equal(one, two)
     assert np.array_equal(none, volume.hu)
     assert np.allclose(half, (one + volume.hu) / 2, atol=1e-3)
@@ -57,7 +53,7 @@ def test_strength_takes_more_or_less_away(pair: tuple[Array, Array]) -> None:
     pipeline = load("fast-2.5d")
     volume = volume_of(pair[1][:3], PIXEL_MM, 2.5)
     weak, normal, strong = (
-        float(np.std(pipeline.denoise(volume, Options(strength=s), _quiet) - volume.hu)) for s in (0.5, 1.0, 1.5)
+        float(np.std(denoise_volume(pipeline, volume, Options(strength=s)) - volume.hu)) for s in (0.5, 1.0, 1.5)
     )
     assert weak < normal < strong
 
@@ -65,11 +61,11 @@ def test_strength_takes_more_or_less_away(pair: tuple[Array, Array]) -> None:
 def test_a_clean_image_stays() -> None:
     y, x = np.mgrid[:128, :128] - 63.5
     disc = np.where(x * x + y * y < 50**2, 40, -1000).astype(np.float32)[None]
-    out = load("fast-2.5d").denoise(volume_of(disc, PIXEL_MM, 2.5), Options(), _quiet)
+    out = denoise_volume(load("fast-2.5d"), volume_of(disc, PIXEL_MM, 2.5))
     assert float(np.abs(out - disc)[0, 30:98, 30:98].max()) < 2
 
 
 def test_one_slice(pair: tuple[Array, Array]) -> None:
     truth, noisy = (np.ascontiguousarray(hu[:1]) for hu in pair)
-    out = load("st3d").denoise(volume_of(noisy, PIXEL_MM, 2.5), Options(), _quiet)
+    out = denoise_volume(load("st3d"), volume_of(noisy, PIXEL_MM, 2.5))
     assert float(np.std(out - truth)) < 0.9 * float(np.std(noisy - truth))
