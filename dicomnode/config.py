@@ -138,6 +138,10 @@ class Compute(_Section):
 
     threads: Annotated[int, Strict(), Field(ge=0, le=1024)] = 0
     """0: all cores; the process is nice, so reception goes first."""
+    device: base.Device = "auto"
+    """auto: a GPU if there is one and PyTorch (the extra gpu) is installed, else the CPU."""
+    precision: base.Precision = "auto"
+    """auto: the fastest number format that the device has and the card of the pipeline vouches for."""
     max_worker_deaths: Count = 3
     """A job whose compute process dies this often has failed."""
 

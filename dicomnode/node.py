@@ -47,7 +47,8 @@ class Node:
         self._spool = Spool(config.node.spool)
         self.database: sa.Engine = open_database(config.node.database)
         self._database_lock = hold(Path(f"{self.database.url.database}.lock"))
-        self._worker = Worker(config.compute.threads or default_threads())
+        compute = config.compute
+        self._worker = Worker(compute.threads or default_threads(), compute.device, compute.precision)
         self._delivery = Delivery(config, self.database, self._spool.root)
         self._engine = Engine(self.database, self._process, self._delivery.deliver)
         self._compute = Compute(config, self.database, self._spool.root, self._worker, self._engine.executor_id)

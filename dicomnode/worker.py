@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from dicomnode.config import Derivation
 from dicomnode.denoise import Withheld, denoise_series, identify
 from dicomnode.errors import ConfigError, NodeError, WorkerDied
-from pipelines.base import Options, Pipeline, UnknownPipeline, load
+from pipelines.base import Device, Execution, Options, Pipeline, Precision, UnknownPipeline, load
 from pipelines.volume import SeriesRefused
 
 log = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ def keep_headers_out_of_the_log() -> None:
 class Worker:
     """The parent's handle on the child. Starts it when needed, and again after its death."""
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, threads: int, device: Device = "auto", precision: Precision = "auto") -> None:
+        self._execution = Execution(device, precision, threads)
         self._process: subprocess.Popen[str] | None = None
         self._turn = threading.Lock()
         """Held by whoever speaks with the child."""
@@ -177,7 +177,7 @@ class Worker:
         if self._process is not None:
             _close(self._process)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dicomnode.worker", str(self._threads)],
+            [sys.executable, "-m", "dicomnode.worker", json.dumps(asdict(self._execution))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -202,8 +202,9 @@ def _close(process: subprocess.Popen[str]) -> None:
 class _Child:
     """The other side: one request at a time, models kept by name."""
 
-    def __init__(self, answers: TextIO) -> None:
+    def __init__(self, answers: TextIO, execution: Execution) -> None:
         self._answers = answers
+        self._execution = execution
         self._pipelines: dict[str, Pipeline] = {}
 
     def serve(self, line: str) -> None:
@@ -250,7 +251,7 @@ class _Child:
 
     def _pipeline(self, uses: str) -> Pipeline:
         if uses not in self._pipelines:
-            self._pipelines[uses] = load(uses)
+            self._pipelines[uses] = load(uses, self._execution)
         return self._pipelines[uses]
 
     def _report(self, stage: str, fraction: float) -> None:
@@ -262,11 +263,11 @@ class _Child:
 
 
 def main() -> None:
-    """Entry of the child process (``python -m dicomnode.worker THREADS``)."""
-    threads = int(sys.argv[1])
-    if threads:
+    """Entry of the child process; its argument is an `Execution` in JSON."""
+    execution = Execution(**json.loads(sys.argv[1]))
+    if execution.threads:
         # Read by the numeric libraries when they are first imported, which happens with the first pipeline.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["OMP_NUM_THREADS"] = str(execution.threads)
     os.nice(_NICENESS)
     # A print() of some library must not end up between the answers.
     answers = os.fdopen(os.dup(1), "w")
@@ -285,7 +286,7 @@ def main() -> None:
         os._exit(0)
 
     threading.Thread(target=listen, name="parent", daemon=True).start()
-    child = _Child(answers)
+    child = _Child(answers, execution)
     while True:
         with ready:
             ready.wait_for(lambda: requests)

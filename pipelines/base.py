@@ -106,12 +106,16 @@ def check_options(card: ModelCard, options: Options) -> None:
         raise OptionRefused(f"blend {options.blend:g} is out of range; it is a part, 0 to 1")
 
 
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "int8", "bf16", "fp32"]
+
+
 @dataclass(frozen=True, slots=True)
 class Execution:
     """On what a network is to run."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "int8", "bf16", "fp32"] = "auto"
+    device: Device = "auto"
+    precision: Precision = "auto"
     """Number format of the products; ``auto`` is the quickest that this machine has and the card vouches for."""
     threads: int = 0
     """Of the CPU; 0: all cores that this process may use."""

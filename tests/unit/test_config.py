@@ -56,7 +56,7 @@ def test_defaults_are_those_of_the_documentation():
             "different_duplicate": "keep",
         },
         "assembly": {"quiet_s": 15, "quiet_without_evidence_s": 120},
-        "compute": {"threads": 0, "max_worker_deaths": 3},
+        "compute": {"threads": 0, "device": "auto", "precision": "auto", "max_worker_deaths": 3},
         "delivery": {"retry_first_s": 10, "retry_max_s": 900, "give_up_after_days": 7, "failure_status_tries": 5},
         "derivation": {
             "series_description_suffix": " denoised",

@@ -21,9 +21,9 @@ from peers import wait_for
 
 from dicomnode.config import Derivation
 from dicomnode.denoise import Manifest
-from dicomnode.errors import NodeError, WorkerDied
+from dicomnode.errors import ConfigError, NodeError, WorkerDied
 from dicomnode.worker import Outcome, Request, Worker, default_threads
-from pipelines.base import Options, load, pipeline_hash
+from pipelines.base import Execution, Options, load, pipeline_hash
 
 TALKATIVE = """
 import os, time
@@ -124,6 +124,18 @@ def alive(pid: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
+
+
+def test_the_child_runs_the_network_as_configured(controls: Path) -> None:
+    """On the device and in the precision, which are part of the hash; what cannot be is said when it is loaded."""
+    made = Worker(1, "cpu", "fp32")
+    expected = pipeline_hash(load("fast-2.5d", Execution("cpu", "fp32", 1)).card, Options())
+    assert made.describe("fast-2.5d", Options()) == expected
+    made.stop()
+    made = Worker(1, "cuda", "int8")
+    with pytest.raises(ConfigError, match=r"pipeline 'fast-2\.5d' cannot be loaded: ExecutionRefused: .*: set|install"):
+        made.describe("fast-2.5d", Options())
+    made.stop()
 
 
 class Running:
