@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,6 +111,9 @@ class Run:
         The folder.
     what
         What is trained on what; a checkpoint of something else is refused.
+    sources
+        What it learns from, by name, each with a digest; a checkpoint that learnt from something else is refused. One
+        that does not tell is taken.
     commit
         Of the code, for the record of who trained which steps.
     device
@@ -131,6 +134,7 @@ class Run:
         adversary: Adversary | None = None,
         device: str = "cpu",
         workers: int = 0,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
         self.predict, self.loss, self.batches, self.schedule = predict, loss, batches, schedule
         self.validate, self.out, self.adversary, self.device, self.workers = validate, out, adversary, device, workers
@@ -147,6 +151,7 @@ class Run:
                 self.critic.parameters(), lr=adversary.learning_rate, betas=adversary.betas
             )
         self.step, self.seconds, self.what, self.commit = 0, 0.0, what, commit
+        self.sources = dict(sources or {})
         self.stretches: list[tuple[int, str]] = []
         """Step from which on a commit of the code trained."""
         out.mkdir(parents=True, exist_ok=True)
@@ -165,12 +170,13 @@ class Run:
             raise OtherTraining(
                 f"{self.out} holds the training of {state['what']}, this is {self.what}: choose another"
             )
+        self._compare(state.get("sources", self.sources))
         if state["step"] > self.schedule.steps:
             raise OtherTraining(
                 f"{self.out} is at step {state['step']} already: ask for more than {self.schedule.steps}"
             )
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict({**_frozen(self.loss), **state[name]} if name == "loss" else state[name])
         self.step, self.seconds, self.stretches = state["step"], state["seconds"], state["stretches"]
         log = self.out / "log.jsonl"
         kept = []
@@ -183,6 +189,15 @@ class Run:
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(log)
 
+    def _compare(self, theirs: Mapping[str, str]) -> None:
+        for name in sorted({*theirs, *self.sources}):
+            one, other = theirs.get(name, "none"), self.sources.get(name, "none")
+            if one != other:
+                raise OtherTraining(
+                    f"{self.out} was trained with other {name} ({one}) than these ({other}): give those, or choose "
+                    "another folder"
+                )
+
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"network": self.network, "average": self.average, "optimizer": self.optimizer}
         if isinstance(self.loss, nn.Module):
@@ -194,9 +209,12 @@ class Run:
     def save(self, name: str = "checkpoint.pt") -> None:
         """Write everything that the next step depends on."""
         state = {key: part.state_dict() for key, part in self._parts().items()}
+        if "loss" in state:  # of frozen weights the digest in the sources is enough
+            state["loss"] = {key: value for key, value in state["loss"].items() if key not in _frozen(self.loss)}
         partial = self.out / f"{name}.part"
         where = {"step": self.step, "seconds": self.seconds, "steps": self.schedule.steps}
-        torch.save({**state, **where, "what": self.what, "stretches": self.stretches}, partial)
+        about = {"what": self.what, "sources": self.sources, "stretches": self.stretches}
+        torch.save({**state, **where, **about}, partial)
         partial.replace(self.out / name)
 
     def _autocast(self) -> AbstractContextManager[None]:
@@ -294,6 +312,13 @@ class Run:
         if self.step > first:
             self.save()
         return self.average
+
+
+def _frozen(loss: Loss) -> dict[str, torch.Tensor]:
+    """Weights of a loss that nothing changes: those of the features that it compares."""
+    if not isinstance(loss, nn.Module):
+        return {}
+    return {name: weight for name, weight in loss.named_parameters() if not weight.requires_grad}
 
 
 def _values(network: nn.Module) -> Sequence[torch.Tensor]:

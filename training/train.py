@@ -9,6 +9,7 @@ the weights, their card, the log and its curve; started again, the training goes
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from training.recipes.cascade import Perceptual
 from training.simulation.simulated_series import is_simulated
 from training.sources.layouts import Case, find
 from training.sources.prepare import Preparation, make, scans_of
+from training.sources.scans import Scan
 from training.sources.splits import entry_of, folds, kept_for_tests, split
 
 HELP = "train a network; started again, it goes on where it was stopped"
@@ -164,6 +166,24 @@ def _loss(how: Recipe, args: argparse.Namespace) -> Loss:
     return how.perceptual(args.features or "ct-ae", args.feature_weights)
 
 
+def sources(
+    shown: Sequence[Scan], held: Sequence[Scan], loss: Loss, how: Recipe, start: Path, z_target_mm: float | None
+) -> dict[str, str]:
+    """What a training learns from, by name: it may be resumed with the same only."""
+    found = {"scans": _digest(shown), "validation scans": _digest(held)}
+    if z_target_mm is not None:
+        found["slice distance"] = f"{z_target_mm:g} mm"
+    if isinstance(loss, Perceptual):
+        found["features"] = loss.features
+    if how.start:
+        found["first weights"] = f"{how.begins_with} {read_card(how.begins_with, start).weights_sha256}"
+    return found
+
+
+def _digest(scans: Sequence[Scan]) -> str:
+    return hashlib.sha256("".join(scan.digest() for scan in scans).encode()).hexdigest()
+
+
 def same_since(stretches: Sequence[tuple[int, str]], loss: Loss, decay_from: int) -> int:
     """Step after which, up to the decay, neither code (`training.loop.Run.stretches`) nor loss changed."""
     settled = loss.steady_after if isinstance(loss, Faithful | Perceptual) else 0
@@ -214,6 +234,7 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
         how.adversary,
         _device(),
         args.workers,
+        sources(scans, held, loss, how, args.start, args.z_target_mm),
     )
     paths = (args.out, args.start, args.store, args.feature_weights, *args.data)
 

@@ -84,10 +84,11 @@ def _run(
     what: str = "",
     commit: str = "a",
     loss: Loss = _loss,
+    sources: dict[str, str] | None = None,
 ) -> Run:
     torch.manual_seed(1)
     network = _Network()
-    return Run(network, _predict, loss, _sampler(), schedule, _validate, out, what, commit, adversary)
+    return Run(network, _predict, loss, _sampler(), schedule, _validate, out, what, commit, adversary, sources=sources)
 
 
 def _weights(run: Run) -> dict[str, torch.Tensor]:
@@ -166,6 +167,57 @@ def test_another_training_in_the_folder_is_refused(tmp_path: Path) -> None:
         _run(tmp_path, replace(STEADY, steps=5), what="a, seed 1")
 
 
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        ({"scans": "c"}, r"other scans \(a\) than these \(c\)"),
+        ({"features": "ct-ae 2"}, r"other features \(ct-ae 1\) than these \(ct-ae 2\)"),
+        ({"first weights": "drl 2"}, r"other first weights \(none\) than these \(drl 2\)"),
+        ({"slice distance": "1 mm"}, r"other slice distance \(none\) than these \(1 mm\)"),
+    ],
+)
+def test_a_training_that_learnt_from_something_else_is_not_resumed(
+    tmp_path: Path, now: dict[str, str], told: str
+) -> None:
+    before = {"scans": "a", "features": "ct-ae 1"}
+    _run(tmp_path, STEADY, sources=before).train(lambda: None)
+    _run(tmp_path, STEADY, sources=before)
+    with pytest.raises(OtherTraining, match=told):
+        _run(tmp_path, STEADY, sources=before | now)
+
+
+def test_a_checkpoint_that_does_not_tell_what_it_learnt_from_is_taken(tmp_path: Path) -> None:
+    _run(tmp_path, STEADY).train(lambda: None)
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["sources"]
+    torch.save(state, path)
+    assert _run(tmp_path, STEADY, sources={"scans": "a"}).step == STEADY.steps
+
+
+class _Comparing(_Tiring):
+    """A loss with frozen weights, as one that compares features has."""
+
+    def __init__(self, weight: float = 2.0) -> None:
+        super().__init__()
+        self.features = nn.Parameter(torch.tensor(weight), requires_grad=False)
+
+
+def test_frozen_features_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    _run(tmp_path, STEADY, loss=_Comparing()).train(lambda: None)
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    assert set(state["loss"]) == {"seen"}
+    again = _Comparing()
+    _run(tmp_path, STEADY, loss=again)
+    assert (float(again.seen), float(again.features)) == (STEADY.steps, 2.0)
+    torch.save({**state, "loss": {**state["loss"], "features": torch.tensor(2.0)}}, path)  # one that holds them
+    _run(tmp_path, STEADY, loss=_Comparing())
+    torch.save({**state, "loss": {}}, path)
+    with pytest.raises(RuntimeError, match="seen"):
+        _run(tmp_path, STEADY, loss=_Comparing())
+
+
 def test_who_trained_which_steps_is_kept(tmp_path: Path) -> None:
     short = Schedule(5, 1e-3, decay_part=0)
     _run(tmp_path, short, commit="a").train(lambda: None)
@@ -230,5 +282,3 @@ def test_frozen_weights_stay(tmp_path: Path) -> None:
     before = run.network.state_dict()["layers.0.weight"].clone()
     run.train(lambda: None)
     assert torch.equal(run.network.state_dict()["layers.0.weight"], before)
-
-

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pipelines.base import WeightsDamaged
 from pipelines.ffdnet import FFDNet
-from pipelines.runtime import read_card
+from pipelines.runtime import WEIGHTS, read_card
 from pipelines.torch_engine import load_network
 from pipelines.volume import read_volume
 from training import train
@@ -215,6 +215,26 @@ def test_features_are_for_recipes_that_compare_them(
         main(["train", "drl", "--out", str(tmp_path / "b"), *words, "--features", "vgg16"])
     main(["train", "drl", "--out", str(tmp_path / "c"), *words, "--features", "random"])
     assert (tmp_path / "c" / "drl.safetensors").exists()
+
+
+def test_a_training_names_what_it_learns_from(tmp_path: Path) -> None:
+    noisy, other, third = (np.full((3, 8, 8), value, np.float16) for value in (1, 2, 3))
+    scan = scans.Scan("a", "a", noisy, noisy, (other,), 0.0, 0.0, (8.0,))
+    moved = replace(scan, source=third)
+    assert replace(scan, target=noisy.copy()).digest() == scan.digest()
+    changed = [moved, replace(scan, noises=(third,)), replace(scan, noise_hu=(9.0,)), replace(scan, subject="b")]
+    assert len({scan.digest(), *(one.digest() for one in changed)}) == 5
+
+    def told(name: str, shown: list[scans.Scan], z_target_mm: float | None = None) -> dict[str, str]:
+        how = recipe(name)
+        return train.sources(shown, [scan], how.loss(), how, WEIGHTS, z_target_mm)
+
+    assert told("dcscn", [scan, moved])["scans"] != told("dcscn", [moved, scan])["scans"]
+    assert told("dcscn", [scan])["validation scans"] == told("dcscn", [scan])["scans"]
+    assert set(told("dcscn", [scan])) == {"scans", "validation scans"}
+    assert told("dcscn", [scan], 1.0)["slice distance"] == "1 mm"
+    assert re.fullmatch("ct-ae [0-9a-f]{64}", told("drl", [scan])["features"])
+    assert told("cascade", [scan])["first weights"] == f"drl {read_card('drl').weights_sha256}"
 
 
 def test_export_installs_what_belongs_together(tmp_path: Path, store: str) -> None:

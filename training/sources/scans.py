@@ -67,6 +67,16 @@ class Scan:
     noise_hu: tuple[float, ...]
     """Noise level of each noise image, measured as it will be measured at inference."""
 
+    def digest(self) -> str:
+        """Of the numbers that were measured on all of it and of its middle slices: to know it again without reading
+        gigabytes."""
+        numbers = (self.name, self.subject, self.target_noise_hu, self.source_noise_hu, *self.noise_hu)
+        found = hashlib.sha256(json.dumps(numbers).encode())
+        for images in (self.target, self.source, *self.noises):
+            found.update(repr(images.shape).encode())
+            found.update(images[len(images) // 2].tobytes())
+        return found.hexdigest()
+
 
 def _measured(hu: Array, pixel_mm: float) -> float:
     return noise_level(hu, np.zeros(hu.shape, np.bool_), pixel_mm)
