@@ -20,7 +20,7 @@ from pipelines.safety import Rail, network_input
 from pipelines.volume import Volume
 
 FP32 = Execution(device="cpu", precision="fp32")
-"""What the definition of a network says; one without a graph, as `install` leaves it, is run by PyTorch."""
+"""What the definition of a network says, but for rounding."""
 
 
 def install(

@@ -65,29 +65,3 @@ def test_residual_leaves_what_it_holds() -> None:
         streaming.residual(stream, lambda x: streaming.relu(streaming.spatial(x, torch.zeros(4, 4, 3, 3), None)))
     )
     assert torch.equal(out, volume)
-
-
-def test_slices_are_the_volume() -> None:
-    volume = torch.arange(2 * 3 * 5.0).reshape(5, 2, 3)
-    parts = list(streaming.slices(volume))
-    assert [part.shape for part in parts] == [(1, 1, 2, 3)] * 5
-    assert torch.equal(torch.cat(parts)[:, 0], volume)
-
-
-def test_triples_replicate_the_ends() -> None:
-    volume = torch.arange(5.0)[:, None, None].expand(5, 2, 2)
-    triples = _whole(streaming.triples(volume))[:, :, 0, 0].tolist()
-    assert triples == [[0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 4]]
-    assert _whole(streaming.triples(volume[:1]))[:, :, 0, 0].tolist() == [[0, 0, 0]]
-
-
-@pytest.mark.parametrize(("rows", "height", "halo"), [(1, 4, 3), (10, 4, 3), (16, 4, 1), (7, 100, 19)])
-def test_strips_give_each_row_once_with_its_halo(rows: int, height: int, halo: int) -> None:
-    seen = []
-    for read, keep, place in streaming.strips(rows, height, halo):
-        source = list(range(rows))[read]
-        assert source[keep] == list(range(rows))[place]
-        assert source[0] == max(place.start - halo, 0)
-        assert source[-1] == min(place.stop + halo, rows) - 1
-        seen += source[keep]
-    assert seen == list(range(rows))
