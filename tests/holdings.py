@@ -10,7 +10,7 @@ from pathlib import Path
 from node_process import NodeProcess
 from oracle import StorageOracle
 from pydicom import Dataset
-from scanner import Image, data_set, header
+from scanner import Image, data_set_of, header
 
 
 def datasets(oracle: StorageOracle) -> dict[str, Dataset]:
@@ -52,7 +52,7 @@ def check_holds_the_result(oracle: StorageOracle, node: NodeProcess, job_id: str
     folder = node.spool / "derived" / job_id
     names = [one["path"] for one in json.loads((folder / "manifest.json").read_text())["instances"]]
     for name in names:
-        one = data_set(folder / name)
+        one = data_set_of((folder / name).read_bytes())
         uid = str(header(one).SOPInstanceUID)
         assert set(oracle.received.get(uid, [])) == {hashlib.sha256(one).hexdigest()}, uid
 
@@ -61,7 +61,7 @@ def check_kept(node: NodeProcess, images: Iterable[Image]) -> None:
     """Every acknowledged image is in the spool with the bytes that were sent, and indexed."""
     for one in images:
         path = node.spool / "instances" / one.series_uid / f"{one.sop_instance_uid}.dcm"
-        assert data_set(path) == one.data, f"{path} is not what was sent"
+        assert data_set_of(path.read_bytes()) == one.data, f"{path} is not what was sent"
         rows = node.query(
             "SELECT sha256, path FROM instances WHERE series_uid = ? AND sop_instance_uid = ?",
             one.series_uid,

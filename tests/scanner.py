@@ -48,13 +48,13 @@ class Image:
         return hashlib.sha256(self.data).hexdigest()
 
 
-def data_set(path: Path) -> bytes:
-    """Bytes of a DICOM file after its file meta information."""
-    with path.open("rb") as file:
-        if read_preamble(file, force=True) is None:
-            return path.read_bytes()
-        _read_file_meta_info(file)
-        return file.read()
+def data_set_of(content: bytes) -> bytes:
+    """What follows the file meta information in a DICOM file, as pydicom delimits it; all of it if there is none."""
+    file = BytesIO(content)
+    if read_preamble(file, force=True) is None:
+        return content
+    _read_file_meta_info(file)
+    return file.read()
 
 
 def image(path: Path) -> Image:
@@ -65,7 +65,7 @@ def image(path: Path) -> Image:
         str(ds.get("SOPInstanceUID", "")),
         str(ds.get("SeriesInstanceUID", "")),
         str(ds.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)),
-        data_set(path),
+        data_set_of(path.read_bytes()),
     )
 
 

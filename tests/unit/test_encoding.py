@@ -12,7 +12,7 @@ from ct_builder import phantom, write_series
 from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
-from pydicom.filereader import _read_file_meta_info, read_dataset, read_preamble
+from pydicom.filereader import read_dataset
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -22,6 +22,7 @@ from pydicom.uid import (
     JPEGLSNearLossless,
     RLELossless,
 )
+from scanner import data_set_of
 
 from dicomnode.encoding import UNCOMPRESSED, data_set
 from dicomnode.errors import UnsendableFile
@@ -37,14 +38,6 @@ LOSSLESS = (
     "ts-jpeg-lossless-p14",
     "ts-jpeg-lossless-sv1",
 )
-
-
-def raw_data_set(content: bytes) -> bytes:
-    """What follows the file meta information, as pydicom delimits it."""
-    file = BytesIO(content)
-    read_preamble(file, force=False)
-    _read_file_meta_info(file)
-    return file.read()
 
 
 def read(data: bytes | memoryview, syntax: str) -> Dataset:
@@ -74,7 +67,7 @@ def sent(path: Path, wanted: str) -> memoryview:
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, JPEGLSLossless])
 def test_own_syntax_is_the_bytes_of_the_file(tmp_path: Path, syntax: str) -> None:
     path = one_image(tmp_path, phantom(1), syntax)
-    assert bytes(sent(path, syntax)) == raw_data_set(path.read_bytes())
+    assert bytes(sent(path, syntax)) == data_set_of(path.read_bytes())
 
 
 @pytest.mark.parametrize("wanted", UNCOMPRESSED)
@@ -152,7 +145,7 @@ def test_deflated_goes_out_inflated(tmp_path: Path) -> None:
 def test_a_file_that_changed_on_disk_does_not_go(tmp_path: Path, wanted: str) -> None:
     path = one_image(tmp_path, phantom(1), RLELossless)
     uid, whole = dcmread(path).SOPInstanceUID, path.read_bytes()
-    digest = hashlib.sha256(raw_data_set(whole)).hexdigest()
+    digest = hashlib.sha256(data_set_of(whole)).hexdigest()
     assert bytes(data_set(path, uid, RLELossless, wanted, digest)) == bytes(data_set(path, uid, RLELossless, wanted))
     at = len(whole) - 60
     for damaged in (whole[:-2], whole + b"\0\0", whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]):
@@ -174,7 +167,7 @@ def test_files_that_cannot_go_say_why(tmp_path: Path) -> None:
     path.write_bytes(whole[:128] + b"PLUR" + whole[132:])
     with pytest.raises(UnsendableFile, match="no DICM prefix"):
         data_set(path, uid, RLELossless, RLELossless)
-    path.write_bytes(whole[: len(whole) - len(raw_data_set(whole))])
+    path.write_bytes(whole[: len(whole) - len(data_set_of(whole))])
     with pytest.raises(UnsendableFile, match="no data set"):
         data_set(path, uid, RLELossless, RLELossless)
     path.write_bytes(whole[:-200])

@@ -18,9 +18,10 @@ from oracle import Script, StorageOracle
 from peers import HOST, free_port, orthanc, storescp, wait_for
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
-from pydicom.filereader import _read_file_meta_info, read_dataset, read_preamble
+from pydicom.filereader import read_dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 from pynetdicom import AllStoragePresentationContexts
+from scanner import data_set_of
 
 from dicomnode.errors import (
     AssociationRejected,
@@ -36,14 +37,6 @@ def outgoing(path: Path) -> Outgoing:
     return Outgoing(
         str(meta.MediaStorageSOPInstanceUID), str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID), path
     )
-
-
-def data_set_of(content: bytes) -> bytes:
-    """What follows the file meta information, as pydicom delimits it."""
-    file = BytesIO(content)
-    read_preamble(file, force=False)
-    _read_file_meta_info(file)
-    return file.read()
 
 
 def digest(path: Path) -> str:

@@ -37,7 +37,7 @@ PHANTOM_SEED = 900_001
 """Trainings use seeds far below."""
 CONTEXT = 3
 """Slices on each side of the measured ones, for networks that look along z; not measured."""
-_SECOND = 500_000
+SECOND = 500_000
 """Added to a seed for the second realisation of the noise."""
 _SITE_MARGIN_MM = 6.0
 """Distance of a lesion's centre from the border of soft tissue, at least: twice its radius."""
@@ -110,7 +110,7 @@ def phantom_trials(doses: Sequence[float], slices: int, seed: int = PHANTOM_SEED
     """A chest-and-abdomen phantom at each dose; the noise is all of that dose, the truth has none."""
     pixel_mm, spacing_mm = PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM
     truth = chest_abdomen(slices + 2 * CONTEXT, matrix, pixel_mm, spacing_mm, seed)
-    noises = [unit_noise(truth, pixel_mm, s) for s in (seed, seed + _SECOND)]
+    noises = [unit_noise(truth, pixel_mm, s) for s in (seed, seed + SECOND)]
     for dose in doses:
         low, again = (np.maximum(truth + noise * np.float32(dose**-0.5), np.float32(LOWEST_HU)) for noise in noises)
         yield Trial(
@@ -153,7 +153,7 @@ def simulated_trials(folder: Path, doses: Sequence[float], slices: int, seed: in
     block = volume_of(np.ascontiguousarray(volume.hu[read]), pixel_mm, spacing_mm, padding)
     scanner = replace(scanner, current=scanner.current[read])
     for dose in doses:
-        low, again = (block.with_hu(simulate(block, dose, s, scanner)) for s in (seed, seed + _SECOND))
+        low, again = (block.with_hu(simulate(block, dose, s, scanner)) for s in (seed, seed + SECOND))
         yield Trial(
             folder.name,
             "simulated",

@@ -15,7 +15,7 @@ from pipelines.base import Pipeline, denoise_volume
 from pipelines.gate import check
 from pipelines.safety import LOWEST_HU, network_input
 from pipelines.volume import Volume
-from training.measuring.cases import volume_of
+from training.measuring.cases import SECOND, volume_of
 from training.nodules import Box, Nodule, insert
 from training.radiomics.extraction import features
 from training.simulate import F50, full_dose_noise, unit_noise
@@ -32,8 +32,6 @@ FULL_DOSE, LOW_DOSE = "full-dose", "low-dose"
 PHANTOM_SLICES, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM = 40, 0.75, 1.5
 PHANTOM_SEED = 910_000
 """Added to the seed, so that no phantom is one that a training saw: trainings use seeds far below."""
-_SECOND = 500_000
-"""Added to a seed for a second realisation of noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ def phantom_case(number: int, nodules: int, dose: float, seed: int) -> Case:
     spacing = (PHANTOM_SPACING_MM, PHANTOM_PIXEL_MM, PHANTOM_PIXEL_MM)
     truth = chest_abdomen(PHANTOM_SLICES, 512, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM, own, F50)
     truth, inserted = insert(truth, spacing, nodules, own)
-    noise, more = (unit_noise(truth, PHANTOM_PIXEL_MM, own + k) for k in (0, _SECOND))
+    noise, more = (unit_noise(truth, PHANTOM_PIXEL_MM, own + k) for k in (0, SECOND))
     full, low = (
         volume_of(np.maximum(truth + n, np.float32(LOWEST_HU)), PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM)
         for n in (noise, noise + np.float32(math.sqrt(1 / dose - 1)) * more)
@@ -110,7 +108,7 @@ def series_case(folder: Path, nodules: int, dose: float, seed: int) -> Case:
         noise=full_dose_noise(given, spacing[1], seed, scanner.kernel, scanner.beam, scanner.overlap, scanner.current),
     )
     full = volume.with_hu(np.where(hu == given, volume.hu, hu))
-    return Case(folder.name, full, full.with_hu(simulate(full, dose, seed + _SECOND, scanner)), _regions(inserted))
+    return Case(folder.name, full, full.with_hu(simulate(full, dose, seed + SECOND, scanner)), _regions(inserted))
 
 
 def masked_case(folder: Path, masks: Path, dose: float, seed: int) -> Case:
@@ -125,7 +123,7 @@ def masked_case(folder: Path, masks: Path, dose: float, seed: int) -> Case:
     """
     volume = read_series(folder)
     regions = read_masks(masks / f"{folder.name}.npz", volume)
-    return Case(folder.name, volume, volume.with_hu(simulate(volume, dose, seed + _SECOND)), regions)
+    return Case(folder.name, volume, volume.with_hu(simulate(volume, dose, seed + SECOND)), regions)
 
 
 def _regions(nodules: Sequence[Nodule]) -> tuple[Region, ...]:
