@@ -29,6 +29,7 @@ from training.curve import draw
 from training.data import Batch, Sampler
 from training.features import Backbone
 from training.loop import Loss, Run
+from training.measuring.seen import marks
 from training.metrics import SOFT_TISSUE, psnr
 from training.recipes import MODULES, Faithful, Recipe, recipe
 from training.recipes.cascade import Perceptual
@@ -202,8 +203,34 @@ def plateau(log: Path, decay_from: int, same_since: int, how: Recipe, start: Pat
     return Plateau.of(log, decay_from, same_since, obstacle)
 
 
-def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: Sequence[Case], out: Path) -> float:
-    """Train into `out`; the last validated PSNR (dB)."""
+def begun_without(name: str, start: Path, held: Sequence[Case]) -> None:
+    """Refuse to begin with weights of `name` in `start` that were trained on a patient of `held`.
+
+    Raises
+    ------
+    SystemExit
+        With the series.
+    """
+    card = json.loads((start / f"{name}.json").read_text(encoding="utf-8"))
+    taught = {
+        source["name"]: marks(source["name"], source.get("study_uid", "")) for source in card["training"]["series"]
+    }
+    for case in held:
+        own = source_of(case)
+        known = marks(case.name) | marks(own.name, own.study_uid, case.subject)
+        if seen := [series for series, theirs in taught.items() if known & theirs]:
+            raise SystemExit(
+                f"{name} in {start} was trained on {', '.join(seen)}, of {case.subject}, who is to be left out: give "
+                "--start a folder of weights that were trained without"
+            )
+
+
+def _train(
+    args: argparse.Namespace, how: Recipe, start: Path, teach: Sequence[Case], check: Sequence[Case], out: Path
+) -> float:
+    """Train into `out`, begun with the weights in `start` if the recipe does; the last validated PSNR (dB)."""
+    if how.start:
+        begun_without(how.begins_with, start, check)
     torch.manual_seed(args.seed)
     preparation = Preparation(args.store or args.out / "store", args.seed, args.z_target_mm)
     seeds = [args.seed * SEEDS_EACH + k for k in range(args.phantoms)]
@@ -219,7 +246,7 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
     schedule = how.schedule if args.steps is None else how.schedule.until(args.steps)
     network, loss = how.network(), _loss(how, args)
     if how.start:
-        how.start(network, args.start)
+        how.start(network, start)
     checks = Sampler(held, how.patch_zyx, how.batch, how.real_part, VALIDATION_SEED)
     training = Run(
         network,
@@ -234,7 +261,7 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
         how.adversary,
         _device(),
         args.workers,
-        sources(scans, held, loss, how, args.start, args.z_target_mm),
+        sources(scans, held, loss, how, start, args.z_target_mm),
     )
     paths = (args.out, args.start, args.store, args.feature_weights, *args.data)
 
@@ -242,7 +269,7 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
         record = TrainingRecord(
             command=f"python -m training {without_folders(args.words, paths)}",
             commit=", ".join(f"{by} from step {step}" if step else by for step, by in training.stretches),
-            began_with=f"{how.begins_with} {read_card(how.begins_with, args.start).version}" if how.start else "",
+            began_with=f"{how.begins_with} {read_card(how.begins_with, start).version}" if how.start else "",
             features=loss.features if isinstance(loss, Perceptual) else "",
             seed=args.seed,
             hours=round(training.seconds / 3600, 2),
@@ -257,7 +284,7 @@ def _train(args: argparse.Namespace, how: Recipe, teach: Sequence[Case], check: 
                 schedule.decay_from,
                 same_since(training.stretches, loss, schedule.decay_from),
                 how,
-                args.start,
+                start,
             ),
         )
         write_network(out, how.card, average, record)
@@ -276,8 +303,18 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     cases = taught([case for root in args.data for case in find(root)])
     if not args.leave_one_out:
-        _train(args, how, *divided(cases, args.leave_out), args.out)
+        _train(args, how, args.start, *divided(cases, args.leave_out), args.out)
         return
-    for fold in folds(case.subject for case in cases):
-        value = _train(args, how, *divided(cases, [fold.test]), args.out / fold.test)
+    left_out = folds(case.subject for case in cases)
+    starts = {fold.test: args.start / fold.test if how.start else args.start for fold in left_out}
+    if how.start and (
+        missing := [name for name, start in starts.items() if not (start / f"{how.begins_with}.json").exists()]
+    ):
+        raise SystemExit(
+            f"{args.recipe} begins with {how.begins_with}, and each subject needs one that never saw it: there is none "
+            f"in {args.start} for {', '.join(missing)}. Train {how.begins_with} with --leave-one-out first, and give "
+            "its --out as --start"
+        )
+    for fold in left_out:
+        value = _train(args, how, starts[fold.test], *divided(cases, [fold.test]), args.out / fold.test)
         print(f"without {fold.test}: {value:.2f} dB on {fold.test}")

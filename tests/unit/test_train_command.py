@@ -21,7 +21,7 @@ from pipelines.torch_engine import load_network
 from pipelines.volume import read_volume
 from training import train
 from training.__main__ import COMMANDS, main
-from training.card import UNCHECKED, Source, source_of
+from training.card import UNCHECKED, Plateau, Source, TrainingRecord, source_of, write_network
 from training.export import export
 from training.features import WeightsMissing
 from training.recipes import MODULES, Recipe, recipe
@@ -138,6 +138,32 @@ def test_leave_one_out_trains_once_without_each(tmp_path: Path, capsys: pytest.C
         names = {s["name"] for s in json.loads((out / subject / "fast-2.5d.json").read_text())["training"]["series"]}
         assert len(names) == 2
         assert not any(subject in name for name in names)
+
+
+def _first_stage(folder: Path, *taught: str) -> None:
+    """An untrained DRL whose card says that it was trained on `taught`."""
+    series = tuple(Source(f"{subject} STANDARD 2 mm", "", "", "", "") for subject in taught)
+    record = TrainingRecord("", "", "", "", 1, 0.0, 1, 1, "", 0, series, len(series), Plateau(0.0, True))
+    folder.mkdir(parents=True)
+    write_network(folder, recipe("drl").card, recipe("drl").network(), record)
+
+
+def test_each_fold_of_a_second_stage_begins_with_a_first_one_that_never_saw_it(tmp_path: Path) -> None:
+    root = _pairs(tmp_path / "data", ["L010", "L011"])
+    out, first = tmp_path / "folds", tmp_path / "first"
+    words = ["--data", str(root), "--phantoms", "0", "--steps", "1", "--out", str(out), "--start", str(first)]
+    words = ["train", "cascade", *words, "--leave-one-out"]
+    _first_stage(first / "L010", "L011")
+    with pytest.raises(SystemExit, match=r"there is none in .*first for L011. Train drl with --leave-one-out first"):
+        main(words)
+    assert not out.exists()
+    _first_stage(first / "L011", "L010")
+    main(words)
+    for subject in ("L010", "L011"):
+        card = json.loads((out / subject / "cascade.json").read_text(encoding="utf-8"))
+        assert card["training"]["began_with"] == f"drl {read_card('drl', first / subject).version}"
+        with pytest.raises(SystemExit, match=f"was trained on {'L011' if subject == 'L010' else 'L010'} STANDARD"):
+            train.begun_without("drl", first / subject, [case for case in find(root) if case.subject != subject])
 
 
 def test_series_kept_for_tests_are_never_taught(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,8 +41,8 @@ def warning(pipeline: str, trial: Trial) -> str | None:
     """
     if trial.kind == "phantom":
         return None
-    own = _marks(trial.case, trial.origin.study_uid, trial.origin.patient) | _marks(trial.origin.series_uid)
-    if not any(own & _marks(source["name"], source.get("study_uid", "")) for source in _taught(pipeline)):
+    own = marks(trial.case, trial.origin.study_uid, trial.origin.patient) | marks(trial.origin.series_uid)
+    if not any(own & marks(source["name"], source.get("study_uid", "")) for source in _taught(pipeline)):
         return None
     return f"{pipeline} was trained on the patient of {trial.case}: what is measured there flatters it."
 
@@ -60,7 +60,7 @@ def _taught(pipeline: str, version: str | None = None) -> list[dict[str, Any]]:
     return [*training.get("series", ()), *(_taught(*began_with) if began_with else ())]
 
 
-def _marks(series: str, study_uid: str = "", patient: str = "") -> set[str]:
+def marks(series: str, study_uid: str = "", patient: str = "") -> set[str]:
     """What tells whose a series is: itself, its study, its subject in the split table or in the Mayo Clinic's data."""
     entries = [entry for entry in (entry_of(series), *of_patient(patient, study_uid)) if entry is not None]
     mayo = SUBJECT.match(series)
