@@ -67,7 +67,12 @@ def test_phantoms_do_not_count_for_the_opponent() -> None:
 def test_what_was_not_measured_is_failed() -> None:
     lines = judge([], {NAME: STEADY})
     assert {line.measured for line in lines[:-3]} == {"not measured"}
-    assert [line.passed for line in lines] == [False] * 7 + [True] * 3
+    assert [line.passed for line in lines] == [False] * 9 + [True] * 3
+    assert [line.demand for line in judge([], {"st3d": STEADY}) if "better" in line.demand] == [
+        f"{rival} at most {limit} dB better at {dose:g} of full dose"
+        for dose in (0.25, 0.1)
+        for rival, limit in (("red-cnn", 0.3), ("srresnet3d", 0.2))
+    ]
 
 
 @pytest.mark.parametrize(("ahead", "passed"), [(0.29, True), (0.31, False), (-2.0, True)])
