@@ -7,13 +7,12 @@ a private value comes out as it went in. Only the encoding around them becomes E
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
-from pydicom.charset import convert_encodings, decode_bytes, default_encoding, encode_string
+from pydicom.charset import convert_encodings, decode_bytes, default_encoding, encode_string, python_encoding
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
@@ -63,6 +62,29 @@ PIXEL_DEPENDENT_PRIVATE: dict[tuple[str, int], frozenset[int]] = {
 }
 """(private creator, group) → element offsets known to depend on the pixels."""
 
+SAID_ANEW = frozenset(
+    Tag(keyword)
+    for keyword in (
+        *("SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "ImageType", "ImageComments"),
+        *("InstanceCreationDate", "InstanceCreationTime", "ContentDate", "ContentTime", "SeriesDate", "SeriesTime"),
+        *("LossyImageCompression", "LossyImageCompressionMethod", "LossyImageCompressionRatio"),
+        *("DerivationDescription", "DerivationCodeSequence", "SourceImageSequence", "ContributingEquipmentSequence"),
+    )
+)
+"""What `describe` may write."""
+DECISIVE = frozenset(
+    Tag(keyword)
+    for keyword in (
+        *("SpecificCharacterSet", "SOPClassUID", "TimezoneOffsetFromUTC"),
+        *("Rows", "Columns", "BitsAllocated", "PixelRepresentation"),
+        *("SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "ImageType", "ImageComments"),
+        *("LossyImageCompression", "LossyImageCompressionMethod", "LossyImageCompressionRatio"),
+        *("DerivationCodeSequence", "ContributingEquipmentSequence"),
+    )
+)
+"""What `explicit_copy`, `drop_false` and `describe` read of the source to say something else; beside these, private
+creators and the types of curves decide what goes."""
+
 _APPENDED = (Tag("ContributingEquipmentSequence"), Tag("DerivationCodeSequence"))
 _IMPLICIT_AMBIGUOUS = {"OB or OW": "OW", "US or OW": "OW", "US or SS or OW": "OW"}
 _WORD_BYTES = {
@@ -71,6 +93,8 @@ _WORD_BYTES = {
     **dict.fromkeys(("FD", "OD", "OV", "SV", "UV"), 8),
 }
 _MAX_UTC_OFFSET_H = 14
+_ESCAPE = b"\x1b"
+"""Begins a switch to another character set (PS3.5 6.1.2.5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +242,7 @@ def describe(header: Dataset, made: Making, source_uids: Sequence[str], lossy: t
     _put(header, "DerivationDescription", _derivation_description(made))
     _append(header, "DerivationCodeSequence", code("113087", "Smoothing"))
     sop_class_uid = _bytes(header, _tag("SOPClassUID")).rstrip(b" \0").decode("ascii")
-    sources = [_source(sop_class_uid, uid, same_place=k == 0) for k, uid in enumerate(source_uids)]
+    sources = [source_item(sop_class_uid, uid, same_place=k == 0) for k, uid in enumerate(source_uids)]
     header.SourceImageSequence = ItemSequence(sources)
     _append(header, "ContributingEquipmentSequence", _equipment(made, moment))
 
@@ -232,7 +256,8 @@ def code(value: str, meaning: str) -> Dataset:
     return item
 
 
-def _source(sop_class_uid: str, uid: str, *, same_place: bool) -> Dataset:
+def source_item(sop_class_uid: str, uid: str, *, same_place: bool) -> Dataset:
+    """Item of SourceImageSequence (PS3.3 C.7.6.1.1.4); `same_place` for the slice that this one replaces."""
     item = Dataset()
     item.ReferencedSOPClassUID = sop_class_uid
     item.ReferencedSOPInstanceUID = uid
@@ -284,16 +309,39 @@ def _series_description(header: Dataset, suffix: str) -> bytes:
     if len(before) <= room:
         return before + suffix.encode("ascii")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            encodings = convert_encodings(header.get("SpecificCharacterSet") or default_encoding)
-            text = decode_bytes(before, encodings, TEXT_VR_DELIMS)
-            cut = encode_string(text[:room].rstrip(), encodings) + suffix.encode("ascii")
-            if len(cut) % 2:  # the padding space must fit as well
-                cut = encode_string(text[: room - 1].rstrip(), encodings) + suffix.encode("ascii")
-            return cut
+        encodings = _encodings(header)
+        text = _decoded(before, encodings)
+        for length in (room, room - 1):  # the second leaves room for the padding space, where the first needs one
+            start = text[:length].rstrip()
+            cut = encode_string(start, encodings)
+            if _decoded(cut, encodings) != start:
+                raise ValueError("the character set does not take back what it gave")
+            if len(cut + suffix.encode("ascii")) % 2 == 0:
+                break
+        return cut + suffix.encode("ascii")
     except (UserWarning, LookupError, ValueError):
         return suffix.strip().encode("ascii")  # not in the character set that the source declares: nothing to cut
+
+
+def _encodings(header: Dataset) -> list[str]:
+    """Python's names of the character sets; LookupError if one is none of the standard's."""
+    declared = header.get("SpecificCharacterSet") or ""
+    for name in [declared] if isinstance(declared, str) else declared:
+        python_encoding[name]
+    return convert_encodings(declared or default_encoding)
+
+
+def _decoded(value: bytes, encodings: list[str]) -> str:
+    """Text of a value; ValueError where pydicom would put replacement characters.
+
+    Without `warnings.catch_warnings`, which pydicom's own sign of them would need, and which threads share.
+    """
+    if _ESCAPE not in value:
+        return value.decode(encodings[0])
+    text = decode_bytes(value, encodings, TEXT_VR_DELIMS)
+    if "\ufffd" in text:
+        raise ValueError("a character outside of its character set")
+    return text
 
 
 def _utc_offset(header: Dataset) -> timezone | None:

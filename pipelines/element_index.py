@@ -41,7 +41,7 @@ _SHORT = frozenset(
     )
 )
 """VRs with a two-byte length (PS3.5 table 7.1-2)."""
-_LONG = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
+LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 """VRs with two reserved bytes and a four-byte length (PS3.5 table 7.1-1)."""
 _EXPLICIT = struct.Struct("<HH2sH").unpack_from
 _IMPLICIT = struct.Struct("<HHL").unpack_from
@@ -134,7 +134,13 @@ def index_file(content: bytes) -> ElementIndex:
     HandedOver
         The file is not one for this scanner.
     """
-    return _index(content, len(content), whole=True)
+    known = _known(content, len(content))
+    if known is not None and known.elements[PIXEL_DATA].end == len(content):
+        return known
+    index = _index(content, len(content), whole=True)
+    if index.elements[PIXEL_DATA].value <= _HEAD_BYTES and index.elements[PIXEL_DATA].end == len(content):
+        _remember(index)
+    return index
 
 
 def items(index: ElementIndex, tag: int) -> Iterator[dict[int, Element]]:
@@ -316,7 +322,7 @@ def _walk(
             if tag <= last:
                 raise HandedOver("elements out of order")
             if not implicit and vr not in _SHORT:
-                if vr not in _LONG or length:
+                if vr not in LONG_VRS or length:
                     raise HandedOver("an unknown value representation")
                 (length,) = _LENGTH(content, value)
                 value += 4

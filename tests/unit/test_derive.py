@@ -6,7 +6,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from scanner import image
 
 from dicomnode import derive as module
 from dicomnode.config import Derivation
-from dicomnode.derive import DerivedInstance, SeriesWriter, stored_values
+from dicomnode.derive import DerivedInstance, SeriesWriter
 from dicomnode.derived_header import Making, describe
+from dicomnode.derived_pixels import stored_values
 from dicomnode.errors import DerivationError
 from dicomnode.uids import derived_uid
 from pipelines.base import Options, pipeline_hash
@@ -419,7 +420,7 @@ def test_a_fault_of_our_own_in_the_copy_does_not_pass(tmp_path: Path, monkeypatc
 
 
 def test_a_disk_that_loses_bytes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_write_durably", lambda path, content: path.write_bytes(content[:-100]))
+    monkeypatch.setattr(module, "_write_durably", lambda path, parts: path.write_bytes(b"".join(parts)[:-100]))
     volume = read_volume(write_series(tmp_path, phantom(1, 16)))
     with pytest.raises(DerivationError, match="read back"):
         call(volume, volume.hu, tmp_path)
@@ -496,9 +497,9 @@ def test_the_caller_waits_rather_than_fill_the_memory(tmp_path: Path, monkeypatc
     let_go, handed = threading.Event(), 0
     write = module._write_durably
 
-    def slow(path: Path, content: bytes) -> None:
+    def slow(path: Path, parts: Sequence[bytes]) -> None:
         assert let_go.wait(20)
-        write(path, content)
+        write(path, parts)
 
     monkeypatch.setattr(module, "_write_durably", slow)
     volume = read_volume(write_series(tmp_path / "in", phantom(12, 16)))

@@ -1,0 +1,110 @@
+"""Denoised HU become stored values again: rounded, saturated, padding untouched, and of the slice that was denoised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dicomnode.errors import DerivationError
+from pipelines.ct_slice import CTSlice
+from pipelines.volume import Plane
+
+
+def derived_pixels(one: CTSlice, before: NDArray[Any], plane: Plane, hu: NDArray[np.float32]) -> bytes:
+    """PixelData of the derived slice, little endian, of even length.
+
+    Parameters
+    ----------
+    one, before
+        The source slice, read again, and its stored values, (y, x).
+    plane
+        What was denoised.
+    hu
+        The denoised HU, (y, x).
+
+    Raises
+    ------
+    DerivationError
+        The file does not hold what was denoised.
+    """
+    now = Plane(np.empty(one.matrix, np.float32), np.zeros(one.matrix, np.bool_))
+    one.convert(before, *now)
+    strangers = int(np.count_nonzero((now.hu != plane.hu) | (now.padding != plane.padding)))
+    if strangers:
+        raise DerivationError(f"{one.sop_instance_uid}: {strangers} voxels of its file are not those of the volume")
+    low, high = one.limits
+    if before.min() < low or before.max() > high:
+        # a padding value may use bits above BitsStored; of a measured voxel they are no part (PS3.5 8.1.1)
+        unused = 8 * before.itemsize - (high - low).bit_length()
+        before = np.where(plane.padding, before, before << unused >> unused)
+    stored = stored_values(
+        hu,
+        plane.hu,
+        before,
+        plane.padding,
+        slope=one.slope,
+        intercept=one.intercept,
+        limits=one.limits,
+        reserved=one.padding,
+    )
+    encoded = stored.astype(stored.dtype.newbyteorder("<"), copy=False).tobytes()
+    return encoded + b"\0" * (len(encoded) % 2)
+
+
+def stored_values(
+    hu: NDArray[np.float32],
+    source_hu: NDArray[np.float32],
+    source: NDArray[Any],
+    padding: NDArray[np.bool_],
+    *,
+    slope: float,
+    intercept: float,
+    limits: tuple[int, int],
+    reserved: tuple[int, int] | None,
+) -> NDArray[Any]:
+    """Stored values of one slice: ``(hu - intercept) / slope`` (PS3.3 C.11.1), rounded half to even, then saturated.
+
+    Parameters
+    ----------
+    hu, source_hu
+        Denoised and original HU, (y, x).
+    source
+        Stored values that `source_hu` came from, (y, x). They stay where HU did not change.
+    padding
+        True where nothing was measured: `source` stays there, (y, x).
+    slope, intercept
+        Rescale of this slice.
+    limits
+        Lowest and highest value that BitsStored and PixelRepresentation allow.
+    reserved
+        Range of stored values that mean padding; a measured voxel that changed goes to the nearest value outside.
+
+    Returns
+    -------
+    ndarray
+        Of `source`'s type.
+
+    Raises
+    ------
+    DerivationError
+        If `reserved` leaves no value to a measured voxel.
+    """
+    low, high = limits
+    exact = np.subtract(hu, intercept, dtype=np.float64)
+    exact /= slope
+    stored = np.rint(exact)
+    np.clip(stored, low, high, out=stored)
+    if reserved is not None:
+        first, last = reserved
+        below, above = first - 1, last + 1
+        if below < low and above > high:
+            raise DerivationError(f"padding values {first} to {last} leave no stored value of {low} to {high}")
+        hit = (stored >= first) & (stored <= last)
+        if hit.any():
+            upwards = (exact >= (first + last) / 2) & (above <= high) | (below < low)
+            stored = np.where(hit, np.where(upwards, above, below), stored)
+    made = stored.astype(source.dtype)
+    np.copyto(made, source, where=padding | (hu == source_hu))
+    return made
