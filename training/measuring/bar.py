@@ -5,7 +5,6 @@ What was not measured is failed, the rivals (`RIVALS`) included.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -113,9 +112,11 @@ def _not_behind(rows: Sequence[Row], name: str, dose: float) -> list[Line]:
             continue
         demand = f"{rival} at most {limit:g} dB better at {dose:g} of full dose"
         mine, other = psnr_of(rows, name, dose), psnr_of(rows, rival, dose)
-        both = [other[case] - mine[case] for case in mine if case in other]
-        ahead = float(np.mean(both)) if both else math.nan
-        lines.append(Line(name, demand, f"{ahead:+.2f} dB", ahead <= limit) if both else _not_measured(name, demand))
+        if both := [other[case] - mine[case] for case in mine if case in other]:
+            ahead = float(np.mean(both))
+            lines.append(Line(name, demand, f"{ahead:+.2f} dB", ahead <= limit))
+        else:
+            lines.append(_not_measured(name, demand))
     return lines
 
 
