@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipelines.noise import noise_level
+from pipelines.noise import SLICES, noise_level, series_noise_level
+from pipelines.safety import network_input
+from pipelines.testing import water_volume
+from pipelines.volume import Plane, Volume
 from training.simulate import unit_noise
 
 Array = NDArray[np.float32]
@@ -72,3 +75,23 @@ def test_air_only_and_padding_only() -> None:
 def test_a_tiny_series_is_measured() -> None:
     hu = _white(10.0, shape=(1, 6, 7))
     assert 2 < noise_level(hu, _nothing(hu), PIXEL_MM) < 20
+
+
+@pytest.mark.parametrize("slices", [1, 2, 7, 8, 9, 40])
+def test_of_a_series_some_slices_are_read_as_a_network_is_given_them(
+    slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = water_volume((slices, 96, 80), noise_hu=18.0, padding_hu=-3024.0)
+    for k in range(slices):  # each slice has a noise of its own, so that another choice of slices shows
+        volume.hu[k] += np.random.default_rng(k).normal(0, 3 * k % 17, volume.hu[k].shape).astype(np.float32)
+    asked: list[int] = []
+
+    def plane(self: Volume, k: int) -> Plane:
+        asked.append(k)
+        return Plane(self.hu[k], self.padding[k])
+
+    monkeypatch.setattr(Volume, "plane", plane)
+    measured = series_noise_level(volume)
+    assert measured == noise_level(network_input(volume), volume.padding, volume.geometry.spacing_mm[1])
+    spread = np.linspace(0, slices - 1, min(SLICES, slices) + 2)[1:-1].round().astype(int)
+    assert asked == np.unique(spread).tolist()

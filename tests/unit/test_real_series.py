@@ -20,7 +20,8 @@ pytestmark = pytest.mark.data
 
 
 def card(kind: Any, **envelope: Any) -> ModelCard:
-    return ModelCard("any", "1", "", "", kind, (1, 1, 1), (0, 0, 0), (-1024, 3071), "fp32", "", Envelope(**envelope))
+    valid_for = Envelope(**envelope)
+    return ModelCard("any", "1", "", "", kind, (1, 1, 1), (0, 0, 0), (-1024, 3071), "fp32", "", valid_for=valid_for)
 
 
 def reason(act: Callable[[], object]) -> str:
