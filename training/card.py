@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -33,6 +34,12 @@ UNCHECKED = (
 PLATEAU_DB = 0.05
 """A network whose validated PSNR moves by less in a third of its training has reached its plateau."""
 _CHECKS_OF_A_LINE = 4
+TOLERANCE = 1.25
+"""How much smaller or larger than in training slice distance and pixels may be, as a factor. A network sees pixels, not
+millimetres, and patients differ by more in size, kernels by a factor of three in sharpness: a quarter beyond the ends
+looks like something that was shown."""
+_ROUNDED_MM = 0.01
+"""Positions and pixel sizes in headers are rounded by as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,9 @@ class TrainingRecord:
     pairs: int
     """How many of them were shown with their real low-dose image."""
     plateau: Plateau
+    slice_spacing_mm: tuple[float, float]
+    """Least and largest of what taught."""
+    pixel_spacing_mm: tuple[float, float]
 
 
 def plateau_in_words(plateau: Mapping[str, Any]) -> str:
@@ -192,6 +202,19 @@ def _never_tried_on(record: TrainingRecord) -> str:
     return never + "; reading by a radiologist."
 
 
+def valid_for(record: TrainingRecord) -> dict[str, Any]:
+    """`pipelines.base.Envelope` of what was shown, `TOLERANCE` wider on both sides."""
+    ranges = {"slice_spacing_mm": record.slice_spacing_mm, "pixel_spacing_mm": record.pixel_spacing_mm}
+    wider = {
+        name: [
+            round(math.floor(low / TOLERANCE / _ROUNDED_MM - 0.5) * _ROUNDED_MM, 2),
+            round(math.ceil(high * TOLERANCE / _ROUNDED_MM + 0.5) * _ROUNDED_MM, 2),
+        ]
+        for name, (low, high) in ranges.items()
+    }
+    return {**wider, "min_slices": 1, "max_slices": 3000}
+
+
 def write_network(out: Path, card: Mapping[str, Any], network: nn.Module, record: TrainingRecord) -> None:
     """Write ``NAME.safetensors`` (half precision) and ``NAME.json`` into `out`.
 
@@ -218,6 +241,7 @@ def write_network(out: Path, card: Mapping[str, Any], network: nn.Module, record
     (out / f"{card['name']}.safetensors").write_bytes(weights)
     full = {
         **card,
+        "valid_for": valid_for(record),
         "version": digest[:8],
         "hu_window": list(HU_RANGE),
         "precision": "fp32",

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -36,7 +36,7 @@ from training.recipes.cascade import Perceptual
 from training.simulation.simulated_series import is_simulated
 from training.sources.layouts import Case, find
 from training.sources.prepare import Preparation, make, scans_of
-from training.sources.scans import Scan
+from training.sources.scans import Scan, phantom_spacing
 from training.sources.splits import entry_of, folds, kept_for_tests, split
 
 HELP = "train a network; started again, it goes on where it was stopped"
@@ -225,6 +225,11 @@ def begun_without(name: str, start: Path, held: Sequence[Case]) -> None:
             )
 
 
+def _ends(values: Iterable[float]) -> tuple[float, float]:
+    found = sorted(values)
+    return round(found[0], 3), round(found[-1], 3)
+
+
 def _train(
     args: argparse.Namespace, how: Recipe, start: Path, teach: Sequence[Case], check: Sequence[Case], out: Path
 ) -> float:
@@ -263,6 +268,7 @@ def _train(
         args.workers,
         sources(scans, held, loss, how, start, args.z_target_mm),
     )
+    spacings = [*map(phantom_spacing, seeds), *map(preparation.spacing, shown)]
     paths = (args.out, args.start, args.store, args.feature_weights, *args.data)
 
     def write(average: nn.Module) -> None:
@@ -286,6 +292,8 @@ def _train(
                 how,
                 start,
             ),
+            slice_spacing_mm=_ends(spacing.slices for spacing in spacings if spacing.slices > 0),
+            pixel_spacing_mm=_ends(spacing.pixels for spacing in spacings),
         )
         write_network(out, how.card, average, record)
 

@@ -57,6 +57,34 @@ def test_the_own_noise_of_a_real_series_falls_with_its_slices() -> None:
     assert thick.source_noise_hu == pytest.approx(0.8 * thick.noise_hu[0])
 
 
+def test_a_phantom_has_the_spacing_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[float, float]] = []
+
+    class Enough(Exception):
+        pass
+
+    def draw(count: int, matrix: int, pixel_mm: float, spacing_mm: float, *others: object) -> None:
+        told.append((spacing_mm, pixel_mm))
+        raise Enough
+
+    monkeypatch.setattr(scans, "chest_abdomen", draw)
+    for seed in range(50):
+        with pytest.raises(Enough):
+            phantom_scan(seed)
+    assert told == [scans.phantom_spacing(seed) for seed in range(50)]
+    slices, pixels = np.array(told).T
+    assert (1 < slices.min() < 1.3, 4.7 < slices.max() < 5) == (True, True)
+    assert (0.65 < pixels.min() < 0.67, 0.93 < pixels.max() < 0.95) == (True, True)
+
+
+def test_a_series_has_the_spacing_of_its_target(tmp_path: Path) -> None:
+    files = tuple(write_series(tmp_path, np.zeros((3, 8, 8)), spacing_mm=(2.5, 0.7, 0.7)))
+    case = Case("a", "a", files, None, None, "", 2.5)
+    assert Preparation(tmp_path, 1, None).spacing(case) == pytest.approx((2.5, 0.7))
+    assert Preparation(tmp_path, 1, 1.0).spacing(case) == pytest.approx((2.5, 0.7))  # shown in thick slices, no thinner
+    assert Preparation(tmp_path, 1, 1.0).spacing(replace(case, low=files)) == pytest.approx((1.0, 0.7))
+
+
 def test_a_scan_is_made_once(tmp_path: Path) -> None:
     made = []
 

@@ -112,6 +112,7 @@ def test_a_user_with_real_pairs_gets_a_trained_model(
     card = json.loads((out / "fast-2.5d.json").read_text(encoding="utf-8"))
     assert len(card["training"]["series"]) == card["training"]["pairs"] == 4
     assert card["training"]["series"][0]["licence"] == "not stated"
+    assert (card["training"]["slice_spacing_mm"], card["training"]["pixel_spacing_mm"]) == ([2.0, 2.0], [3.0, 3.0])
 
 
 def test_leave_one_out_trains_once_without_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +144,8 @@ def test_leave_one_out_trains_once_without_each(tmp_path: Path, capsys: pytest.C
 def _first_stage(folder: Path, *taught: str) -> None:
     """An untrained DRL whose card says that it was trained on `taught`."""
     series = tuple(Source(f"{subject} STANDARD 2 mm", "", "", "", "") for subject in taught)
-    record = TrainingRecord("", "", "", "", 1, 0.0, 1, 1, "", 0, series, len(series), Plateau(0.0, True))
+    at_rest = Plateau(0.0, True)
+    record = TrainingRecord("", "", "", "", 1, 0.0, 1, 1, "", 0, series, len(series), at_rest, (2.0, 2.0), (3.0, 3.0))
     folder.mkdir(parents=True)
     write_network(folder, recipe("drl").card, recipe("drl").network(), record)
 

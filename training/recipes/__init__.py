@@ -37,8 +37,6 @@ MODULES = {
     "cascade-3": "cascade",
 }
 """Module of this package that holds the recipe of each name."""
-ENVELOPE = {"slice_spacing_mm": [0.5, 10.0], "pixel_spacing_mm": [0.4, 1.5], "min_slices": 1, "max_slices": 3000}
-"""`pipelines.base.Envelope` of what is trained on the data of training.sources.scans."""
 NOISE_FLOOR = to_network(5.0)
 """Limits the weight of patches that hold hardly any noise in `relative_charbonnier`."""
 CONTRAST_WEIGHT = 0.4
@@ -55,7 +53,7 @@ class Recipe:
     """A network and its training.
 
     card
-        The fields of `pipelines.base.ModelCard` that training does not change, and ``limits``.
+        The fields of `pipelines.base.ModelCard` that training does not set, and ``limits``.
     network
         Makes the untrained network.
     predict, loss

@@ -21,7 +21,7 @@ from training.data import Batch
 from training.features import Backbone, FeatureLoss, PerceptualLoss, ShareWeight
 from training.loop import Loss, Schedule
 from training.losses import mse
-from training.recipes import ENVELOPE, Recipe, flat, plane
+from training.recipes import Recipe, flat, plane
 
 VGG_WEIGHT = 0.1 * 0.4**2
 """The paper's λ = 0.1 belongs to images that are 1 at 400 HU; network units are 1 at 1000 HU."""
@@ -76,7 +76,6 @@ def _card(name: str, halo: int, limits: str) -> dict[str, Any]:
         "input": "slice",
         "patch_zyx": [1, 64, 64],
         "overlap_zyx": [0, halo, halo],
-        "valid_for": ENVELOPE,
         "noise_map": False,
         "limits": f"Blind to the noise level; sees one slice at a time. {limits}".strip(),
     }

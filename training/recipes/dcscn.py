@@ -20,7 +20,7 @@ from training.critic import Critic
 from training.data import Batch
 from training.loop import Adversary, Loss, Schedule
 from training.losses import l1, wgan_critic_loss, wgan_generator_loss
-from training.recipes import ENVELOPE, Recipe, flat, plane
+from training.recipes import Recipe, flat, plane
 
 PATCH = 80
 L1_WEIGHT = 100.0
@@ -73,7 +73,6 @@ def _card(name: str, halo: int, limits: str) -> dict[str, Any]:
         "input": "slice",
         "patch_zyx": [1, PATCH, PATCH],
         "overlap_zyx": [0, halo, halo],
-        "valid_for": ENVELOPE,
         "noise_map": False,
         "limits": f"Blind to the noise level; sees one slice at a time. {limits}".strip(),
     }

@@ -14,7 +14,7 @@ from pipelines.hqinet import HQINet
 from training.data import Batch
 from training.loop import Schedule
 from training.losses import l1_ssim
-from training.recipes import ENVELOPE, Recipe, flat, plane
+from training.recipes import Recipe, flat, plane
 
 WHOLE = "Every pixel depends on means over the whole image, so what lies elsewhere in it can change a region."
 
@@ -28,7 +28,6 @@ def _card(name: str, limits: str) -> dict[str, Any]:
         "input": "slab3",
         "patch_zyx": [3, 256, 256],
         "overlap_zyx": [1, 512, 512],  # means over the image: the whole of it
-        "valid_for": ENVELOPE,
         "noise_map": False,
         "limits": limits,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipelines.redcnn import REDCNN
 from training.loop import Schedule
-from training.recipes import ENVELOPE, Faithful, Recipe, flat, plane
+from training.recipes import Faithful, Recipe, flat, plane
 
 RECIPES = {
     "red-cnn": Recipe(
@@ -17,7 +17,6 @@ RECIPES = {
             "input": "slice",
             "patch_zyx": [1, 55, 55],
             "overlap_zyx": [0, 20, 20],
-            "valid_for": ENVELOPE,
             "noise_map": False,
             "limits": "The yardstick, slow on a CPU. Blind to the noise level; sees one slice at a time.",
         },

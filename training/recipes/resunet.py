@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipelines.resunet import SLICES, ResUNet
 from training.loop import Schedule
-from training.recipes import ENVELOPE, Faithful, Recipe, flat, told
+from training.recipes import Faithful, Recipe, flat, told
 
 RECIPES = {
     "quality-2.5d": Recipe(
@@ -16,7 +16,6 @@ RECIPES = {
             "input": "slab3",
             "patch_zyx": [3, 96, 96],
             "overlap_zyx": [1, 45, 45],
-            "valid_for": ENVELOPE,
             "noise_map": True,
             "limits": "One noise level for the whole series: where the noise is far above that of soft tissue in the "
             "middle (shoulders, pelvis) some stays. It takes nearly all noise away elsewhere, which looks smooth; a "

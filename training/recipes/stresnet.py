@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.stresnet import SRResNet3D, STResNet
 from training.loop import Schedule
-from training.recipes import ENVELOPE, Faithful, Recipe, deep, volume
+from training.recipes import Faithful, Recipe, deep, volume
 
 
 def _card(name: str, limits: str) -> dict[str, Any]:
@@ -22,7 +22,6 @@ def _card(name: str, limits: str) -> dict[str, Any]:
         "input": "volume",
         "patch_zyx": [12, 56, 56],
         "overlap_zyx": [19, 19, 19],
-        "valid_for": ENVELOPE,
         "noise_map": False,
         "limits": limits,
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipelines.volume import SeriesRefused
+from pipelines.volume import SeriesRefused, open_series
 from training.sources.layouts import Case
 from training.sources.pairs import PairRefused
 from training.sources.scans import (
@@ -19,6 +19,7 @@ from training.sources.scans import (
     REAL_REVISION,
     Scan,
     ScanRefused,
+    Spacing,
     kept,
     paired_scan,
     phantom_scan,
@@ -60,6 +61,12 @@ class Preparation:
         except (SeriesRefused, PairRefused, ScanRefused) as error:
             print(f"{case.name}: left out. {error}")
             return None
+
+    def spacing(self, case: Case) -> Spacing:
+        """What the scan of `case` shows, from the headers of its target."""
+        with open_series(case.full) as series:
+            slices_mm, pixel_mm, _ = series.geometry.spacing_mm
+        return Spacing(self.z_target_mm if case.low and self.z_target_mm else slices_mm, pixel_mm)
 
 
 def _known(files: Sequence[Path]) -> list[tuple[str, int, int]]:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,8 @@ SOFT_F50, SHARP_F50, SHARP_BOOST = (0.35, 0.8), (0.5, 1.1), (0.5, 3.0)
 """Kernels for soft tissue, and for lung and bone: see `training.simulation.projection.Kernel`."""
 SHARP_PART = 0.3
 """Part of the phantoms that were reconstructed with a sharp kernel."""
+PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM = (0.65, 0.95), (1.0, 5.0)
+"""Pixels and slice distances that phantoms are drawn from."""
 OVERLAP, OVERLAP_PART = (1.0, 2.0), 0.3
 """Slice thickness over distance of the phantoms whose slices overlap, and their part."""
 DETECTOR_F50 = 1.2
@@ -118,10 +120,32 @@ def seen_through(hu: Array, pixel_mm: float, kernel: Kernel) -> Array:
     return np.stack([np.fft.irfft2(np.fft.rfft2(image) * transfer, image.shape) for image in hu]).astype(np.float32)
 
 
+class Spacing(NamedTuple):
+    """What a scan shows, mm."""
+
+    slices: float
+    """From slice to slice; 0 if unknown."""
+    pixels: float
+
+
+def _phantom_spacing(rng: np.random.Generator) -> Spacing:
+    pixel_mm = float(rng.uniform(*PHANTOM_PIXEL_MM))
+    return Spacing(float(rng.uniform(*PHANTOM_SPACING_MM)), pixel_mm)
+
+
+def phantom_spacing(seed: int) -> Spacing:
+    """That of the phantom `seed`."""
+    return _phantom_spacing(_phantom_numbers(seed))
+
+
+def _phantom_numbers(seed: int) -> np.random.Generator:
+    return np.random.default_rng((seed, 1))
+
+
 def phantom_scan(seed: int) -> Scan:
     """A phantom with faint lesions, reconstructed with a kernel, with the noise of two kernels like it."""
-    rng = np.random.default_rng((seed, 1))
-    pixel_mm, spacing_mm = rng.uniform(0.65, 0.95), rng.uniform(1, 5)
+    rng = _phantom_numbers(seed)
+    spacing_mm, pixel_mm = _phantom_spacing(rng)
     if rng.random() < SHARP_PART:
         kernel = Kernel(rng.uniform(*SHARP_F50), rng.uniform(*SHARP_BOOST))
     else:
