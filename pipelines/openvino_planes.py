@@ -1,8 +1,8 @@
 """OpenVINO as engine of the networks that make one slice at a time.
 
 A graph ``NAME.xml`` holds no weights: its constants point into ``NAME.safetensors``, which is there anyway. What it
-needs beside them, some integers (axes, shapes), stands in the graph as hexadecimal digits and is appended to the
-weights before OpenVINO sees them. `training.ir` writes such graphs.
+needs beside them, axes and shapes mostly, stands in the graph as hexadecimal digits and is appended to the weights
+before OpenVINO sees them. `training.ir` writes such graphs.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pipelines.openvino_core import Precision, compile_model, core
 
 Array = NDArray[np.float32]
 
-INTEGERS = re.compile(rb'<constants value="([0-9a-f]*)" />')
-"""The element of a graph that holds its integers."""
+OWN = re.compile(rb'<constants value="([0-9a-f]*)" />')
+"""The element of a graph that holds the constants which are no weights."""
 ALIGNMENT = 8
-"""Bytes; the integers begin at the next multiple of this after the weights."""
+"""Bytes; they begin at the next multiple of this after the weights."""
 SHAPES = 4
 """Image sizes that stay compiled: a series is of one, and its strips differ by a row."""
 
 
 def read_graph(graph: bytes, weights: bytes) -> Any:
     """The `openvino.Model` of a graph (xml) with its weights (safetensors; of a quantised graph its own bin)."""
-    integers = INTEGERS.search(graph)
-    if integers is not None:
-        weights += bytes(-len(weights) % ALIGNMENT) + bytes.fromhex(integers[1].decode("ascii"))
+    own = OWN.search(graph)
+    if own is not None:
+        weights += bytes(-len(weights) % ALIGNMENT) + bytes.fromhex(own[1].decode("ascii"))
     return core().read_model(model=graph, weights=weights)
 
 

@@ -2,8 +2,8 @@
 
 OpenVINO's own conversion folds batch normalisation into the weights, which would then be there twice in two versions.
 Here the conversion stops before that, and OpenVINO folds when it compiles: each constant of the graph is a tensor of
-``NAME.safetensors`` to the last bit, and the graph points to it there. Left over are integers (axes, shapes), which go
-into the graph itself; see `pipelines.openvino_planes`.
+``NAME.safetensors`` to the last bit, and the graph points to it there. Left over are integers (axes, shapes) and single
+numbers of the network's definition, which go into the graph itself; see `pipelines.openvino_planes`.
 """
 
 from __future__ import annotations
@@ -11,27 +11,33 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from pipelines.base import ModelCard
 from pipelines.openvino_core import ov
-from pipelines.openvino_planes import ALIGNMENT
+from pipelines.openvino_planes import ALIGNMENT, OpenVINOPlanes
 from pipelines.runtime import read_weights
+from pipelines.scaling import to_hu, to_network
 from pipelines.torch_engine import load_network
 
 # after pipelines.openvino_core, which keeps it from reporting its use
 from openvino.frontend import FrontEndManager  # type: ignore[import-untyped]  # isort: skip
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder  # type: ignore[import-untyped]  # isort: skip
 
+MAX_ERROR = to_network(0.01)
+"""Between the graph in fp32 and PyTorch; network units."""
 INPUTS = ("slices", "noise_map")
 OUTPUT = "denoised"
 _EXAMPLE = 64
 """Rows and columns that the network is traced with; a multiple of every stride."""
 _CONSTANT = re.compile(rb'<data element_type="(\w+)" shape="[^"]*" offset="(\d+)" size="(\d+)" />')
+_BYTES = {b"f16": 2, b"f32": 4}
 _END = b"\t</rt_info>\n</net>"
 """Of a graph, after the version of OpenVINO that wrote it."""
 
@@ -53,26 +59,37 @@ def graph(network: nn.Module, card: ModelCard, folder: Path, *, noise_map_stride
     Raises
     ------
     NotConvertible
-        If it needs a constant that is none of its weights.
+        If it needs constants that are none of its weights, or computes something else than the network.
     pipelines.base.WeightsMissing, pipelines.base.WeightsDamaged
         As `pipelines.torch_engine.load_network`.
     """
-    channels = 1 if card.input == "slice" else 3
-    given = [torch.zeros(1, channels, _EXAMPLE, _EXAMPLE)]
+    generator = torch.Generator().manual_seed(0)
+    given = [0.4 * torch.randn(1, 1 if card.input == "slice" else 3, _EXAMPLE, _EXAMPLE, generator=generator)]
     if card.noise_map:
-        given.append(torch.zeros(1, 1, *[_EXAMPLE // noise_map_stride] * 2))
-    model = _converted(load_network(network, card, folder), tuple(given))
+        given.append(torch.full((1, 1, *[_EXAMPLE // noise_map_stride] * 2), to_network(20.0)))
+    network = load_network(network, card, folder)
+    weights = read_weights(card, folder)
+    model = _converted(network, tuple(given))
     model.reshape({port: [1, tensor.shape[1], -1, -1] for port, tensor in zip(model.inputs, given, strict=True)})
     _name(model, card.name)
     with tempfile.TemporaryDirectory() as scratch:
-        xml = Path(scratch) / "graph.xml"
-        ov.save_model(model, xml, compress_to_fp16=True)
-        return _pointing_into(read_weights(card, folder), xml.read_bytes(), xml.with_suffix(".bin").read_bytes(), card)
+        path = Path(scratch) / "graph.xml"
+        ov.save_model(model, path, compress_to_fp16=True)
+        xml = _pointing_into(weights, path.read_bytes(), path.with_suffix(".bin").read_bytes(), card)
+    slices, *noise_map = (tensor[0].numpy() for tensor in given)
+    made = OpenVINOPlanes(xml, weights, "fp32", 1)(slices, *(noise_map or [None]))
+    error = float(np.abs(made - network(*given)[0, 0].numpy()).max())
+    if not error <= MAX_ERROR:
+        raise NotConvertible(f"{card.name}: the graph differs from the network by {to_hu(error):g} HU")
+    return xml
 
 
 def _converted(network: nn.Module, example: tuple[torch.Tensor, ...]) -> Any:
     """The `openvino.Model` as the frontend makes it, nothing folded."""
-    decoder = TorchScriptPythonDecoder(network, example_input=example)  # named, as it must outlive the model made of it
+    with warnings.catch_warnings():
+        # OpenVINO traces, which PyTorch wants to be done by export some day
+        warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", DeprecationWarning)
+        decoder = TorchScriptPythonDecoder(network, example_input=example)  # must outlive the model made of it
     frontend = FrontEndManager().load_by_framework("pytorch")
     return frontend.convert(frontend.load(decoder))
 
@@ -89,18 +106,20 @@ def _name(model: Any, name: str) -> None:
 
 
 def _pointing_into(weights: bytes, xml: bytes, values: bytes, card: ModelCard) -> bytes:
-    """`xml` whose constants, now at offsets of `values`, are tensors of `weights` or its own integers."""
+    """`xml` whose constants, now at offsets of `values`, are tensors of `weights` or its own."""
     tensors = _tensors(weights)
-    integers = bytearray()
-    begin = -(-len(weights) // ALIGNMENT) * ALIGNMENT
+    own: dict[bytes, int] = {}  # where each begins; in this order
+    end = -(-len(weights) // ALIGNMENT) * ALIGNMENT
 
     def moved(constant: re.Match[bytes]) -> bytes:
+        nonlocal end
         kind, offset, size = constant[1], int(constant[2]), int(constant[3])
         content = values[offset : offset + size]
-        place = tensors.get(content)
-        if place is None and kind in (b"i32", b"i64"):
-            place = begin + len(integers)
-            integers.extend(content + bytes(-size % ALIGNMENT))
+        place = tensors.get(content) if kind == b"f16" else None
+        if place is None and (kind in (b"i32", b"i64") or size == _BYTES.get(kind)):
+            padded = content + bytes(-size % ALIGNMENT)
+            place = own.setdefault(padded, end)
+            end = max(end, place + len(padded))
         if place is None:
             raise NotConvertible(
                 f"{card.name}: a constant of {size} bytes ({kind.decode('ascii')}) is no tensor of its weights; "
@@ -110,9 +129,9 @@ def _pointing_into(weights: bytes, xml: bytes, values: bytes, card: ModelCard) -
 
     if xml.count(b'type="Const"') != len(_CONSTANT.findall(xml)) or not xml.rstrip().endswith(_END):
         raise NotConvertible(f"{card.name}: OpenVINO writes its graphs in another form than this version knows")
-    pointing = _CONSTANT.sub(moved, xml).rstrip().removesuffix(_END)  # fills `integers`, too
-    own = b'\t\t<constants value="%s" />\n' % integers.hex().encode("ascii")
-    return pointing + own + _END + b"\n"
+    pointing = _CONSTANT.sub(moved, xml).rstrip().removesuffix(_END)  # fills `own`, too
+    element = b'\t\t<constants value="%s" />\n' % b"".join(own).hex().encode("ascii")
+    return pointing + element + _END + b"\n"
 
 
 def _tensors(weights: bytes) -> dict[bytes, int]:
