@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.safety import network_input
-from pipelines.volume import Plane, Series
+from pipelines.volume import Series
 
+Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Box = tuple[slice, slice]
 """Rows and columns."""
@@ -25,13 +26,20 @@ MARGIN_MM = 10.0
 """Around the body that is denoised too: skin, clothes, the rim of a thin fold."""
 
 
-def inside(plane: Plane, pixel_mm: float) -> Mask:
+def inside(given: Array, pixel_mm: float) -> Mask:
     """True in the body, in the air that it encloses, and `MARGIN_MM` around; (y, x).
 
     What is thinner than three blocks (a table top, a blanket) is no body. All False in a slice of air.
+
+    Parameters
+    ----------
+    given
+        One slice as a network is given it (`pipelines.safety.network_input`), HU (y, x).
+    pixel_mm
+        Pixel size.
     """
-    rows, columns = plane.hu.shape
-    padded = np.pad(network_input(plane), [(0, -length % BLOCK_PX) for length in (rows, columns)], mode="edge")
+    rows, columns = given.shape
+    padded = np.pad(given, [(0, -length % BLOCK_PX) for length in (rows, columns)], mode="edge")
     air = padded.reshape(len(padded) // BLOCK_PX, BLOCK_PX, -1, BLOCK_PX).mean((1, 3)) <= AIR_BELOW_HU
     blocks = ~_grown(_from_the_border(air))  # eroded ...
     for _ in range(1 + math.ceil(MARGIN_MM / (BLOCK_PX * pixel_mm))):  # ... and grown again, and by the margin
@@ -44,7 +52,7 @@ def box(series: Series) -> Box:
     pixel_mm = series.geometry.spacing_mm[1]
     rows, columns = (np.zeros(length, np.bool_) for length in series.shape[1:])
     for k in range(series.shape[0]):
-        mask = inside(series.plane(k), pixel_mm)
+        mask = inside(network_input(series.plane(k)), pixel_mm)
         rows |= mask.any(1)
         columns |= mask.any(0)
     return span(rows), span(columns)
@@ -54,11 +62,6 @@ def span(where: Mask) -> slice:
     """From the first to the last True of one dimension; empty if there is none."""
     found = np.flatnonzero(where)
     return slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0, 0)
-
-
-def widened(part: slice, margin: int, length: int) -> slice:
-    """`part` of a row of `length` with `margin` more on both sides, where there is so much."""
-    return slice(max(part.start - margin, 0), min(part.stop + margin, length))
 
 
 def _from_the_border(air: Mask) -> Mask:

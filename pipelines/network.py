@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import Execution, ModelCard, Options, check_options
+from pipelines.body import Box, box, inside
 from pipelines.noise import series_noise_level
 from pipelines.runtime import WEIGHTS, choose, plane_engine, read_card, stream_engine
 from pipelines.safety import Rail, network_input
@@ -98,7 +99,7 @@ class NetworkPipeline:
             For a strength or blend that the network cannot take.
         """
         check_options(self.card, options)
-        if options.strength == 0:
+        if options.strength == 0 or options.blend == 0:
             return (series.plane(k).hu.copy() for k in range(series.shape[0]))
         return self._denoise(series, options)
 
@@ -107,21 +108,39 @@ class NetworkPipeline:
         if self.card.noise_map:
             part = options.blend
             noise = np.float32(to_network(series_noise_level(series) * options.strength))
-        rail = Rail(series.geometry.spacing_mm[1], part)
+        pixel_mm = series.geometry.spacing_mm[1]
+        rail = Rail(pixel_mm, part)
+        seen = self._seen(series)
         given: deque[Array] = deque()
 
         def feed() -> Iterator[Array]:
             for k in range(series.shape[0]):
                 given.append(network_input(series.plane(k)))
-                yield to_network(given[-1])
+                yield np.ascontiguousarray(to_network(given[-1][seen]))
 
         if self.card.input == "volume":
-            results = self._volumes.stream(feed(), series.shape[1:])
+            size = (seen[0].stop - seen[0].start, seen[1].stop - seen[1].start)
+            results = self._volumes.stream(feed(), size)
         else:
             stacks = (plane[None] for plane in feed()) if self.card.input == "slice" else triples(feed())
             results = (self._run(stack, noise) for stack in stacks)
         for k, result in enumerate(results):
-            yield rail(series.plane(k), given.popleft(), to_hu(result))
+            before = given.popleft()
+            after = before.copy()
+            after[seen] = to_hu(result)
+            yield rail(series.plane(k), before, after, inside(before, pixel_mm))
+
+    def _seen(self, series: Series) -> Box:
+        """What of each slice the network is given: the body of all, and as far around as its results depend on.
+
+        It begins where the network would begin a new step on the whole slice, so that it sees the same.
+        """
+        halo, stride = self.card.overlap_zyx[1], self._stride
+        rows, columns = (
+            slice(max(part.start - halo, 0) // stride * stride, min(part.stop + halo, length))
+            for part, length in zip(box(series), series.shape[1:], strict=True)
+        )
+        return rows, columns
 
     def _run(self, stack: Array, noise: np.float32 | None) -> Array:
         """One slice (y, x) from its channels (c, y, x): reflected up to the stride, in strips if it is large."""

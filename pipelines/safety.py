@@ -1,5 +1,5 @@
-"""Safety rails of every network here: it never sees padding as tissue, never touches padding or metal, and never moves
-the mean HU of a region.
+"""Safety rails of every network here: it never sees padding as tissue, never touches padding, metal or the air around the
+body, and never moves what is wider than the finest detail.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Rail:
         self._where: Mask = np.empty((0, 0), np.bool_)
         self._weight: Array = np.empty((0, 0), np.float32)
 
-    def __call__(self, plane: Plane, given: Array, denoised: Array) -> Array:
+    def __call__(self, plane: Plane, given: Array, denoised: Array, inside: Mask) -> Array:
         """One slice.
 
         Parameters
@@ -65,8 +65,10 @@ class Rail:
             As the network was given it, `network_input`.
         denoised
             Output of the network, (y, x) HU.
+        inside
+            Where it may change anything (`pipelines.body`), (y, x).
         """
-        fixed = _untouchable(plane)
+        fixed = _untouchable(plane) | ~inside
         change = denoised - given
         change -= self.low_frequencies(change, ~fixed)
         change *= self._part

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pipelines.body import BLOCK_PX, MARGIN_MM, box, inside, span, widened
+from pipelines.body import BLOCK_PX, MARGIN_MM, box, inside, span
+from pipelines.safety import network_input
 from pipelines.testing import water_volume
 from pipelines.volume import Plane, Volume
 
@@ -24,17 +25,17 @@ LUNG = disc(120, 100, 30)
 TABLE = (Y >= 222) & (Y < 232)
 
 
-def plane(body: np.ndarray, lung: np.ndarray | None = None, noise_hu: float = 0.0) -> Plane:
+def given(body: np.ndarray, lung: np.ndarray | None = None, noise_hu: float = 0.0) -> np.ndarray:
     hu = np.where(body, 40.0, -1000.0)
     if lung is not None:
         hu[lung] = -1000.0
     hu += np.random.default_rng(0).normal(0, noise_hu, hu.shape)
-    return Plane(np.maximum(hu, -1024).astype(np.float32), np.zeros(hu.shape, np.bool_))
+    return np.maximum(hu, -1024).astype(np.float32)
 
 
 @pytest.mark.parametrize("noise_hu", [0.0, 150.0])
 def test_the_body_with_its_lungs_is_inside_and_distant_air_and_table_are_not(noise_hu: float) -> None:
-    mask = inside(plane(BODY | TABLE, LUNG, noise_hu), PIXEL_MM)
+    mask = inside(given(BODY | TABLE, LUNG, noise_hu), PIXEL_MM)
     assert mask[BODY].all()
     reach = MARGIN_MM + 3 * BLOCK_PX  # of what blocks round off, and of the margin
     assert not mask[ndimage.distance_transform_edt(~BODY) > reach].any()
@@ -43,19 +44,18 @@ def test_the_body_with_its_lungs_is_inside_and_distant_air_and_table_are_not(noi
 
 def test_a_hollow_phantom_is_inside_as_a_whole() -> None:
     shell = disc(120, 128, 90) & ~disc(120, 128, 80)
-    assert inside(plane(shell), PIXEL_MM)[disc(120, 128, 90)].all()
+    assert inside(given(shell), PIXEL_MM)[disc(120, 128, 90)].all()
 
 
 def test_air_alone_and_padding_are_outside() -> None:
-    assert not inside(plane(np.zeros((SIZE, SIZE), np.bool_), noise_hu=100.0), PIXEL_MM).any()
+    assert not inside(given(np.zeros((SIZE, SIZE), np.bool_), noise_hu=100.0), PIXEL_MM).any()
     hu = np.full((61, 47), -3024.0, np.float32)
-    assert not inside(Plane(hu, np.ones(hu.shape, np.bool_)), PIXEL_MM).any()
+    assert not inside(network_input(Plane(hu, np.ones(hu.shape, np.bool_))), PIXEL_MM).any()
 
 
 def test_emphysema_at_the_rim_of_a_small_field_of_view_is_the_worst_that_is_missed() -> None:
     """A field of view within the lung: parenchyma counts, holes in it do so between others."""
-    lung = Plane(np.full((SIZE, SIZE), -850.0, np.float32), np.zeros((SIZE, SIZE), np.bool_))
-    assert inside(lung, PIXEL_MM).all()
+    assert inside(np.full((SIZE, SIZE), -850.0, np.float32), PIXEL_MM).all()
 
 
 def test_any_shape_agrees_with_scipy() -> None:
@@ -64,24 +64,23 @@ def test_any_shape_agrees_with_scipy() -> None:
     blocks[4:12, 20:28] = True
     blocks[6:10, 22:26] = False
     hu = np.where(blocks.repeat(BLOCK_PX, 0).repeat(BLOCK_PX, 1), 0.0, -1000.0).astype(np.float32)
-    given = Plane(hu, np.zeros(hu.shape, np.bool_))
     filled = ndimage.binary_fill_holes(blocks)
     opened = ndimage.binary_dilation(ndimage.binary_erosion(filled, np.ones((3, 3)), border_value=1), np.ones((3, 3)))
     expected = ndimage.binary_dilation(opened, np.ones((3, 3)), iterations=2)
     assert 0.05 < expected.mean() < 0.95
-    mask = inside(given, MARGIN_MM / (2 * BLOCK_PX))
+    mask = inside(hu, MARGIN_MM / (2 * BLOCK_PX))
     assert np.array_equal(mask, expected.repeat(BLOCK_PX, 0).repeat(BLOCK_PX, 1))
 
 
 def test_the_box_of_a_series_holds_every_slice() -> None:
-    planes = [plane(disc(90, 100, 50)), plane(disc(140, 150, 50)), plane(np.zeros((SIZE, SIZE), np.bool_))]
+    planes = [given(disc(90, 100, 50)), given(disc(140, 150, 50)), given(np.zeros((SIZE, SIZE), np.bool_))]
     volume = water_volume((3, SIZE, SIZE))
     series = Volume(
         geometry=volume.geometry,
         slice_uids=volume.slice_uids,
         slice_paths=volume.slice_paths,
-        hu=np.stack([one.hu for one in planes]),
-        padding=np.stack([one.padding for one in planes]),
+        hu=np.stack(planes),
+        padding=np.zeros((3, SIZE, SIZE), np.bool_),
     )
     both = inside(planes[0], volume.geometry.spacing_mm[1]) | inside(planes[1], volume.geometry.spacing_mm[1])
     rows, columns = box(series)
@@ -92,4 +91,3 @@ def test_the_box_of_a_series_holds_every_slice() -> None:
 def test_spans() -> None:
     assert span(np.array([False, True, False, True, False])) == slice(1, 4)
     assert span(np.zeros(4, np.bool_)) == slice(0, 0)
-    assert widened(slice(5, 9), 3, 10) == slice(2, 10)
