@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from training.data import Batch, Sampler
+from training.losses import CriticLoss
 
 GRADIENT_LIMIT = 1.0
 AVERAGE_DECAY = 0.998
@@ -68,7 +69,7 @@ class Adversary:
     critic
         Makes it.
     critic_loss
-        Of critic, denoised and target patches; the step seeds what it draws.
+        Of critic, denoised and target patches; the step seeds what it draws. Both terms are logged.
     generator_loss
         Of critic and denoised patches; added to the loss of the recipe.
     critic_steps
@@ -76,7 +77,7 @@ class Adversary:
     """
 
     critic: Callable[[], nn.Module]
-    critic_loss: Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
+    critic_loss: Callable[[nn.Module, torch.Tensor, torch.Tensor, int], CriticLoss]
     generator_loss: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     critic_steps: int
     learning_rate: float
@@ -220,16 +221,18 @@ class Run:
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self.device, torch.bfloat16)
 
-    def _teach_critic(self, batch: Batch, number: int) -> None:
+    def _teach_critic(self, batch: Batch, number: int) -> torch.Tensor:
+        """One step of the critic; both terms of its loss."""
         assert self.critic is not None
         assert self.adversary is not None
         with torch.no_grad(), self._autocast():
             denoised, target = self.predict(self.network, batch)
-        value = self.adversary.critic_loss(self.critic, denoised.float(), target.float(), number)
+        terms = self.adversary.critic_loss(self.critic, denoised.float(), target.float(), number)
         self.critic_optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        terms.value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         nn.utils.clip_grad_norm_(self.critic.parameters(), math.inf, error_if_nonfinite=True)
         self.critic_optimizer.step()
+        return torch.stack(terms).detach()
 
     def _teach(self, batch: Batch) -> torch.Tensor:
         with self._autocast():
@@ -275,6 +278,7 @@ class Run:
         numbers = range(self.step * (1 + each), self.schedule.steps * (1 + each))
         loader = torch.utils.data.DataLoader(self.batches, batch_size=None, sampler=numbers, num_workers=self.workers)
         losses: list[torch.Tensor] = []
+        of_critic: list[torch.Tensor] = []
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
 
             def write(**values: float) -> None:
@@ -285,7 +289,7 @@ class Run:
             for number, cpu in zip(numbers, loader, strict=True):
                 batch = Batch(*(tensor.to(self.device, non_blocking=True) for tensor in cpu))
                 if number % (1 + each) < each:
-                    self._teach_critic(batch, number)
+                    of_critic.append(self._teach_critic(batch, number))
                     continue
                 losses.append(self._teach(batch))
                 self.step += 1
@@ -293,8 +297,11 @@ class Run:
                 self.seconds, start = self.seconds + now - start, now
                 if self.step % LOG_EVERY == 0:
                     mean = float(torch.stack(losses).mean())
+                    terms = torch.stack(of_critic).mean(0).tolist() if of_critic else ()
                     losses.clear()
-                    write(loss=mean, rate=self.schedule.rate(self.step - 1))
+                    of_critic.clear()
+                    critic = dict(zip(("wasserstein_distance", "gradient_penalty"), terms, strict=False))
+                    write(loss=mean, rate=self.schedule.rate(self.step - 1), **critic)
                     left = (now - begun) / (self.step - first) * (self.schedule.steps - self.step)
                     print(f"step {self.step}/{self.schedule.steps}  loss {mean:.5f}  ETA {left / 60:.0f} min", end="\r")
                     sys.stdout.flush()

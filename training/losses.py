@@ -23,6 +23,7 @@ nothing about what lies outside a window is free to invent HU there. What that d
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -169,10 +170,24 @@ def gradient_penalty(
         return GRADIENT_PENALTY_WEIGHT * excess.square().mean()
 
 
+class CriticLoss(NamedTuple):
+    """The two terms of what a critic makes small."""
+
+    distance: torch.Tensor
+    """``E[D(real)] − E[D(fake)]``: the Wasserstein distance, as far as the critic knows it."""
+    penalty: torch.Tensor
+    """`gradient_penalty`."""
+
+    @property
+    def value(self) -> torch.Tensor:
+        """What is made small."""
+        return self.penalty - self.distance
+
+
 def wgan_critic_loss(
     critic: Critic, real: torch.Tensor, fake: torch.Tensor, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """``E[D(fake)] − E[D(real)]`` + gradient penalty: what the critic makes small (DCSWGAN).
+) -> CriticLoss:
+    """``E[D(fake)] − E[D(real)]`` + gradient penalty, in its two terms (DCSWGAN).
 
     Parameters
     ----------
@@ -187,7 +202,7 @@ def wgan_critic_loss(
     """
     with _float32(real):
         distance = critic(real.float()).mean() - critic(fake.detach().float()).mean()
-        return gradient_penalty(critic, real, fake, generator) - distance
+        return CriticLoss(distance, gradient_penalty(critic, real, fake, generator))
 
 
 def wgan_generator_loss(

@@ -15,7 +15,7 @@ from torch import nn
 from training.card import Plateau
 from training.data import Batch, Sampler
 from training.loop import Adversary, Loss, OtherTraining, Run, Schedule
-from training.losses import charbonnier
+from training.losses import CriticLoss, charbonnier
 from training.sources.scans import Scan
 
 
@@ -64,7 +64,9 @@ class _Tiring(nn.Module):
 
 CRITIC = Adversary(
     critic=lambda: nn.Sequential(nn.Flatten(), nn.Linear(256, 1)),
-    critic_loss=lambda critic, denoised, target, number: (critic(denoised) - critic(target)).mean(),
+    critic_loss=lambda critic, denoised, target, number: CriticLoss(
+        (critic(target) - critic(denoised)).mean(), torch.tensor(float(number))
+    ),
     generator_loss=lambda critic, denoised: -critic(denoised).mean(),
     critic_steps=2,
     learning_rate=1e-2,
@@ -274,6 +276,17 @@ def test_it_learns_and_logs(tmp_path: Path) -> None:
     assert logged[-1]["loss"] < 0.7 * logged[0]["loss"]
     assert logged[-1]["rate"] < logged[1]["rate"]
     assert [line["step"] for line in lines if "validation_psnr_db" in line] == list(range(10, 201, 10))
+
+
+def test_what_the_critic_learns_is_logged(tmp_path: Path) -> None:
+    """The mean over the steps of the critic since the line before: of the numbers 0, 1, 3, 4, … of its batches."""
+    run = _run(tmp_path, Schedule(100, 1e-3, warm_up=0), CRITIC)
+    run.train(lambda: None)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    own = [[number for number in range(first, first + 150) if number % 3 < 2] for first in (0, 150)]
+    assert [line["gradient_penalty"] for line in logged] == pytest.approx([np.mean(numbers) for numbers in own])
+    assert logged[1]["wasserstein_distance"] > logged[0]["wasserstein_distance"] > 0  # nothing bounds this critic
 
 
 def test_frozen_weights_stay(tmp_path: Path) -> None:

@@ -218,9 +218,11 @@ def test_wgan_losses_and_where_their_gradients_go() -> None:
     output, target = images(1).requires_grad_(), images(0)
     scores = [critic(v).mean().item() for v in (output, target)]
     penalty = gradient_penalty(critic, target, output, torch.Generator().manual_seed(7)).item()
-    loss = wgan_critic_loss(critic, target, output, torch.Generator().manual_seed(7))
-    assert loss.item() == pytest.approx(scores[0] - scores[1] + penalty, rel=1e-5)
-    loss.backward()
+    terms = wgan_critic_loss(critic, target, output, torch.Generator().manual_seed(7))
+    assert terms.distance.item() == pytest.approx(scores[1] - scores[0], rel=1e-5)
+    assert terms.penalty.item() == pytest.approx(penalty, rel=1e-5)
+    assert terms.value.item() == pytest.approx(scores[0] - scores[1] + penalty, rel=1e-5)
+    terms.value.backward()
     assert output.grad is None
     assert critic.conv.weight.grad is not None
     distance = (output - target).abs().mean().item()
@@ -237,7 +239,7 @@ def test_the_best_linear_critic_has_the_slope_it_should() -> None:
 
     def gradient(slope: float) -> float:
         a = torch.tensor(slope, requires_grad=True)
-        return float(torch.autograd.grad(wgan_critic_loss(lambda x: a * x.flatten(1), real, fake), a)[0])
+        return float(torch.autograd.grad(wgan_critic_loss(lambda x: a * x.flatten(1), real, fake).value, a)[0])
 
     assert gradient(1.025) == pytest.approx(0, abs=1e-5)
     assert gradient(1.0) == pytest.approx(-0.5, rel=1e-5)
@@ -252,7 +254,7 @@ def test_wgan_losses_are_float32_under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             runs.append(
                 [
-                    wgan_critic_loss(critic, real, fake, generator).item(),
+                    wgan_critic_loss(critic, real, fake, generator).value.item(),
                     wgan_generator_loss(critic, fake, real).item(),
                 ]
             )

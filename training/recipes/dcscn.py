@@ -19,7 +19,7 @@ from pipelines.torch_engine import load_network
 from training.critic import Critic
 from training.data import Batch
 from training.loop import Adversary, Loss, Schedule
-from training.losses import l1, wgan_critic_loss, wgan_generator_loss
+from training.losses import CriticLoss, l1, wgan_critic_loss, wgan_generator_loss
 from training.recipes import Recipe, flat, plane
 
 PATCH = 80
@@ -28,7 +28,7 @@ L1_WEIGHT = 100.0
 ADVERSARIAL = "Adversarial training makes texture that looks right; it may make structure that is not there."
 
 
-def _critic_loss(critic: nn.Module, denoised: torch.Tensor, target: torch.Tensor, number: int) -> torch.Tensor:
+def _critic_loss(critic: nn.Module, denoised: torch.Tensor, target: torch.Tensor, number: int) -> CriticLoss:
     return wgan_critic_loss(critic, target, denoised, torch.Generator().manual_seed(number))
 
 
