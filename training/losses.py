@@ -16,7 +16,7 @@ nothing about what lies outside a window is free to invent HU there. What that d
     On the paper's unit range, W a parameter: C1 and C2 are parts of the data range, and the balance between the two
     terms depends on it. Values outside the window go beyond [0, 1] and count.
 `wgan_critic_loss`, `wgan_generator_loss`
-    In network units. The Wasserstein distance of a 1-Lipschitz critic scales as L1 does, so the printed λ1 holds in any
+    In network units. The Wasserstein distance of a 1-Lipschitz critic scales as L1 does, so a λ1 holds in any
     unit; the gradient penalty (‖∇‖ − 1)² has none, and weighs 1000/W times more against a distance so much smaller.
 """
 
@@ -205,13 +205,7 @@ def wgan_critic_loss(
         return CriticLoss(distance, gradient_penalty(critic, real, fake, generator))
 
 
-def wgan_generator_loss(
-    critic: Critic, output: torch.Tensor, target: torch.Tensor, l1_weight: float = 100.0
-) -> torch.Tensor:
-    """``−E[D(output)] + λ1·L1`` (DCSWGAN); with `l1_weight` 0 the paper's WGAN baseline.
-
-    λ1 is not stated; 100 is where to start. It holds in any unit, see above.
-    """
+def wgan_generator_loss(critic: Critic, output: torch.Tensor) -> torch.Tensor:
+    """``−E[D(output)]``: what the network makes small beside λ1·L1 (DCSWGAN), or alone (the paper's WGAN)."""
     with _float32(output):
-        adversarial = -critic(output.float()).mean()
-    return adversarial + l1_weight * l1(output, target) if l1_weight else adversarial
+        return -critic(output.float()).mean()

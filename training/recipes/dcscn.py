@@ -24,7 +24,7 @@ from training.recipes import Recipe, flat, plane
 
 PATCH = 80
 L1_WEIGHT = 100.0
-"""λ1 of DCSWGAN; not stated."""
+"""λ1 of DCSWGAN; not stated. It holds in any unit (`training.losses`)."""
 ADVERSARIAL = "Adversarial training makes texture that looks right; it may make structure that is not there."
 
 
@@ -47,7 +47,7 @@ def _nothing(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torc
 ADVERSARY = Adversary(
     critic=lambda: Critic(PATCH),
     critic_loss=_critic_loss,
-    generator_loss=lambda critic, denoised: wgan_generator_loss(critic, denoised, denoised, 0.0),
+    generator_loss=wgan_generator_loss,
     critic_steps=1,  # not stated; 1 is what Eulig et al. (Med Phys 2024) found for WGAN-VGG
     learning_rate=1e-4,  # not stated
     betas=(0.5, 0.9),  # not stated
