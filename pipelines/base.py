@@ -47,7 +47,8 @@ class ModelCard:
     weights_sha256: str
     """Digest of the weights file; empty for a pipeline without weights."""
     files_sha256: dict[str, str] = field(default_factory=dict)
-    """Digests of what else lies beside the weights, by suffix: ``xml`` and ``int8.xml`` are graphs for OpenVINO."""
+    """Digests of what else lies beside the weights, by suffix: ``xml``, the graph for OpenVINO, and ``int8.xml`` with
+    ``int8.bin``, or ``int8.json`` and perhaps ``int8.safetensors``, which stand in for it (and for them) in INT8."""
     int8_loss_db: float | None = None
     """PSNR that INT8 loses against fp32 on series that nothing was trained on; None: not measured."""
     valid_for: Envelope = field(default_factory=Envelope)
@@ -226,6 +227,11 @@ def pipeline_hash(card: ModelCard, options: Options) -> str:
         "name": card.name,
         "version": card.version,
         "weights_sha256": card.weights_sha256,
+        "files_sha256": {
+            suffix: digest
+            for suffix, digest in card.files_sha256.items()
+            if suffix.startswith("int8.") == (card.precision == "int8")
+        },
         "backend": card.backend,
         "precision": card.precision,
         **asdict(options),

@@ -295,8 +295,11 @@ def stream_engine(card: ModelCard, network: Callable[[], nn.Module], choice: Cho
     from pipelines.openvino_stream import StreamEngine as OpenVINOStream
 
     assert choice.precision != "fp16"  # that is for GPUs
-    ranges = json.loads(read_file(card, "int8.json", folder)) if choice.precision == "int8" else None
-    weights = load(read_weights(card, folder))
+    ranges, content = None, read_weights(card, folder)
+    if choice.precision == "int8":
+        ranges = json.loads(read_file(card, "int8.json", folder))
+        if "int8.safetensors" in card.files_sha256:  # trained on in INT8
+            content = read_file(card, "int8.safetensors", folder)
     return _OpenVINOStreams(
-        partial(OpenVINOStream, weights, precision=choice.precision, ranges=ranges, threads=choice.threads)
+        partial(OpenVINOStream, load(content), precision=choice.precision, ranges=ranges, threads=choice.threads)
     )
