@@ -56,6 +56,18 @@ def test_page_says_whether_the_plateau_was_reached(gain_db: float | None, reache
     assert ", commit abc:" in text
 
 
+def test_page_says_what_a_network_began_with_and_was_compared_by() -> None:
+    card = json.loads((runtime.WEIGHTS / "st3d.json").read_text(encoding="utf-8"))
+    card["training"] |= {"began_with": "drl 336233b6", "features": "ct-ae 476a"}
+    text = page(card)
+    assert "\nIt began with the weights of drl (version 336233b6).\n" in text
+    assert "\nCompared by the features of ct-ae, weights SHA-256 `476a`, beside its values.\n" in text
+    card["training"] |= {"began_with": "", "features": "random"}
+    text = page(card)
+    assert "It began with" not in text
+    assert "\nCompared by the features of random, beside its values.\n" in text
+
+
 def test_every_page_has_its_card() -> None:
     assert sorted(path.stem for path in model_page.PAGES.glob("*.md")) == SHIPPED
 

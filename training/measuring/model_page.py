@@ -84,6 +84,12 @@ def _how(training: dict[str, Any]) -> list[str]:
         "",
         f"    {training['command']}",
     ]
+    if began_with := training.get("began_with"):
+        lines += ["", "It began with the weights of {} (version {}).".format(*began_with.split())]
+    if features := training.get("features"):
+        backbone, *digest = features.split()
+        known = f", weights SHA-256 `{digest[0]}`" if digest else ""
+        lines += ["", f"Compared by the features of {backbone}{known}, beside its values."]
     if plateau := training.get("plateau"):
         lines += ["", plateau_in_words(plateau)]
     return lines
