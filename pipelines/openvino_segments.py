@@ -200,7 +200,7 @@ def _convolve(x: Node, convolution: Convolution, weight: Weights) -> Node:
     _, _, _, rows, columns = weight.shape
     pads = [0, rows // 2, columns // 2]
     weights = _constant(weight) if convolution.largest is None else _eight_bit(weight)
-    y = op.convolution(x, weights, [1, 1, 1], pads, pads, [1, 1, 1])
+    y = op.convolution(x, weights, [1, 1, 1], pads, pads, [1, 1, 1], name=convolution.name)
     return op.add(y, _constant(convolution.bias.reshape(1, -1, 1, 1, 1)))
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import WeightsDamaged
-from pipelines.openvino_core import Precision, compile_model, float_of, ov
+from pipelines.openvino_core import Precision, compile_model, convolution_precisions, float_of, give_memory_back, ov
 from pipelines.openvino_segments import Code, Convolution, Planes, segment
 
 Plane = NDArray[np.float32]
@@ -132,7 +132,8 @@ class _Segment:
         for p, model in enumerate(models):
             self.compiled.append(compile_model(model, precision, threads))
             self._requests.append(self.compiled[-1].create_infer_request())
-            self.run(p)  # of zeros: what compiling took is only given back after a first run
+            self.run(p)  # of zeros: what compiling took is only freed after a first run
+            give_memory_back()
 
     def run(self, p: int) -> None:
         """Make plane `p`."""
@@ -255,6 +256,12 @@ class StreamEngine:
         trunks = self._trunks.values()
         return sum(ring.values.nbytes for ring in (self._input, self._result, *self._rings, *trunks))
 
+    @property
+    def precisions(self) -> dict[str, str]:
+        """What each convolution really runs in, see `pipelines.openvino_core.convolution_precisions`."""
+        models = (model for made_by in self._segments for model in made_by.compiled)
+        return {name: precision for model in models for name, precision in convolution_precisions(model).items()}
+
     def stream(self, planes: Iterator[Plane]) -> Iterator[Plane]:
         """Run the network over a volume of any number of planes.
 
@@ -318,8 +325,8 @@ def calibrate(
 ) -> dict[str, float]:
     """Find the ranges of the activations for ``int8``: the largest magnitudes that occur in fp32.
 
-    The first and the last convolution have none and so stay in float: with a single channel on one side they are no
-    faster in 8 bits, and their rounding would go straight into the image.
+    The head and the tail get none and so stay in float: they are a sixtieth of the operations, and their rounding is a
+    fifth of the difference from fp32 (1.09 instead of 1.34 HU rms in `st3d`).
 
     Parameters
     ----------
@@ -357,5 +364,4 @@ def calibrate(
             pass
     if not ranges:
         raise ValueError("there is no slice to find the ranges of the activations with")
-    names = list(ranges)
-    return {name: ranges[name] for name in names[1:-1]}
+    return {name: largest for name, largest in ranges.items() if name.split(".")[0] not in ("head", "tail")}

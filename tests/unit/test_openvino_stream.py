@@ -1,0 +1,226 @@
+"""The streams of OpenVINO against the same networks in PyTorch on whole volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from torch import nn
+
+from pipelines.base import WeightsDamaged
+from pipelines.openvino_core import compile_model, cpu_supports
+from pipelines.openvino_segments import Code, Planes, segment
+from pipelines.openvino_stream import Plane, StreamEngine, calibrate
+from pipelines.runtime import WEIGHTS
+from pipelines.stresnet import ResNet3D, SRResNet3D, STResNet
+
+HU = 1000.0
+SHAPE = (47, 61)
+
+Weights = dict[str, NDArray[np.float32]]
+
+
+def _network(
+    kind: type[STResNet] | type[SRResNet3D], features: int, blocks: int, seed: int
+) -> tuple[ResNet3D, Weights]:
+    """A network of random weights that changes its input by about as much as the input itself."""
+    torch.manual_seed(seed)
+    network = kind(features, blocks)
+    for parameter in network.parameters():
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 100.0
+        nn.init.normal_(parameter, std=fan_in**-0.5)
+    network.eval().requires_grad_(False)
+    return network, {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+
+
+def _volume(slices: int, shape: tuple[int, int] = SHAPE) -> NDArray[np.float32]:
+    return np.random.default_rng(slices).normal(0, 0.5, (slices, *shape)).astype(np.float32)
+
+
+def _whole(network: ResNet3D, volume: NDArray[np.float32]) -> NDArray[np.float32]:
+    result: NDArray[np.float32] = network(torch.from_numpy(volume)[None, None])[0, 0].numpy()
+    return result
+
+
+def _streamed(engine: StreamEngine, volume: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.stack(list(engine.stream(iter(volume))))
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096 / 2**20
+
+
+def _noisy_phantom(seed: int) -> NDArray[np.float32]:
+    """Lung, soft tissue and bone under noise of 30 HU that is smooth over a few pixels, as a scanner's is."""
+    rng = np.random.default_rng(seed)
+    z, y, x = np.mgrid[:9, :64, :72].astype(np.float32)
+    hu = np.full(z.shape, -1000.0)
+    hu[(y - 32) ** 2 + (x - 36) ** 2 < 30**2] = 40.0
+    hu[(y - 30) ** 2 + (x - 24) ** 2 < 9**2] = -850.0
+    hu[(y - 40) ** 2 + (x - 48) ** 2 < (3 + z / 2) ** 2] = 700.0
+    noise = rng.normal(size=(9, 65, 73))
+    smooth = noise[:, 1:, 1:] + noise[:, :-1, 1:] + noise[:, 1:, :-1] + noise[:, :-1, :-1]
+    return ((hu + 30 * smooth / 2) / HU).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "features", "blocks"),
+    [(STResNet, 32, 3), (STResNet, 12, 0), (SRResNet3D, 16, 2)],
+    ids=["spatial-temporal", "no blocks", "volumetric"],
+)
+def test_a_stream_is_the_whole_volume_at_once(
+    kind: type[STResNet] | type[SRResNet3D], features: int, blocks: int
+) -> None:
+    """One engine for volume after volume: shorter and longer than what a result depends on."""
+    network, weights = _network(kind, features, blocks, seed=blocks)
+    engine = StreamEngine(weights, SHAPE, precision="fp32", ranges=None, threads=1)
+    assert engine.halo == 2 * blocks + 3
+    assert list(engine.stream(iter(()))) == []
+    for slices in (25, 1, 2, 3, 7):
+        volume = _volume(slices)
+        expected = _whole(network, volume)
+        assert np.abs(expected - volume).max() * HU > 100
+        assert np.abs(_streamed(engine, volume) - expected).max() * HU <= 0.01
+
+
+def test_the_shipped_network_in_fewer_bits() -> None:
+    """Against fp32 on noise; each slice by itself, for those at the ends see the zeros outside the volume."""
+    weights = load_file(WEIGHTS / "st3d.safetensors")
+    volume = _noisy_phantom(seed=1)
+    network = STResNet()
+    network.load_state_dict({name: torch.from_numpy(array).float() for name, array in weights.items()})
+    with torch.inference_mode():
+        expected = _whole(network, volume)
+    ranges = calibrate(weights, [iter(_noisy_phantom(seed=2))])
+
+    def rms_hu(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        square = np.square((values - expected) * HU).mean(axis=(1, 2))
+        return np.asarray(np.sqrt(square))
+
+    assert rms_hu(volume).min() > 15  # that is what the network changes
+    shape = (volume.shape[1], volume.shape[2])
+    if cpu_supports("bf16"):
+        bf16 = StreamEngine(weights, shape, precision="bf16", ranges=None, threads=1)
+        assert rms_hu(_streamed(bf16, volume)).max() < 1.3
+        assert set(bf16.precisions.values()) == {"bf16"}
+    if cpu_supports("int8"):
+        int8 = StreamEngine(weights, shape, precision="int8", ranges=ranges, threads=1)
+        assert rms_hu(_streamed(int8, volume)).max() < 2.0
+        eight_bit = {name for name, precision in int8.precisions.items() if precision in ("u8", "i8")}
+        assert eight_bit == set(ranges)
+        assert set(int8.precisions) - eight_bit == {"head.0", "head.1", "tail.0", "tail.1"}
+
+
+@pytest.mark.skipif(not cpu_supports("int8"), reason="this CPU has no 8-bit dot products")
+def test_volumetric_convolutions_run_in_eight_bits() -> None:
+    """Half of them take what a relu left, which has no negative codes."""
+    network, weights = _network(SRResNet3D, 16, 1, seed=5)
+    volume = _volume(9)
+    expected = _whole(network, volume)
+    ranges = calibrate(weights, [iter(volume)])
+    engine = StreamEngine(weights, SHAPE, precision="int8", ranges=ranges, threads=1)
+    assert {name for name, precision in engine.precisions.items() if precision in ("u8", "i8")} == set(ranges)
+    error = np.sqrt(np.square(_streamed(engine, volume) - expected).mean(axis=(1, 2)))
+    change = np.sqrt(np.square(expected - volume).mean(axis=(1, 2)))
+    assert (error / change).max() < 0.03
+
+
+def test_calibration_finds_the_largest_inputs() -> None:
+    """Those that forward hooks see on the whole volumes; of two sizes and one of them empty."""
+    network, weights = _network(STResNet, 8, 2, seed=3)
+    volumes = [_volume(6), _volume(4, (20, 30))]
+    found: dict[str, float] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv3d):
+
+            def see(_: nn.Module, inputs: tuple[torch.Tensor], name: str = name) -> None:
+                found[name] = max(found.get(name, 0.0), float(inputs[0].abs().max()))
+
+            module.register_forward_pre_hook(see)
+    for volume in volumes:
+        _whole(network, volume)
+    expected = {name: value for name, value in found.items() if not name.startswith(("head", "tail"))}
+    ranges = calibrate(weights, [iter(volumes[0]), iter(()), iter(volumes[1])])
+    assert ranges == pytest.approx(expected, rel=1e-4)
+    assert len(ranges) == 10
+    with pytest.raises(ValueError, match="no slice"):
+        calibrate(weights, [iter(())])
+
+
+def test_a_result_comes_when_its_neighbourhood_is_there() -> None:
+    _, weights = _network(STResNet, 4, 1, seed=0)
+    engine = StreamEngine(weights, SHAPE, precision="fp32", ranges=None, threads=1)
+    volume = _volume(12)
+    taken = 0
+
+    def planes() -> Iterator[Plane]:
+        nonlocal taken
+        for plane in volume:
+            taken += 1
+            yield plane
+
+    counts = [taken for _ in engine.stream(planes())]
+    assert counts == [min(k + engine.halo + 1, 12) for k in range(12)]
+
+
+def test_memory_does_not_grow_with_the_number_of_slices() -> None:
+    """One plane of features kept of each of 300 slices would be 85 MB."""
+    _, weights = _network(STResNet, 24, 1, seed=0)
+    engine = StreamEngine(weights, SHAPE, precision="fp32", ranges=None, threads=1)
+    plane = _volume(1)[0]
+    results = engine.stream(plane for _ in range(300))
+    for _ in range(20):
+        next(results)
+    before = _resident_mib()
+    assert sum(1 for _ in results) == 280
+    assert _resident_mib() - before < 4
+    features, single = 24 * plane.nbytes, plane.nbytes
+    # five windows of three (the last of one channel), the trunk of the head for four, the input for six and the result
+    assert engine.state_bytes == (4 * 3 + 4) * features + (3 + 6 + 1) * single
+
+
+def test_a_code_is_its_formula() -> None:
+    """``value = (code − zero) · step``, rounded to the nearest and clipped, both ways."""
+    values = np.linspace(-3, 3, 8 * 96, dtype=np.float32).reshape(1, 1, 8, 12, 8)
+    for signed in (True, False):
+        code = Code.of_range(2.0, signed=signed)
+        assert code.step is not None
+        stored, plain = Planes(8, 12, 8, code), Planes(8, 12, 8, Code.of_float("fp32"))
+        store = segment(window=None, skip=plain, relu=False, trunk=None, plane=stored, across=None)
+        codes = compile_model(store, "fp32", 1)({"skip": values})["plane"]
+        exact = values / code.step + code.zero
+        assert np.abs(codes - np.clip(exact, 0, 255)).max() <= 0.5 + 1e-3
+        load = segment(window=None, skip=stored, relu=False, trunk=None, plane=plain, across=None)
+        loaded = compile_model(load, "fp32", 1)({"skip": codes})["plane"]
+        np.testing.assert_allclose(loaded, (codes.astype(np.float32) - code.zero) * code.step, atol=1e-6)
+        assert loaded.max() == pytest.approx(2.0)
+
+
+def test_refusals() -> None:
+    _, weights = _network(STResNet, 4, 1, seed=0)
+    with pytest.raises(ValueError, match="int8 needs the ranges"):
+        StreamEngine(weights, SHAPE, precision="int8", ranges=None, threads=1)
+    incomplete = {name: array for name, array in weights.items() if name != "tail.1.bias"}
+    with pytest.raises(WeightsDamaged, match=r"tail\.1\.bias' is missing"):
+        StreamEngine(incomplete, SHAPE, precision="fp32", ranges=None, threads=1)
+    stranger = {**weights, "neck.weight": weights["head.0.weight"]}
+    with pytest.raises(WeightsDamaged, match=r"neck\.weight is not in one of 1 blocks"):
+        StreamEngine(stranger, SHAPE, precision="fp32", ranges=None, threads=1)
+    with pytest.raises(WeightsDamaged, match=r"blocks\.5\.first\.0 is not in"):
+        StreamEngine(weights, SHAPE, precision="int8", ranges={"blocks.5.first.0": 1.0}, threads=1)
+    engine = StreamEngine(weights, SHAPE, precision="fp32", ranges=None, threads=1)
+    with pytest.raises(ValueError, match=r"plane 1 has \(61, 47\)"):
+        list(engine.stream(iter((_volume(1)[0], _volume(1)[0].T))))
+    volume = _volume(9)
+    first = engine.stream(iter(volume))
+    next(first)
+    second = _streamed(engine, volume)
+    with pytest.raises(RuntimeError, match="another volume was begun"):
+        next(first)
+    np.testing.assert_array_equal(_streamed(engine, volume), second)
