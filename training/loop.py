@@ -20,7 +20,9 @@ from training.data import Batch, Sampler
 from training.losses import CriticLoss
 
 GRADIENT_LIMIT = 1.0
+"""Longest gradient of the network; of no paper here, every recipe has it."""
 AVERAGE_DECAY = 0.998
+"""Of the running average of the weights, which is what is validated and shipped; of no paper here either."""
 LOG_EVERY = 50
 """Steps between two lines of the log."""
 _CHECKS, _CHECK_EVERY = 20, 500

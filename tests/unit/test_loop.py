@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+import training
 from training.card import Plateau
 from training.data import Batch, Sampler
-from training.loop import Adversary, Loss, OtherTraining, Run, Schedule
+from training.loop import AVERAGE_DECAY, GRADIENT_LIMIT, Adversary, Loss, OtherTraining, Run, Schedule
 from training.losses import CriticLoss, charbonnier
+from training.recipes import MODULES
 from training.sources.scans import Scan
 
 
@@ -266,6 +269,16 @@ def test_validations_are_enough_to_tell_a_plateau(tmp_path: Path, steps: int, de
     log = tmp_path / "log.jsonl"
     log.write_text("".join(f'{{"step": {k}, "validation_psnr_db": 30.0}}\n' for k in checks), encoding="utf-8")
     assert Plateau.of(log, schedule.decay_from).gain_db == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_ours_in_every_training_is_said() -> None:
+    said = Path(training.__file__).parents[1].joinpath("docs", "training.md").read_text(encoding="utf-8")
+    assert f"running average over the steps (decay {AVERAGE_DECAY})" in said
+    assert f"gradients are clipped to length {GRADIENT_LIMIT}" in said
+    for module in {f"training.recipes.{name}" for name in MODULES.values()}:
+        words = " ".join((importlib.import_module(module).__doc__ or "").split())
+        assert "averaged weights, clipped gradients and bfloat16" in words.lower(), module
+        assert "ours" in words, module
 
 
 def test_it_learns_and_logs(tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""What is trained and how: one module per paper, each with its ``RECIPES`` by name of the pipeline."""
+"""What is trained and how: one module per paper, each with its ``RECIPES`` by name of the pipeline.
+
+Ours in every recipe, whatever its paper says: averaged weights, clipped gradients and bfloat16 (`training.loop`), a
+rate that warms up and falls at the end where the recipe does not say otherwise, and the data.
+"""
 
 from __future__ import annotations
 

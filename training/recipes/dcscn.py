@@ -1,7 +1,8 @@
 """DCSCN and DCSWGAN, and the plain networks they were compared with (You et al.): L1, and Wasserstein with L1.
 
 The paper states 80×80 patches, L1 for DCSCN and CNN-L1, and the Wasserstein distance with gradient penalty for the
-others. It states no weights, optimiser, rate, batch or number of steps.
+others. It states no weights, optimiser, rate, batch or number of steps. Averaged weights, clipped gradients and
+bfloat16 are ours (`training.loop`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""FFDNet on three slices, told the noise level: the noise of the centre slice."""
+"""FFDNet on three slices, told the noise level: the noise of the centre slice.
+
+The training is ours: loss, schedule, averaged weights, clipped gradients and bfloat16 (`training.loop`).
+"""
 
 from __future__ import annotations
 

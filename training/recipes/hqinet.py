@@ -1,7 +1,9 @@
 """HQINet (Lu et al.): three slices in, the full-dose middle slice out; 0.85·L1 + 0.15·(1 − SSIM).
 
-``hqinet`` is the paper's training: Adam at a fixed rate of 0.01, batch 88, 20 epochs (of the paper's 50 patients, about
-6,000 steps). It needs GPUs with 96 GB together; ``hqinet-lite`` is what a CPU can train.
+``hqinet`` has what the paper states: Adam at a fixed rate of 0.01, batch 88, 20 epochs (of the paper's 50 patients,
+about 6,000 steps). It is not the paper's training to the letter: averaged weights, clipped gradients and bfloat16 are
+ours (`training.loop`), and so are the window of the loss and the data. It needs GPUs with 96 GB together;
+``hqinet-lite`` is what a CPU can train.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""RED-CNN, the yardstick: data, loss and schedule of our defaults, so that the networks alone are compared."""
+"""RED-CNN, the yardstick: data, loss and schedule of our defaults, so that the networks alone are compared.
+
+As with them, averaged weights, clipped gradients and bfloat16 are ours (`training.loop`).
+"""
 
 from __future__ import annotations
 

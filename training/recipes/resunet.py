@@ -1,4 +1,7 @@
-"""ResUNet on three slices, told the noise level: the default of a site that looks at the images."""
+"""ResUNet on three slices, told the noise level: the default of a site that looks at the images.
+
+The training is ours: loss, schedule, averaged weights, clipped gradients and bfloat16 (`training.loop`).
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """STResNet and the SRResNet3D it is compared with (Wei and Hsu, MIDL 2021), trained alike on volumes.
 
 The paper states the data (184 chest scans at 10 % of the dose, 2.0 mm to 1.0 mm) and mixed precision; loss, optimiser,
-rate, patch and batch are not stated: those of our defaults are taken. ``--z-target-mm 1`` learns thick to thin.
+rate, patch and batch are not stated: those of our defaults are taken. Averaged weights, clipped gradients and
+bfloat16 as the mixed precision are ours (`training.loop`). ``--z-target-mm 1`` learns thick to thin.
 """
 
 from __future__ import annotations
