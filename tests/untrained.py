@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 from pipelines.base import Execution, ModelCard
+from pipelines.body import inside
 from pipelines.runtime import WEIGHTS
 from pipelines.safety import Rail, network_input
 from pipelines.volume import Volume
@@ -77,5 +78,6 @@ def reach(network: nn.Module, size: int) -> tuple[int, int]:
 
 def through_rails(volume: Volume, denoised: NDArray[np.float32]) -> NDArray[np.float32]:
     """What must leave a pipeline whose network makes `denoised`, (z, y, x) HU, of its input."""
-    rail, given = Rail(volume.geometry.spacing_mm[1], 1.0), network_input(volume)
-    return np.stack([rail(volume.plane(k), given[k], plane) for k, plane in enumerate(denoised)])
+    pixel_mm = volume.geometry.spacing_mm[1]
+    rail, given = Rail(pixel_mm, 1.0), network_input(volume)
+    return np.stack([rail(volume.plane(k), given[k], hu, inside(given[k], pixel_mm)) for k, hu in enumerate(denoised)])

@@ -81,7 +81,8 @@ def test_slices_are_asked_of_the_pipeline_one_by_one() -> None:
 
 def test_a_volume_is_all_slices_under_one_another() -> None:
     out = denoise_volume(Gives(right(3)), water_volume((3, 8, 6)))
-    assert (out.dtype, out.shape) == (np.float32, (3, 8, 6))
+    assert out.dtype == np.float32
+    assert out.shape == (3, 8, 6)
     assert [float(plane.mean()) for plane in out] == [0, 1, 2]
 
 

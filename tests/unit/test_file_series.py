@@ -76,7 +76,8 @@ def test_every_slice_is_that_of_the_volume_in_whatever_order_it_is_asked_for(tmp
             assert getattr(series, name) == getattr(volume, name)
         for k in (0, 8, 3, 4, 2, 8, 7, 6, 5, 1, 0):
             plane = series.plane(k)
-            assert (plane.hu.dtype, plane.padding.dtype) == (np.float32, np.bool_)
+            assert plane.hu.dtype == np.float32
+            assert plane.padding.dtype == np.bool_
             assert np.array_equal(plane.hu, volume.hu[k])
             assert np.array_equal(plane.padding, volume.padding[k])
     expected = hu[::-1] if "step" in how else hu

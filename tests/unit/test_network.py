@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -65,8 +66,12 @@ class Watched(Volume):
         return super().plane(k)
 
 
+def _same(network: nn.Module) -> nn.Module:
+    return network
+
+
 def watched(slices: int) -> Watched:
-    volume = water_volume((slices, 40, 36))
+    volume = water_volume((slices, 64, 60))
     return Watched(geometry=volume.geometry, slice_uids=(), slice_paths=(), hu=volume.hu, padding=volume.padding)
 
 
@@ -77,14 +82,14 @@ def blind(tmp_path: Path) -> NetworkPipeline:
 
 
 def test_each_input_is_what_the_card_says(tmp_path: Path) -> None:
-    volume = water_volume((4, 30, 22))
+    volume = water_volume((4, 62, 46))
     for name, given in (("one", "slice"), ("three", "slab3")):
-        install(tmp_path, name, Blind(), given)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
+        install(tmp_path, name, Blind(), given, halo=60)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
         network = Blind()
-        pipeline = NetworkPipeline(name, lambda made=network: made, stride=4, execution=FP32, folder=tmp_path)
+        pipeline = NetworkPipeline(name, partial(_same, network), stride=4, execution=FP32, folder=tmp_path)
         denoise_volume(pipeline, volume)
-        assert [tuple(x.shape) for x in network.given] == [(1, 1 if given == "slice" else 3, 32, 24)] * 4
-        middle = torch.cat(network.given)[:, -1 if given == "slice" else 1, :30, :22]
+        assert [tuple(x.shape) for x in network.given] == [(1, 1 if given == "slice" else 3, 64, 48)] * 4
+        middle = torch.cat(network.given)[:, -1 if given == "slice" else 1, :62, :46]
         assert np.allclose(middle.numpy() * 1000, network_input(volume), atol=1e-3)
         if given == "slab3":
             assert torch.equal(network.given[0][0, 0], network.given[0][0, 1])
@@ -158,10 +163,10 @@ def test_a_slice_is_due_when_those_it_depends_on_were_asked_for(
     install(tmp_path, "any", network(), given)
     series = watched(20)
     results = NetworkPipeline("any", network, execution=FP32, folder=tmp_path).denoise(series, Options())
-    assert series.asked == []
     for k, _ in enumerate(results):
-        assert max(series.asked) == min(k + reach, 19)
-    assert sorted(series.asked) == sorted([*range(20)] * 2)  # for the network, and for the rail
+        assert series.asked[:20] == list(range(20))  # where the body is, of all
+        assert max(series.asked[20:]) == min(k + reach, 19)
+    assert sorted(series.asked[20:]) == sorted([*range(20)] * 2)  # for the network, and for the rail
 
 
 def test_the_noise_is_measured_in_eight_slices_and_not_at_strength_0(tmp_path: Path) -> None:
@@ -169,7 +174,9 @@ def test_the_noise_is_measured_in_eight_slices_and_not_at_strength_0(tmp_path: P
     pipeline = NetworkPipeline("told", Told, execution=FP32, folder=tmp_path)
     series = watched(60)
     next(pipeline.denoise(series, Options()))
-    assert len(set(series.asked)) == 9  # and the first
+    spread = np.linspace(0, 59, 10)[1:-1].round().astype(int).tolist()
+    # besides, all for where the body is, and the first for the network and for the rail
+    assert sorted(series.asked) == sorted([*spread, *range(60), 0, 0])
     series = watched(60)
     next(pipeline.denoise(series, Options(strength=0.0)))
     assert series.asked == [0]
@@ -228,7 +235,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         load_network(STResNet(), read_card("st3d", tmp_path), tmp_path)
     install(tmp_path, "st3d", Blind(), "volume")
     with pytest.raises(WeightsDamaged, match=r"no weights of STResNet .* install weights and card again"):
-        denoise_volume(st3d(FP32, tmp_path), water_volume((1, 32, 32)))
+        denoise_volume(st3d(FP32, tmp_path), water_volume((1, 64, 64)))
     (tmp_path / "st3d.safetensors").write_bytes(b"damaged")
     with pytest.raises(WeightsDamaged, match=r"st3d\.safetensors has SHA-256"):
         st3d(FP32, tmp_path)
