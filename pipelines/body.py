@@ -17,6 +17,7 @@ Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Box = tuple[slice, slice]
 """Rows and columns."""
+NOWHERE: Box = (slice(0, 0), slice(0, 0))
 
 BLOCK_PX = 8
 """Judged as one: a mean of 64 pixels tells air from lung under any noise."""
@@ -48,7 +49,7 @@ def inside(given: Array, pixel_mm: float) -> Mask:
 
 
 def box(series: Series) -> Box:
-    """The rows and columns that hold `inside` of every slice; reads them all. Empty for a series of air."""
+    """The rows and columns that hold `inside` of every slice; reads them all. `NOWHERE` for a series of air."""
     pixel_mm = series.geometry.spacing_mm[1]
     rows, columns = (np.zeros(length, np.bool_) for length in series.shape[1:])
     for k in range(series.shape[0]):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import Execution, ModelCard, Options, check_options
-from pipelines.body import Box, box, inside
+from pipelines.body import NOWHERE, Box, box, inside
 from pipelines.noise import series_noise_level
 from pipelines.runtime import WEIGHTS, choose, plane_engine, read_card, stream_engine
 from pipelines.safety import Rail, network_input
@@ -99,18 +99,18 @@ class NetworkPipeline:
             For a strength or blend that the network cannot take.
         """
         check_options(self.card, options)
-        if options.strength == 0 or options.blend == 0:
+        body = box(series) if options.strength and options.blend else NOWHERE
+        if body == NOWHERE:
             return (series.plane(k).hu.copy() for k in range(series.shape[0]))
-        return self._denoise(series, options)
+        return self._denoise(series, options, self._seen(body, series.shape[1:]))
 
-    def _denoise(self, series: Series, options: Options) -> Iterator[Array]:
+    def _denoise(self, series: Series, options: Options, seen: Box) -> Iterator[Array]:
         part, noise = options.blend * options.strength, None
         if self.card.noise_map:
             part = options.blend
             noise = np.float32(to_network(series_noise_level(series) * options.strength))
         pixel_mm = series.geometry.spacing_mm[1]
         rail = Rail(pixel_mm, part)
-        seen = self._seen(series)
         given: deque[Array] = deque()
 
         def feed() -> Iterator[Array]:
@@ -130,15 +130,15 @@ class NetworkPipeline:
             after[seen] = to_hu(result)
             yield rail(series.plane(k), before, after, inside(before, pixel_mm))
 
-    def _seen(self, series: Series) -> Box:
-        """What of each slice the network is given: the body of all, and as far around as its results depend on.
+    def _seen(self, body: Box, size: tuple[int, int]) -> Box:
+        """What of each slice the network is given: `body`, and as far around as its results depend on.
 
         It begins where the network would begin a new step on the whole slice, so that it sees the same.
         """
         halo, stride = self.card.overlap_zyx[1], self._stride
         rows, columns = (
             slice(max(part.start - halo, 0) // stride * stride, min(part.stop + halo, length))
-            for part, length in zip(box(series), series.shape[1:], strict=True)
+            for part, length in zip(body, size, strict=True)
         )
         return rows, columns
 

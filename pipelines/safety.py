@@ -1,5 +1,5 @@
-"""Safety rails of every network here: it never sees padding as tissue, never touches padding, metal or the air around the
-body, and never moves what is wider than the finest detail.
+"""Safety rails of every network here: it never sees padding as tissue, never touches padding, metal or the air around
+the body, and never moves what is wider than the finest detail.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def _plane(hu: Array, padding: NDArray[np.bool_] | None = None) -> Plane:
 
 
 def _out(plane: Plane, denoised: Array, part: float = 1.0, pixel_mm: float = PIXEL_MM) -> Array:
-    return Rail(pixel_mm, part)(plane, network_input(plane), denoised)
+    return Rail(pixel_mm, part)(plane, network_input(plane), denoised, np.ones(denoised.shape, np.bool_))
 
 
 def test_network_never_sees_padding() -> None:
@@ -108,6 +108,18 @@ def test_an_offset_is_taken_out_and_noise_is_not() -> None:
     assert float(out[10:-10, 10:-10].std()) == pytest.approx(left, rel=0.1)
 
 
+def test_what_lies_outside_is_left_alone_and_counts_for_nothing() -> None:
+    rng = np.random.default_rng(8)
+    hu, denoised = (rng.normal(0, 20, (50, 50)).astype(np.float32) for _ in range(2))
+    inside = np.zeros(hu.shape, np.bool_)
+    inside[10:40, 5:30] = True
+    rail = Rail(PIXEL_MM, 1.0)
+    out = rail(_plane(hu), hu, denoised, inside)
+    assert np.array_equal(out[~inside], hu[~inside])
+    denoised[~inside] = 9000
+    assert np.array_equal(rail(_plane(hu), hu, denoised, inside), out)
+
+
 @pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
 def test_part_is_linear(part: float) -> None:
     hu = np.random.default_rng(3).normal(0, 20, (50, 50)).astype(np.float32)
@@ -125,6 +137,6 @@ def test_nothing_that_is_given_is_written_into() -> None:
     before = [x.copy() for x in (plane.hu, plane.padding, given, denoised)]
     for values in (plane.hu, plane.padding, given, denoised):
         values.flags.writeable = False
-    out = Rail(PIXEL_MM, 0.5)(plane, given, denoised)
+    out = Rail(PIXEL_MM, 0.5)(plane, given, denoised, np.ones(given.shape, np.bool_))
     assert not any(np.shares_memory(out, x) for x in (plane.hu, given, denoised))
     assert all(np.array_equal(x, y) for x, y in zip(before, (plane.hu, plane.padding, given, denoised), strict=True))
