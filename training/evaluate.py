@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
+from importlib.metadata import entry_points
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.base import Options, Pipeline, check_options, load, names
+from pipelines.base import ENTRY_POINT_GROUP, Options, Pipeline, check_options, load, names
+from pipelines.shipped import Factory
 from training.command_line import without_folders
 from training.measuring import bar, classical, model_page, rods, seen
 from training.measuring.cases import Trial, pair_trials, phantom_trials, simulated_trials
@@ -45,6 +47,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="full-dose CT series; low dose is simulated",
     )
     add("--pairs", type=Path, metavar="ROOT", help="folder with real pairs of full and low dose")
+    add(
+        "--weights",
+        type=Path,
+        metavar="FOLDER",
+        help="folder that `train --out` wrote: its network is measured as it is there, before it is installed",
+    )
     add("--phantom", action="store_true", help="measure on the phantom too (always without --series and --pairs)")
     add("--doses", type=_dose, nargs="+", default=[0.25, 0.1], help="parts of the full dose (default: 0.25 0.1)")
     add("--classical", nargs="*", default=[], choices=sorted(classical.METHODS), help="filters to compare with")
@@ -55,7 +63,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--title", default="Measured image quality", help="heading of the report (default: %(default)s)")
     add("--lpips", type=Path, metavar="WEIGHTS", help="weights of LPIPS; without them it is left out")
     add("--bar", action="store_true", help="judge each demand on a pipeline by pass or fail; needs --series or --pairs")
-    add("--card", action="store_true", help="only write the phantom's table into each pipeline's card and page")
+    add("--card", action="store_true", help="only write the phantom's table into card and page of installed pipelines")
     parser.set_defaults(run=run)
 
 
@@ -69,7 +77,9 @@ def _trials(args: argparse.Namespace) -> Iterator[Trial]:
 
 def command_line(args: argparse.Namespace) -> str:
     """The command, with the last part of each path only."""
-    return "python -m training " + without_folders(args.words, (args.out, args.pairs, args.lpips, *args.series))
+    return "python -m training " + without_folders(
+        args.words, (args.out, args.weights, args.pairs, args.lpips, *args.series)
+    )
 
 
 class _Entrant(NamedTuple):
@@ -80,10 +90,23 @@ class _Entrant(NamedTuple):
     options: Options
 
 
+def _pipeline(name: str, weights: Path | None) -> Pipeline:
+    """The pipeline `name`, with weights and card from `weights` if they are there, else as it is installed."""
+    if weights is None or not (weights / f"{name}.json").exists():
+        return load(name)
+    (point,) = entry_points(group=ENTRY_POINT_GROUP, name=name)
+    factory: Factory = point.load()
+    return factory(folder=weights)
+
+
 def _networks(args: argparse.Namespace) -> list[_Entrant]:
     """The low-dose image itself, and the networks; one that cannot take the options is refused at once."""
     options = Options(args.strength, args.blend)
-    loaded = [(name, load(name)) for name in args.pipelines]
+    if args.weights and not any((args.weights / f"{name}.json").exists() for name in args.pipelines):
+        raise SystemExit(
+            f"{args.weights} holds no network {' or '.join(args.pipelines)}: give a folder of `train --out`"
+        )
+    loaded = [(name, _pipeline(name, args.weights)) for name in args.pipelines]
     for _, pipeline in loaded:
         check_options(pipeline.card, options)
     return [_Entrant(INPUT, None, Options()), *(_Entrant(name, pipeline, options) for name, pipeline in loaded)]
@@ -127,7 +150,7 @@ def measure(args: argparse.Namespace) -> Measurement:
         filters.setdefault(trial.dose, own)
         for name, pipeline, options in (*networks, *own):
             measured.add(trial, name, score(trial, name, pipeline, options, perceptual))
-            told = None if pipeline is None else seen.warning(pipeline.card.name, trial)
+            told = None if pipeline is None else seen.warning(pipeline.card.name, trial, args.weights)
             if told and told not in measured.warnings:  # once, whatever the doses
                 measured.warnings.append(told)
             print(f"{trial.case} at {trial.dose:g}: {name}", flush=True)
@@ -145,6 +168,8 @@ def measure(args: argparse.Namespace) -> Measurement:
 def run(args: argparse.Namespace) -> None:
     """Measure, write the report, print the bar."""
     if args.card:
+        if args.weights:
+            raise SystemExit("--card is for installed pipelines: `python -m training export FOLDER` installs one")
         for name in args.pipelines:
             print(model_page.write(name, command_line(args)))
         return

@@ -3,7 +3,8 @@
 A network that makes one slice at a time also gets its graph, with which a node runs it on a CPU without PyTorch.
 
 A pipeline that is announced in pyproject.toml under the name of the network can then be named in config.yaml. Measure
-it first: python -m training evaluate NAME writes what it is worth into its card.
+it first: python -m training evaluate NAME --weights FOLDER measures what is not installed yet. Once it is installed,
+python -m training evaluate NAME --card writes what it is worth on the phantom into its card and its page.
 """
 
 from __future__ import annotations

@@ -10,13 +10,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from untrained import install
 
-from pipelines.base import OptionRefused
+from pipelines.base import OptionRefused, Options, Pipeline
+from pipelines.ffdnet import FFDNet
 from training import evaluate
 from training.measuring import model_page, seen
 from training.measuring.cases import Trial, phantom_trials
 from training.measuring.classical import Classical
-from training.measuring.scores import INPUT
+from training.measuring.report import Measurement
+from training.measuring.scores import INPUT, Row
 from training.metrics import SOFT_TISSUE
 
 
@@ -115,6 +118,30 @@ def test_card_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: p
     args.run(args)
     assert written == [("soft", "python -m training evaluate soft --card")]
     assert capsys.readouterr().out == "table\n"
+
+
+def test_a_network_is_measured_before_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    install(tmp_path / "run", "fast-2.5d", FFDNet(), "slab3", noise_map=True)
+    measured = []
+
+    def score(trial: Trial, name: str, pipeline: Pipeline | None, options: Options, perceptual: None) -> list[Row]:
+        measured.append((name, pipeline.card.version if pipeline else ""))
+        return []
+
+    monkeypatch.setattr(evaluate, "_rods", lambda *args: None)
+    monkeypatch.setattr(evaluate, "score", score)
+    monkeypatch.setattr(Measurement, "add", lambda *args: None)
+    words = ("--doses", "0.25", "--slices", "1", "--weights", str(tmp_path / "run"))
+    args = _parsed("fast-2.5d", "soft", *words)
+    evaluate.measure(args)
+    assert measured == [(INPUT, ""), ("fast-2.5d", "1"), ("soft", Classical("gaussian", 1.2).card.version)]
+    assert "--weights run" in evaluate.command_line(args)
+    with pytest.raises(SystemExit, match="holds no network st3d: give a folder of `train --out`"):
+        evaluate.measure(_parsed("st3d", *words))
+    args = _parsed("fast-2.5d", "--card", *words)
+    with pytest.raises(SystemExit, match="training export FOLDER"):
+        args.run(args)
 
 
 @pytest.mark.parametrize("dose", ["0", "1", "1.5", "-0.1"])

@@ -94,6 +94,18 @@ def test_what_the_first_weights_were_trained_on_was_seen_too(
     assert seen.warning("then", _trial("ours")) is not None
 
 
+def test_a_card_in_a_folder_comes_before_the_installed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, taught in (("installed", "theirs"), ("run", "ours")):
+        (tmp_path / folder).mkdir()
+        card = {"training": {"series": [{"name": taught}]}}
+        (tmp_path / folder / "net.json").write_text(json.dumps(card), encoding="utf-8")
+    monkeypatch.setattr(seen, "WEIGHTS", tmp_path / "installed")
+    assert seen.warning("net", _trial("ours"), tmp_path / "run") is not None
+    assert seen.warning("net", _trial("theirs"), tmp_path / "run") is None
+    assert seen.warning("net", _trial("theirs"), tmp_path) is not None  # no such card there
+    assert seen.warning("net", _trial("theirs")) is not None
+
+
 def test_our_own_networks_have_not_seen_the_series_kept_for_tests() -> None:
     for card in seen.WEIGHTS.glob("*.json"):
         assert seen.warning(card.stem, _trial(TEST)) is None

@@ -8,6 +8,7 @@ for that the card would have to keep who was taught.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from pipelines.runtime import WEIGHTS
@@ -29,7 +30,7 @@ def role(trial: Trial) -> str:
     return entry.role
 
 
-def warning(pipeline: str, trial: Trial) -> str | None:
+def warning(pipeline: str, trial: Trial, folder: Path | None = None) -> str | None:
     """A sentence if the card of `pipeline` lists a series of the patient of `trial` among those of its training.
 
     Parameters
@@ -38,26 +39,29 @@ def warning(pipeline: str, trial: Trial) -> str | None:
         Name on its card; one that is not installed beside our own is not known to have been trained on anything.
     trial
         A phantom is never one of a training.
+    folder
+        Of cards that come before the installed ones.
     """
     if trial.kind == "phantom":
         return None
     own = marks(trial.case, trial.origin.study_uid, trial.origin.patient) | marks(trial.origin.series_uid)
-    if not any(own & marks(source["name"], source.get("study_uid", "")) for source in _taught(pipeline)):
+    if not any(own & marks(source["name"], source.get("study_uid", "")) for source in _taught(pipeline, folder)):
         return None
     return f"{pipeline} was trained on the patient of {trial.case}: what is measured there flatters it."
 
 
-def _taught(pipeline: str, version: str | None = None) -> list[dict[str, Any]]:
+def _taught(pipeline: str, folder: Path | None, version: str | None = None) -> list[dict[str, Any]]:
     """Series of the training of `pipeline` and of the network whose weights it began with, if that is installed."""
-    path = WEIGHTS / f"{pipeline}.json"
-    if not path.exists():
+    cards = (place / f"{pipeline}.json" for place in (folder, WEIGHTS) if place)
+    path = next((card for card in cards if card.exists()), None)
+    if path is None:
         return []
     card = json.loads(path.read_text(encoding="utf-8"))
     if version is not None and card["version"] != version:
         return []
     training = card.get("training", {})
     began_with = training.get("began_with", "").split()
-    return [*training.get("series", ()), *(_taught(*began_with) if began_with else ())]
+    return [*training.get("series", ()), *(_taught(began_with[0], None, began_with[1]) if began_with else ())]
 
 
 def marks(series: str, study_uid: str = "", patient: str = "") -> set[str]:
