@@ -37,7 +37,7 @@ def read_graph(graph: bytes, weights: bytes) -> Any:
 class OpenVINOPlanes:
     """A network of (1, channels, y, x), and a noise map (1, 1, y', x') if it takes one, to (1, 1, y, x).
 
-    It is compiled for each size of image that comes, because a graph of a fixed size is faster than one of any.
+    It is compiled for each size of image that comes: one of a fixed size is about 10 % faster in INT8 than one of any.
 
     Parameters
     ----------

@@ -76,8 +76,8 @@ def graph(network: nn.Module, card: ModelCard, folder: Path, *, noise_map_stride
         path = Path(scratch) / "graph.xml"
         ov.save_model(model, path, compress_to_fp16=True)
         xml = _pointing_into(weights, path.read_bytes(), path.with_suffix(".bin").read_bytes(), card)
-    slices, *noise_map = (tensor[0].numpy() for tensor in given)
-    made = OpenVINOPlanes(xml, weights, "fp32", 1)(slices, *(noise_map or [None]))
+    noise_map = given[1][0].numpy() if card.noise_map else None
+    made = OpenVINOPlanes(xml, weights, "fp32", 1)(given[0][0].numpy(), noise_map)
     error = float(np.abs(made - network(*given)[0, 0].numpy()).max())
     if not error <= MAX_ERROR:
         raise NotConvertible(f"{card.name}: the graph differs from the network by {to_hu(error):g} HU")
