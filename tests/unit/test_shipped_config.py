@@ -121,7 +121,7 @@ def test_real_full_dose_series_are_forwarded_and_become_candidates_once_named_lo
         assert (match.route.name, match.action) == ("other-ct", "forward")
         header |= {"BodyPartExamined": "CHEST", "SeriesDescription": "LDCT"}
         (match,) = router.match(header, "CT1", "DICOMNODE")
-        assert match.route.pipeline == ("st3d" if ds.SliceThickness <= 1.5 else "fast-2.5d")
+        assert match.route.pipeline == ("st3d" if ds.SliceThickness <= 1.5 else "quality-2.5d")
 
 
 @pytest.mark.data
