@@ -1,4 +1,4 @@
-"""The cascade with perceptual loss, and its parts (`drl`, `cnn10`, `cascade`, `cascade-mse`, `cascade-3`).
+"""The cascade with perceptual loss, and its parts (`drl`, `drl-mse`, `cnn10`, `cascade`, `cascade-mse`, `cascade-3`).
 
 Ataei S., Alirezaie J., Babyn P., "Cascaded Convolutional Neural Networks with Perceptual Loss for Low Dose CT
 Denoising", IJCNN 2020: a first network is trained with a perceptual loss; a second one, trained with MSE, takes the

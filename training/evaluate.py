@@ -19,7 +19,7 @@ from pipelines.shipped import Factory
 from training.command_line import without_folders
 from training.measuring import bar, classical, model_page, rods, seen
 from training.measuring.cases import Trial, pair_trials, phantom_trials, simulated_trials
-from training.measuring.lpips import digests, lpips
+from training.measuring.lpips import BACKBONE_FILE, HEADS_FILE, digests, lpips
 from training.measuring.report import Measurement, markdown, write_csv
 from training.measuring.scores import INPUT, rod_rows, score
 from training.metrics import LUNG
@@ -54,14 +54,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="folder that `train --out` wrote: its network is measured as it is there, before it is installed",
     )
     add("--phantom", action="store_true", help="measure on the phantom too (always without --series and --pairs)")
-    add("--doses", type=_dose, nargs="+", default=[0.25, 0.1], help="parts of the full dose (default: 0.25 0.1)")
+    add(
+        "--doses",
+        type=_dose,
+        nargs="+",
+        default=[0.25, 0.1],
+        metavar="PART",
+        help="doses to simulate, as parts of the full one: 0.25 is a quarter of the mAs (default: 0.25 0.1); real pairs "
+        "have their own",
+    )
     add("--classical", nargs="*", default=[], choices=sorted(classical.METHODS), help="filters to compare with")
     add("--blend", type=float, default=1.0, help="part of the denoised image in the output, 0 to 1 (default: 1)")
     add("--strength", type=float, default=1.0, help="how much is denoised, 1 as trained (default: 1)")
     add("--slices", type=int, default=12, help="slices of each series, from its middle (default: %(default)s)")
     add("--out", type=Path, default=Path("evaluation"), help="folder of the report (default: %(default)s)")
     add("--title", default="Measured image quality", help="heading of the report (default: %(default)s)")
-    add("--lpips", type=Path, metavar="WEIGHTS", help="weights of LPIPS; without them it is left out")
+    add(
+        "--lpips",
+        type=Path,
+        metavar="FOLDER",
+        help="also measure LPIPS, the distance of what a network trained on photographs sees; FOLDER has its weights, "
+        f"which are never downloaded: torchvision's {BACKBONE_FILE} and the lpips package's v0.1/{HEADS_FILE}",
+    )
     add("--bar", action="store_true", help="judge each demand on a pipeline by pass or fail; needs --series or --pairs")
     add("--card", action="store_true", help="only write the phantom's table into card and page of installed pipelines")
     parser.set_defaults(run=run)

@@ -64,13 +64,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--leave-out", nargs="*", default=[], metavar="SUBJECT", help="subjects that validate instead of teaching")
     add("--leave-one-out", action="store_true", help="one training for each subject, which it never sees (folder each)")
     add("--z-target-mm", type=float, help="learn thin slices from thick ones; pairs get this slice distance")
-    add("--start", type=Path, default=WEIGHTS, help="folder with the weights of the network that this one begins with")
+    add(
+        "--start",
+        type=Path,
+        default=WEIGHTS,
+        metavar="FOLDER",
+        help="of a network that begins with another one (cascade with drl, dcswgan with dcscn): folder that holds that "
+        "one, such as runs/drl after `train drl --out runs/drl` (default: as it is installed)",
+    )
     add(
         "--features",
         choices=get_args(Backbone),
-        help="backbone of a perceptual loss (default: our auto-encoder, ct-ae)",
+        help="network whose features a perceptual loss compares (drl alone): ct-ae, our auto-encoder of CT images (the "
+        "default); vgg16 or vgg19, trained on photographs, as in the papers; random, an untrained one",
     )
-    add("--feature-weights", type=Path, metavar="FILE", help="its weights; VGG's are never downloaded")
+    add(
+        "--feature-weights",
+        type=Path,
+        metavar="FILE",
+        help="weights of that network, needed for VGG alone and never downloaded: torchvision's state dict, such as "
+        "`--features vgg16 --feature-weights vgg16-397923af.pth`",
+    )
     add("--store", type=Path, help="folder that keeps prepared data for the next training (default: OUT/store)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
     add("--workers", type=int, default=0, help="processes that prepare scans and batches; use some beside a GPU")

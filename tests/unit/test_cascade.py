@@ -17,7 +17,7 @@ from pipelines.base import denoise_volume
 from pipelines.cascade import CNN10_HALO, DRL, DRL_HALO, Cascade, WuCNN10
 from pipelines.network import NetworkPipeline
 from pipelines.safety import network_input
-from pipelines.shipped import Factory, cascade, cascade_3, cascade_mse, cnn10, drl
+from pipelines.shipped import Factory, cascade, cascade_3, cascade_mse, cnn10, drl, drl_mse
 from pipelines.testing import check_pipeline, water_volume
 from training.measuring.cases import volume_of
 
@@ -156,6 +156,7 @@ def test_pipeline_keeps_the_contract(tmp_path: Path) -> None:
     [
         ("cnn10", cnn10, WuCNN10),
         ("cascade", cascade, Cascade),
+        ("drl-mse", drl_mse, DRL),
         ("cascade-mse", cascade_mse, Cascade),
         ("cascade-3", cascade_3, lambda: Cascade(3)),
     ],

@@ -325,6 +325,25 @@ def test_every_command_has_its_help(command: str, capsys: pytest.CaptureFixture[
     assert len(capsys.readouterr().out) > 300
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "says"),
+    [
+        ("train", "--start", "runs/drl after `train drl --out runs/drl`"),
+        ("train", "--features", "ct-ae, our auto-encoder of CT images"),
+        ("train", "--feature-weights", "`--features vgg16 --feature-weights vgg16-397923af.pth`"),
+        ("evaluate", "--lpips", "never downloaded: torchvision's alexnet"),
+        ("evaluate", "--doses", "0.25 is a quarter of the mAs"),
+    ],
+)
+def test_help_explains_what_is_no_common_word(
+    command: str, option: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    words = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # broken at hyphens, too
+    assert says in words[words.index(f" {option} ", words.index("options:")) :]
+
+
 def test_licence_and_attribution_come_from_beside_the_images(tmp_path: Path) -> None:
     files = tuple(write_series(tmp_path, np.zeros((1, 8, 8))))
     case = Case("somebody", "a series", files, None, None, "", 1.0)
