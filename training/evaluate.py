@@ -60,8 +60,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0.25, 0.1],
         metavar="PART",
-        help="doses to simulate, as parts of the full one: 0.25 is a quarter of the mAs (default: 0.25 0.1); real pairs "
-        "have their own",
+        help="doses to simulate, as parts of the full one: 0.25 is a quarter of the mAs (default: 0.25 0.1); real "
+        "pairs have their own",
     )
     add("--classical", nargs="*", default=[], choices=sorted(classical.METHODS), help="filters to compare with")
     add("--blend", type=float, default=1.0, help="part of the denoised image in the output, 0 to 1 (default: 1)")
