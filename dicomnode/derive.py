@@ -266,17 +266,20 @@ def _encode(header: Dataset) -> bytes:
 
 def _write_durably(path: Path, parts: Sequence[bytes]) -> None:
     """Write, sync, rename: the name never stands for half a file."""
-    part = path.with_suffix(PART_SUFFIX)
+    part = f"{path}{PART_SUFFIX}"
     rest = [memoryview(one) for one in parts]
-    with part.open("wb", buffering=0) as file:
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
         while rest:  # a call may write less than it was asked to
-            written = os.writev(file.fileno(), rest)
+            written = os.writev(descriptor, rest)
             while rest and written >= len(rest[0]):
                 written -= len(rest.pop(0))
             if rest:
                 rest[0] = rest[0][written:]
-        os.fsync(file.fileno())
-    part.rename(path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(part, path)  # noqa: PTH104  # building Path objects takes as long as the header
 
 
 def _holds(content: bytes, parts: Sequence[bytes]) -> bool:

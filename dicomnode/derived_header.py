@@ -63,7 +63,7 @@ PIXEL_DEPENDENT_PRIVATE: dict[tuple[str, int], frozenset[int]] = {
 """(private creator, group) → element offsets known to depend on the pixels."""
 
 SAID_ANEW = frozenset(
-    Tag(keyword)
+    int(Tag(keyword))
     for keyword in (
         *("SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "ImageType", "ImageComments"),
         *("InstanceCreationDate", "InstanceCreationTime", "ContentDate", "ContentTime", "SeriesDate", "SeriesTime"),
@@ -73,7 +73,7 @@ SAID_ANEW = frozenset(
 )
 """What `describe` may write."""
 DECISIVE = frozenset(
-    Tag(keyword)
+    int(Tag(keyword))
     for keyword in (
         *("SpecificCharacterSet", "SOPClassUID", "TimezoneOffsetFromUTC"),
         *("Rows", "Columns", "BitsAllocated", "PixelRepresentation"),

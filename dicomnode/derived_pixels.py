@@ -11,6 +11,9 @@ from dicomnode.errors import DerivationError
 from pipelines.ct_slice import CTSlice
 from pipelines.volume import Plane
 
+_ROWS = 32
+"""Computed at once: 128 kB as float64 at 512 columns, which takes a third of the time of the whole slice at once."""
+
 
 def derived_pixels(one: CTSlice, before: NDArray[Any], plane: Plane, hu: NDArray[np.float32]) -> bytes:
     """PixelData of the derived slice, little endian, of even length.
@@ -39,18 +42,21 @@ def derived_pixels(one: CTSlice, before: NDArray[Any], plane: Plane, hu: NDArray
         # a padding value may use bits above BitsStored; of a measured voxel they are no part (PS3.5 8.1.1)
         unused = 8 * before.itemsize - (high - low).bit_length()
         before = np.where(plane.padding, before, before << unused >> unused)
-    stored = stored_values(
-        hu,
-        plane.hu,
-        before,
-        plane.padding,
-        slope=one.slope,
-        intercept=one.intercept,
-        limits=one.limits,
-        reserved=one.padding,
-    )
-    encoded = stored.astype(stored.dtype.newbyteorder("<"), copy=False).tobytes()
-    return encoded + b"\0" * (len(encoded) % 2)
+    stored = np.empty(one.matrix, before.dtype.newbyteorder("<"))
+    for begin in range(0, one.matrix[0], _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        stored[rows] = stored_values(
+            hu[rows],
+            plane.hu[rows],
+            before[rows],
+            plane.padding[rows],
+            slope=one.slope,
+            intercept=one.intercept,
+            limits=one.limits,
+            reserved=one.padding,
+        )
+    encoded = stored.tobytes()
+    return encoded + b"\0" if len(encoded) % 2 else encoded
 
 
 def stored_values(

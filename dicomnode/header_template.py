@@ -91,7 +91,7 @@ class HeaderTemplate:
         self._plans: dict[int, _Plan] = {}
         """By identity of the elements, which files of one layout share."""
         sop_class = _text(written, written.elements[_SOP_CLASS])
-        self._items = {
+        self._around = {
             same_place: _around_uid(source_item(sop_class, _PLACEHOLDER, same_place=same_place))
             for same_place in (True, False)
         }
@@ -194,12 +194,7 @@ class HeaderTemplate:
         return recode(tag, span, context, source.implicit, self._keep_private)
 
     def _source_images(self, source_uids: Sequence[str]) -> bytes:
-        found = []
-        for k, uid in enumerate(source_uids):
-            before, after = self._items[k == 0]
-            item = before + _uid(_REFERENCED_SOP_INSTANCE, uid) + after
-            found += [_ITEM, struct.pack("<L", len(item)), item]
-        content = b"".join(found)
+        content = b"".join([_item(uid, *self._around[k == 0]) for k, uid in enumerate(source_uids)])
         return _head(_SOURCE_IMAGES, b"SQ", len(content)) + content
 
     def _meta(self, sop_instance_uid: str) -> bytes:
@@ -226,6 +221,13 @@ def _decides(tag: int) -> bool:
         or (group % 2 == 1 and 0x10 <= number <= 0xFF)
         or (0x5000 <= group <= 0x50FF and number == 0x0020)
     )
+
+
+@lru_cache(256)  # each slice is named by all slices that it fed
+def _item(uid: str, before: bytes, after: bytes) -> bytes:
+    """Item of SourceImageSequence."""
+    item = before + _uid(_REFERENCED_SOP_INSTANCE, uid) + after
+    return _ITEM + struct.pack("<L", len(item)) + item
 
 
 @lru_cache(256)

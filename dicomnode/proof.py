@@ -42,7 +42,7 @@ _KEPT = (
     "SpecificCharacterSet",
 )
 """Looked at again in the written file: the same bytes as in the source."""
-_KEPT_TAGS = tuple(Tag(keyword) for keyword in _KEPT)
+_KEPT_TAGS = tuple(int(Tag(keyword)) for keyword in _KEPT)
 _META_SOP_CLASS, _META_SOP_INSTANCE, _META_SYNTAX = 0x00020002, 0x00020003, 0x00020010
 _IMAGE_TYPE, _SOP_CLASS, _SOP_INSTANCE = 0x00080008, 0x00080016, 0x00080018
 _MANUFACTURER, _REFERENCED_SOP_INSTANCE, _SOURCE_IMAGES = 0x00080070, 0x00081155, 0x00082112

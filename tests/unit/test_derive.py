@@ -448,7 +448,7 @@ def test_each_file_is_synced_under_another_name_and_the_folder_last(
 
     monkeypatch.setattr("os.fsync", watch)
     made = derive(write_series(tmp_path, phantom(2, 16)), tmp_path / "out")
-    assert synced == [f"{i.sop_instance_uid}.part" for i in made] + ["out"]
+    assert synced == [f"{i.sop_instance_uid}.dcm.part" for i in made] + ["out"]
     assert list((tmp_path / "out").glob("*.part")) == []
 
 
