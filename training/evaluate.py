@@ -9,19 +9,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
-from importlib.metadata import entry_points
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.base import ENTRY_POINT_GROUP, Options, Pipeline, check_options, load, names
-from pipelines.shipped import Factory
+from pipelines.base import Options, Pipeline, check_options, load, names
 from training.command_line import without_folders
 from training.measuring import bar, classical, model_page, rods, seen
 from training.measuring.cases import Trial, pair_trials, phantom_trials, simulated_trials
 from training.measuring.lpips import BACKBONE_FILE, HEADS_FILE, digests, lpips
 from training.measuring.report import Measurement, markdown, write_csv
 from training.measuring.scores import INPUT, rod_rows, score
+from training.measuring.uninstalled import load_from
 from training.metrics import LUNG
 
 HELP = "measure pipelines on phantoms, series and pairs, and write a report with tables and pictures"
@@ -108,9 +107,7 @@ def _pipeline(name: str, weights: Path | None) -> Pipeline:
     """The pipeline `name`, with weights and card from `weights` if they are there, else as it is installed."""
     if weights is None or not (weights / f"{name}.json").exists():
         return load(name)
-    (point,) = entry_points(group=ENTRY_POINT_GROUP, name=name)
-    factory: Factory = point.load()
-    return factory(folder=weights)
+    return load_from(weights, name)
 
 
 def _networks(args: argparse.Namespace) -> list[_Entrant]:

@@ -25,11 +25,13 @@ from pipelines.runtime import WEIGHTS, read_card
 from pipelines.scaling import to_hu
 from training.card import Plateau, TrainingRecord, commit, source_of, write_network
 from training.command_line import without_folders
+from training.cross_validation import Fold, first_stages, measured, table
 from training.curve import draw
 from training.data import Batch, Sampler
 from training.features import Backbone
 from training.loop import Loss, Run
 from training.measuring.seen import marks
+from training.measuring.uninstalled import load_from
 from training.metrics import SOFT_TISSUE, psnr
 from training.recipes import MODULES, Faithful, Recipe, recipe
 from training.recipes.cascade import Perceptual
@@ -37,7 +39,7 @@ from training.simulation.simulated_series import is_simulated
 from training.sources.layouts import Case, find
 from training.sources.prepare import Preparation, make, scans_of
 from training.sources.scans import Scan, phantom_spacing
-from training.sources.splits import entry_of, folds, kept_for_tests, split
+from training.sources.splits import entry_of, kept_for_tests, split, subjects_of
 
 HELP = "train a network; started again, it goes on where it was stopped"
 VALIDATION_BATCHES = 6
@@ -173,6 +175,10 @@ def validation(
     return measure
 
 
+def _preparation(args: argparse.Namespace) -> Preparation:
+    return Preparation(args.store or args.out / "store", args.seed, args.z_target_mm)
+
+
 def _loss(how: Recipe, args: argparse.Namespace) -> Loss:
     if args.features is None and args.feature_weights is None:
         return how.loss()
@@ -246,12 +252,12 @@ def _ends(values: Iterable[float]) -> tuple[float, float]:
 
 def _train(
     args: argparse.Namespace, how: Recipe, start: Path, teach: Sequence[Case], check: Sequence[Case], out: Path
-) -> float:
-    """Train into `out`, begun with the weights in `start` if the recipe does; the last validated PSNR (dB)."""
+) -> None:
+    """Train into `out`, begun with the weights in `start` if the recipe does."""
     if how.start:
         begun_without(how.begins_with, start, check)
     torch.manual_seed(args.seed)
-    preparation = Preparation(args.store or args.out / "store", args.seed, args.z_target_mm)
+    preparation = _preparation(args)
     seeds = [args.seed * SEEDS_EACH + k for k in range(args.phantoms)]
     held_seeds = [VALIDATION_SEED + k for k in range(VALIDATION_PHANTOMS)]
     make(preparation, [*seeds, *([] if check else held_seeds), *teach, *check], args.workers)
@@ -314,9 +320,6 @@ def _train(
     if training.step < schedule.steps:
         write(training.train(partial(write, training.average)))
     draw({args.recipe: out / "log.jsonl"}, out / "curve.png")
-    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    measured: list[float] = [v["validation_psnr_db"] for v in map(json.loads, lines) if "validation_psnr_db" in v]
-    return measured[-1]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -327,16 +330,18 @@ def run(args: argparse.Namespace) -> None:
     if not args.leave_one_out:
         _train(args, how, args.start, *divided(cases, args.leave_out), args.out)
         return
-    left_out = folds(case.subject for case in cases)
-    starts = {fold.test: args.start / fold.test if how.start else args.start for fold in left_out}
-    if how.start and (
-        missing := [name for name, start in starts.items() if not (start / f"{how.begins_with}.json").exists()]
-    ):
-        raise SystemExit(
-            f"{args.recipe} begins with {how.begins_with}, and each subject needs one that never saw it: there is none "
-            f"in {args.start} for {', '.join(missing)}. Train {how.begins_with} with --leave-one-out first, and give "
-            "its --out as --start"
-        )
-    for fold in left_out:
-        value = _train(args, how, starts[fold.test], *divided(cases, [fold.test]), args.out / fold.test)
-        print(f"without {fold.test}: {value:.2f} dB on {fold.test}")
+    left_out = subjects_of(case.subject for case in cases)
+    starts = first_stages(how.begins_with, args.start, left_out) if how.start else dict.fromkeys(left_out, args.start)
+    rows: list[Fold] = []
+    for subject in left_out:
+        out = args.out / subject
+        teach, check = divided(cases, [subject])
+        _train(args, how, starts[subject], teach, check, out)
+        pipeline, preparation = load_from(out, args.recipe), _preparation(args)
+        for case, scan in scans_of(preparation, check).items():
+            rows.append(measured(pipeline, scan, preparation.spacing(case)))
+    if not rows:
+        raise SystemExit("no series could be read of any subject, so none was measured")
+    text = table(rows)
+    (args.out / "folds.md").write_text(text, encoding="utf-8")
+    print(text)

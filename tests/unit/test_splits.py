@@ -1,4 +1,4 @@
-"""No subject on both sides: of the table, of a split, of a fold."""
+"""No subject on both sides: of the table, of a split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conftest import DATA
 from pydicom import dcmread
 
 from training.sources.layouts import find
-from training.sources.splits import Entry, Role, entry_of, folds, kept_for_tests, of_patient, split, table
+from training.sources.splits import Entry, Role, entry_of, kept_for_tests, of_patient, split, subjects_of, table
 
 Fractions = dict[Role, float]
 
@@ -150,10 +150,7 @@ def test_fractions_that_are_none_are_refused(fractions: Fractions) -> None:
         split(TEN, 1, fractions)
 
 
-def test_each_fold_leaves_one_patient_out() -> None:
-    made = folds([*TEN, "L067"])
-    assert [fold.test for fold in made] == TEN
-    for fold in made:
-        assert sorted([*fold.train, fold.test]) == TEN
+def test_each_patient_is_left_out_once() -> None:
+    assert list(subjects_of([*reversed(TEN), "L067"])) == TEN
     with pytest.raises(ValueError, match="needs two"):
-        folds(["L067", "L067"])
+        subjects_of(["L067", "L067"])

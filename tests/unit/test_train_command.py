@@ -133,9 +133,11 @@ def test_leave_one_out_trains_once_without_each(tmp_path: Path, capsys: pytest.C
             str(out),
         ]
     )
-    said = capsys.readouterr().out
+    text = (out / "folds.md").read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    assert "| **mean ± SD of 3 subjects** |" in text
     for subject in ("L010", "L011", "L012"):
-        assert f"without {subject}:" in said
+        assert f"| {subject} | {subject} STANDARD 2 mm | 4 |" in text
         names = {s["name"] for s in json.loads((out / subject / "fast-2.5d.json").read_text())["training"]["series"]}
         assert len(names) == 2
         assert not any(subject in name for name in names)

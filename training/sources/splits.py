@@ -43,14 +43,6 @@ class Entry:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """One part of a leave-one-patient-out cross-validation."""
-
-    train: tuple[str, ...]
-    test: str
-
-
 @cache
 def table() -> tuple[Entry, ...]:
     """The split table."""
@@ -130,15 +122,15 @@ def _counts(subjects: int, fractions: Mapping[Role, float]) -> dict[Role, int]:
     return counts
 
 
-def folds(subjects: Iterable[str]) -> tuple[Fold, ...]:
-    """Leave-one-patient-out: each subject is tested once, by a training that sees all others.
+def subjects_of(subjects: Iterable[str]) -> tuple[str, ...]:
+    """Each subject once, sorted: those that a leave-one-patient-out cross-validation leaves out in turn.
 
     Raises
     ------
     ValueError
-        If there are fewer than two subjects.
+        If there are fewer than two.
     """
-    names = sorted(set(subjects))
+    names = tuple(sorted(set(subjects)))
     if len(names) < 2:
         raise ValueError(f"{len(names)} subject(s): cross-validation needs two at least")
-    return tuple(Fold(tuple(name for name in names if name != test), test) for test in names)
+    return names
