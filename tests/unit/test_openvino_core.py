@@ -1,0 +1,120 @@
+"""What this CPU can, and that OpenVINO is silent and runs in what it was told to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines import openvino_core
+from pipelines.openvino_core import (
+    PrecisionRefused,
+    compile_model,
+    convolution_precisions,
+    cpu_supports,
+    float_of,
+    op,
+    ov,
+)
+
+ZEN_5 = "avx2 avx512f avx_vnni avx512_bf16 avx512_vnni"
+SAPPHIRE_RAPIDS = "avx2 avx512f avx512_vnni amx_bf16 avx512_bf16 amx_tile amx_int8"
+ALDER_LAKE = "avx2 avx_vnni"
+HASWELL = "avx2 fma"
+
+
+@pytest.fixture
+def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    file = tmp_path / "cpuinfo"
+    monkeypatch.setattr(openvino_core, "CPUINFO", file)
+    openvino_core._cpu_flags.cache_clear()
+    yield file
+    openvino_core._cpu_flags.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flags", "int8", "bf16", "beside_int8"),
+    [
+        (ZEN_5, True, True, "bf16"),
+        (SAPPHIRE_RAPIDS, True, True, "bf16"),
+        (ALDER_LAKE, True, False, "fp32"),
+        (HASWELL, False, False, "fp32"),
+    ],
+    ids=["Zen 5", "Sapphire Rapids", "Alder Lake", "Haswell"],
+)
+def test_the_flags_decide(cpuinfo: Path, flags: str, int8: bool, bf16: bool, beside_int8: str) -> None:
+    cpuinfo.write_text(
+        f"processor\t: 0\nflags\t\t: fpu {flags}\nbugs\t\t: spectre_v1\n\nprocessor\t: 1\nflags\t\t: fpu\n"
+    )
+    assert (cpu_supports("int8"), cpu_supports("bf16"), cpu_supports("fp32")) == (int8, bf16, True)
+    assert float_of("int8") == beside_int8
+    assert (float_of("fp32"), float_of("bf16")) == ("fp32", "bf16")
+
+
+def test_an_unknown_cpu_has_fp32_only(cpuinfo: Path) -> None:
+    assert not cpuinfo.exists()
+    assert (cpu_supports("int8"), cpu_supports("bf16"), cpu_supports("fp32")) == (False, False, True)
+
+
+def _convolution() -> object:
+    x = op.parameter([1, 8, 16, 16], ov.Type.f32, name="x")
+    weight = np.random.default_rng(0).normal(size=(8, 8, 3, 3)).astype(np.float32)
+    y = op.convolution(x, op.constant(weight), [1, 1], [1, 1], [1, 1], [1, 1], name="it")
+    return ov.Model([op.result(y)], [x], "one convolution")
+
+
+def test_a_model_runs_in_what_it_was_told_to() -> None:
+    compiled = compile_model(_convolution(), "fp32", 2)
+    assert convolution_precisions(compiled) == {"it": "f32"}
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 2
+    assert compiled.get_property("NUM_STREAMS") == 1
+    assert compiled.get_property("ENABLE_CPU_PINNING") is False
+    if cpu_supports("bf16"):
+        assert convolution_precisions(compile_model(_convolution(), "bf16", 1)) == {"it": "bf16"}
+
+
+def test_another_precision_than_told_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Compiled:
+        def get_property(self, name: str) -> object:
+            return {"INFERENCE_PRECISION_HINT": ov.Type.f32, "NETWORK_NAME": "one convolution"}[name]
+
+    class Core:
+        def compile_model(self, *_: object) -> Compiled:
+            return Compiled()
+
+    monkeypatch.setattr(openvino_core, "core", Core)
+    with pytest.raises(PrecisionRefused, match=r"'one convolution' in .*float32.*, not in .*bfloat16"):
+        compile_model(_convolution(), "bf16", 1)
+
+
+def test_it_speaks_to_nobody() -> None:
+    """In a fresh interpreter that does not look like continuous integration, where OpenVINO is silent by itself."""
+    program = """
+import sys
+heard = []
+ways_out = ("socket.", "subprocess.", "os.fork", "os.posix_spawn", "os.system")
+sys.addaudithook(lambda event, _: heard.append(event) if event.startswith(ways_out) else None)
+import numpy as np
+from pipelines.openvino_core import compile_model, op, ov
+x = op.parameter([1, 2], ov.Type.f32, name="x")
+compile_model(ov.Model([op.result(op.relu(x))], [x], "relu"), "fp32", 1)(np.ones((1, 2), np.float32))
+assert sys.modules["openvino_telemetry"] is None and "torch" not in sys.modules
+assert not heard, heard
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_an_openvino_that_may_have_spoken_is_refused() -> None:
+    program = (
+        "import sys, types; sys.modules['openvino_telemetry'] = types.ModuleType('t'); import pipelines.openvino_core"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ran.returncode != 0
+    assert "import pipelines.openvino_core first" in ran.stderr
