@@ -22,7 +22,7 @@ the number of slices, and the result is that of the whole volume at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
 
@@ -101,7 +101,7 @@ class _Ring:
         """The tensor of plane `p`, to read or write."""
         return self._slots[p % len(self._slots)]
 
-    def window(self, _: int) -> Any:
+    def whole(self, _: int) -> Any:
         """The tensor of all slots."""
         return self._whole
 
@@ -110,29 +110,42 @@ class _Ring:
         self.plane(p)[...] = self.planes.code.zero
 
 
+@dataclass
 class _Segment:
-    """A segment, compiled for each place of its window.
+    """What makes one level's plane from the rings before it; the parts are those of `pipelines.openvino_segments`."""
 
-    Parameters
-    ----------
-    models
-        For plane p the model number p mod their number.
-    tensors
-        For each input and output what it is bound to for plane p.
-    precision, threads
-        See `pipelines.openvino_core.compile_model`.
-    """
+    window: tuple[_Ring, Convolution] | None
+    skip: _Ring | None
+    relu: bool
+    trunk: _Ring | None
+    plane: _Ring
+    across: Convolution | None
+    compiled: list[Any] = field(default_factory=list)
+    """For plane p the model number p mod their number."""
 
-    def __init__(
-        self, models: list[Any], tensors: dict[str, Callable[[int], Any]], precision: Precision, threads: int
-    ) -> None:
-        self._tensors = tensors
-        self.compiled: list[Any] = []
+    def compile(self, precision: Precision, threads: int) -> None:
+        """Compile it for each place of the window, see `pipelines.openvino_core.compile_model`."""
+        self._tensors: dict[str, Callable[[int], Any]] = {"plane": self.plane.slot}
+        if self.window is not None:
+            self._tensors["window"] = self.window[0].whole
+        if self.skip is not None:
+            self._tensors["skip"] = self.skip.slot
+        if self.trunk is not None:
+            self._tensors["trunk"] = self.trunk.slot
         self._requests: list[Any] = []
-        for p, model in enumerate(models):
+        for p in range(WINDOW if self.window else 1):
+            model = segment(
+                # slot s holds one of the planes p − 1, p, p + 1, and gets the weights of that one
+                window=(self.window[0].planes, self.window[1], p - 1) if self.window else None,
+                skip=self.skip.planes if self.skip else None,
+                relu=self.relu,
+                trunk=self.trunk.planes if self.trunk else None,
+                plane=self.plane.planes,
+                across=self.across,
+            )
             self.compiled.append(compile_model(model, precision, threads))
             self._requests.append(self.compiled[-1].create_infer_request())
-            self.run(p)  # of zeros: what compiling took is only freed after a first run
+            self.run(p)  # of whatever the rings hold: what compiling took is only freed after a first run
             give_memory_back()
 
     def run(self, p: int) -> None:
@@ -223,32 +236,19 @@ class StreamEngine:
             )
             for k, level in enumerate(levels)
         ]
-        self._segments = []
-        for k in range(-1, n):  # what is made after level k: the entry after none, the result after the last
-            window = self._rings[k] if k >= 0 else None
-            skip = self._input if k in (-1, n - 1) else self._trunks[adds[k]] if k in adds else None
-            trunk = self._trunks.get(k)
-            plane = self._rings[k + 1] if k + 1 < n else self._result
-            tensors: dict[str, Callable[[int], Any]] = {"plane": plane.slot}
-            if window:
-                tensors["window"] = window.window
-            if skip:
-                tensors["skip"] = skip.slot
-            if trunk:
-                tensors["trunk"] = trunk.slot
-            models = [
-                segment(
-                    # slot s holds one of the planes p − 1, p, p + 1, and gets the weights of that one
-                    window=(window.planes, levels[k].along, p - 1) if window else None,
-                    skip=skip.planes if skip else None,
-                    relu=k in relus,
-                    trunk=trunk.planes if trunk else None,
-                    plane=plane.planes,
-                    across=levels[k + 1].across if k + 1 < n else None,
-                )
-                for p in range(WINDOW if window else 1)
-            ]
-            self._segments.append(_Segment(models, tensors, precision, threads))
+        self._segments = [  # what makes level k + 1 from level k; the first makes level 0 from the input
+            _Segment(
+                window=(self._rings[k], levels[k].along) if k >= 0 else None,
+                skip=self._input if k in (-1, n - 1) else self._trunks[adds[k]] if k in adds else None,
+                relu=k in relus,
+                trunk=self._trunks.get(k),
+                plane=self._rings[k + 1] if k + 1 < n else self._result,
+                across=levels[k + 1].across if k + 1 < n else None,
+            )
+            for k in range(-1, n)
+        ]
+        for made_by in self._segments:
+            made_by.compile(precision, threads)
 
     @property
     def state_bytes(self) -> int:
