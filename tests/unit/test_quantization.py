@@ -1,0 +1,362 @@
+"""Rounding to 8 bits against whole numbers; the network in PyTorch against the one that OpenVINO runs; the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pipelines import openvino_core, openvino_stream
+from pipelines.base import Execution
+from pipelines.cascade import DRL
+from pipelines.dcscn import DCSCN
+from pipelines.ffdnet import FFDNet
+from pipelines.openvino_core import compile_model, convolution_precisions, cpu_supports
+from pipelines.openvino_planes import OpenVINOPlanes, read_graph
+from pipelines.resunet import ResUNet
+from pipelines.runtime import WEIGHTS, choose, read_card, read_file
+from pipelines.scaling import to_hu
+from pipelines.shipped import fast_2p5d
+from pipelines.stresnet import SRResNet3D, STResNet
+from training import quantize as command
+from training.__main__ import main
+from training.data import Batch
+from training.float_layers import Comparison
+from training.float_layers import choose as choose_layers
+from training.int8_files import Deployed, inputs, plane_files, stream_files
+from training.loop import Predict
+from training.quantization import (
+    QuantisedConvolution,
+    Range,
+    calibrate,
+    convolutions,
+    multiplications,
+    quantisable,
+    quantise,
+)
+from training.recipes import Recipe, plane, recipe, told, volume
+from training.sources import scans
+
+vnni = pytest.mark.skipif(not cpu_supports("int8"), reason="needs a CPU with VNNI: others saturate")
+
+SIGNED, UNSIGNED = Range(127 / 64, True), Range(255 / 64, False)
+"""Steps of 1/64: with weights that are whole numbers of 1/512 every product and sum is exact in float32."""
+
+
+def _exact(network: nn.Module) -> nn.Module:
+    """Give `network` weights that are whole numbers of 1/512, the largest of each output 127."""
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d):
+            codes = torch.randint(-20, 21, module.weight.shape, generator=generator)
+            if isinstance(module, nn.ConvTranspose2d):  # each pixel of the result is an output of its own
+                codes[0] = 127
+            else:
+                codes.view(len(codes), -1)[:, 0] = 127
+            module.weight.data = codes / 512
+            if module.bias is not None:
+                module.bias.data = torch.randint(-64, 65, module.bias.shape, generator=generator) / 512
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.0
+        if isinstance(module, nn.PReLU):
+            nn.init.constant_(module.weight, 0.125)
+    return network.eval().requires_grad_(False)
+
+
+def _batch(slices: int, size: int = 32, count: int = 2) -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    noisy = torch.randint(-64, 65, (count, slices, size, size), generator=generator) / 64
+    return Batch(noisy, noisy.roll(1, -1), torch.full((count,), 0.25))
+
+
+def _quantised(network: nn.Module, predict: Predict, batch: Batch, *, exact: bool = False) -> nn.Module:
+    """All convolutions in 8 bits."""
+    made = quantisable(network, predict, batch)
+    ranges = calibrate(made, predict, [batch])
+    quantise(made, {k: SIGNED if v.signed else UNSIGNED for k, v in ranges.items()} if exact else ranges)
+    return made
+
+
+NETWORKS: list[tuple[Callable[[], nn.Module], Predict, int]] = [
+    (lambda: FFDNet(8, 4), told(2), 3),
+    (lambda: ResUNet((8, 8, 16)), told(1), 3),
+    (DRL, plane, 1),
+    (DCSCN, plane, 1),
+]
+
+
+def test_rounds_as_whole_numbers_do() -> None:
+    torch.manual_seed(0)
+    x, conv = torch.randn(1, 3, 6, 7), nn.Conv2d(3, 4, 3)
+    quantised = QuantisedConvolution(conv)
+    quantised.range = Range(1.5, True)
+    codes = np.clip(np.rint(x.numpy()[0] / (1.5 / 127)), -128, 127).astype(np.int64)
+    weight = conv.weight.detach().numpy()
+    scale = np.abs(weight).max((1, 2, 3), keepdims=True) / 127
+    windows = np.lib.stride_tricks.sliding_window_view(codes, (3, 3), (1, 2))
+    sums = np.einsum("cyxij,ocij->oyx", windows, np.rint(weight / scale).astype(np.int64))
+    assert conv.bias is not None
+    expected = sums * scale[:, 0] * (1.5 / 127) + conv.bias.detach().numpy()[:, None, None]
+    assert np.allclose(quantised(x).detach().numpy()[0], expected, atol=1e-5)
+
+
+def test_gradient_passes_the_rounding_but_not_the_end_of_the_range() -> None:
+    torch.manual_seed(0)
+    x = torch.tensor([[0.3, -0.2, 5.0]]).view(1, 1, 1, 3).requires_grad_()
+    quantised = QuantisedConvolution(nn.Conv2d(1, 2, 1))
+    quantised.range = Range(1.0, True)
+    quantised(x).sum().backward()
+    assert x.grad is not None
+    assert quantised.weight.grad is not None
+    rounded = quantised._rounded()[0]
+    assert torch.allclose(x.grad.flatten(), torch.tensor([1.0, 1.0, 0.0]) * rounded.sum(), atol=1e-6)
+    reached = torch.tensor([38 / 127, -25 / 127, 1.0]).sum()  # what the weights are multiplied with
+    assert torch.allclose(quantised.weight.grad.flatten(), reached.expand(2), atol=1e-6)
+
+
+def test_mixed_precision_multiplies_the_codes() -> None:
+    torch.manual_seed(0)
+    x, quantised = torch.randn(1, 16, 8, 8), QuantisedConvolution(nn.Conv2d(16, 8, 3))
+    quantised.range = Range(3.0, True)
+    exact = quantised(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = quantised(x)
+    assert torch.allclose(mixed, exact, rtol=2**-7, atol=2**-7)  # the sums alone are rounded
+    assert not torch.equal(mixed, exact)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("size", "stride", "padding"), [(2, 2, 0), (5, 1, 0), (3, 1, 1)])
+def test_transposed_convolutions_are_convolutions(size: int, stride: int, padding: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    transposed = nn.ConvTranspose2d(6, 4, size, stride, padding, bias=bias)
+    x = torch.randn(2, 6, 9, 8)
+    assert torch.allclose(QuantisedConvolution(transposed)(x), transposed(x), atol=1e-5)
+
+
+def test_other_transposed_convolutions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"stride=\(2, 2\).* is no convolution in disguise"):
+        QuantisedConvolution(nn.ConvTranspose2d(2, 2, 3, 2))
+
+
+def test_normalisation_goes_into_the_weights() -> None:
+    torch.manual_seed(0)
+    network, batch = DRL().eval(), _batch(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var, module.running_mean = torch.rand(64) + 0.5, torch.randn(64)
+            nn.init.normal_(module.bias)
+    made = quantisable(network, plane, batch)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in made.modules())
+    assert torch.allclose(plane(made, batch)[0], plane(network, batch)[0], atol=1e-4)
+
+
+class _Borrowed(nn.Module):
+    """Uses the weights of a convolution that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1))
+        self.own = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.get_parameter("lent.0.weight")
+        result: torch.Tensor = self.own(self.lent[1](functional.conv2d(x, weight, padding=1)))
+        return result
+
+
+def test_what_is_not_called_stays() -> None:
+    made = quantisable(_Borrowed().eval(), plane, _batch(1))
+    assert list(convolutions(made)) == ["own"]
+    assert isinstance(made.get_submodule("lent.1"), nn.BatchNorm2d)
+
+
+def test_range_has_the_least_squared_error() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))
+    made = quantisable(network.eval(), plane, _batch(1))
+    x = torch.randn(4, 1, 64, 64)
+    x[0, 0, 0, 0] = 30  # alone so large: worth cutting off
+    batch = Batch(x, x, torch.ones(4))
+    ranges = calibrate(made, plane, [batch])
+    assert ranges["0"].signed
+    assert not ranges["2"].signed
+    errors = {}
+    for largest in np.linspace(2, 30, 57):
+        reach = Range(float(largest), True)
+        rounded = torch.fake_quantize_per_tensor_affine(x, reach.step, 0, *reach.codes)
+        errors[float(largest)] = float((rounded - x).square().sum())
+    rounded = torch.fake_quantize_per_tensor_affine(x, ranges["0"].step, 0, *ranges["0"].codes)
+    assert ranges["0"].largest < 30
+    assert float((rounded - x).square().sum()) <= 1.05 * min(errors.values())
+
+
+def test_checkpoint_holds_the_range() -> None:
+    one, other = (QuantisedConvolution(nn.Conv2d(1, 1, 1)) for _ in range(2))
+    one.range = UNSIGNED
+    other.load_state_dict(one.state_dict())
+    assert other.range == UNSIGNED
+
+
+def test_products_are_counted() -> None:
+    parts = multiplications(quantisable(FFDNet(8, 3).eval(), told(2), _batch(3)), told(2), _batch(3))
+    whole = 13 * 8 + 8 * 8 + 8 * 4
+    assert parts == pytest.approx({"convs.0": 13 * 8 / whole, "convs.1": 64 / whole, "convs.2": 32 / whole})
+
+
+def test_dear_layers_stay_in_float(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 32, 1), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 2, 1), nn.Conv2d(2, 1, 1)
+    ).eval()
+    batch = _batch(1)
+    made = quantisable(network, plane, batch)
+    ranges = calibrate(made, plane, [batch])
+    ranges["2"] = replace(ranges["2"], largest=ranges["2"].largest / 10)  # cuts off nearly all
+    parts = multiplications(made, plane, batch)
+    chosen = choose_layers(made, ranges, parts, Comparison(network, plane, [batch]), 0.1)
+    assert set(chosen) == {"1"}  # the first and the last have one channel, "2" is dear and small
+    assert [name for name, one in convolutions(made).items() if one.range is not None] == ["1"]
+    assert "without 2" in capsys.readouterr().out
+
+
+def _run(files: dict[str, bytes], predict: Predict, batch: Batch) -> torch.Tensor:
+    """By OpenVINO, all but the convolutions in fp32."""
+    engine = OpenVINOPlanes(files["int8.xml"], files["int8.bin"], "fp32", 1)
+    slices, *noise_map = ([item.numpy() for item in given] for given in inputs(predict, batch))
+    maps = noise_map[0] if noise_map else [None] * len(slices)
+    pairs = zip(slices, maps, strict=True)
+    return torch.from_numpy(np.stack([engine(np.ascontiguousarray(one), noise) for one, noise in pairs])[:, None])
+
+
+@vnni
+@pytest.mark.parametrize(("make", "predict", "slices"), NETWORKS, ids=["ffdnet", "resunet", "drl", "dcscn"])
+def test_openvino_runs_the_very_network(make: Callable[[], nn.Module], predict: Predict, slices: int) -> None:
+    batch = _batch(slices)
+    made = _quantised(_exact(make()), predict, batch, exact=True)
+    before, _ = predict(_exact(make()), batch)
+    expected, _ = predict(made, batch)
+    files = plane_files(made, predict, batch, "n")
+    assert torch.equal(_run(files, predict, batch), expected)
+    assert not torch.allclose(before, expected, atol=1e-3)  # it was rounded indeed
+    model = read_graph(files["int8.xml"], files["int8.bin"])
+    model.reshape(
+        {port: list(tensor[:1].shape) for port, tensor in zip(model.inputs, inputs(predict, batch), strict=True)}
+    )
+    for precision in ("fp32", "int8"):
+        kinds = convolution_precisions(compile_model(model, precision, 1))
+        assert set(kinds.values()) <= {"u8", "i8"}
+        assert len(kinds) == len(convolutions(made))
+
+
+@vnni
+@pytest.mark.parametrize(("make", "predict", "slices"), NETWORKS, ids=["ffdnet", "resunet", "drl", "dcscn"])
+def test_one_layer_differs_by_float_rounding_alone(
+    make: Callable[[], nn.Module], predict: Predict, slices: int
+) -> None:
+    torch.manual_seed(0)
+    batch = _batch(slices)
+    made = _quantised(make().eval(), predict, batch)
+    ranges = {name: one.range for name, one in convolutions(made).items() if one.range is not None}
+    name = list(ranges)[1]
+    quantise(made, {name: ranges[name]})
+    with torch.inference_mode():
+        expected, _ = predict(made, batch)
+    difference = to_hu((_run(plane_files(made, predict, batch, "n"), predict, batch) - expected).abs())
+    # a value halfway between two codes is rounded up by the one and down by the other
+    assert float((difference > 0.01).float().mean()) < 0.02
+    assert float(difference.median()) < 1e-3
+
+
+@vnni
+@pytest.mark.parametrize("make", [lambda: STResNet(8, 2), lambda: SRResNet3D(8, 2)])
+def test_streams_are_the_very_network(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (openvino_core, openvino_stream):
+        monkeypatch.setattr(module, "float_of", lambda precision: "fp32")
+    batch = _batch(5, 16, 1)
+    made = _quantised(_exact(make()), volume, batch, exact=True)
+    with torch.inference_mode():
+        expected, _ = volume(made, batch)
+        files = stream_files(made, tuned=True)
+        assert torch.equal(Deployed(files, b"", 1)(*inputs(volume, batch)), expected)
+    assert set(json.loads(files["int8.json"])) == set(convolutions(made))
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Weights and card of fast-2.5d in a folder, and a command that takes seconds."""
+    monkeypatch.setattr(scans, "PHANTOM_SLICES", 3)
+    monkeypatch.setattr(command, "VALIDATION_PHANTOMS", 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    for name in ("CALIBRATION_BATCHES", "CHOICE_BATCHES", "VALIDATION_BATCHES"):
+        monkeypatch.setattr(command, name, 1)
+
+    def small(name: str) -> Recipe:
+        how = recipe(name)
+        return replace(how, patch_zyx=(how.patch_zyx[0], 32, 32), batch=4)
+
+    monkeypatch.setattr(command, "recipe", small)
+    monkeypatch.setitem(main.__globals__["COMMANDS"], "quantize", "training.quantize")
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for suffix in ("json", "safetensors", "xml"):
+        shutil.copy(WEIGHTS / f"fast-2.5d.{suffix}", folder)
+    return folder
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "fast-2.5d.json").read_text(encoding="utf-8"))
+    return content
+
+
+@vnni
+def test_command_installs_what_a_node_runs(installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "quantize",
+        "fast-2.5d",
+        "--phantoms",
+        "1",
+        "--weights",
+        str(installed),
+        "--store",
+        str(tmp_path / "store"),
+    ]
+    words += ["--out", str(tmp_path / "out"), "--threads", "1"]
+    main([*words, "--max-loss-db", "99"])
+    full = _card(installed)
+    entry = full["int8"]
+    assert entry["tuning_steps"] == 0
+    assert entry["command"].startswith("python -m training quantize fast-2.5d --phantoms 1 --weights weights")
+    assert entry["calibrated_on"] == {"phantoms": 1, "series": []}
+    assert full["int8_loss_db"] == max(entry["loss_db"].values())
+    assert 0 < entry["golden"]["found_hu"]["rms_hu"] < entry["golden"]["bound_hu"]["rms_hu"] < 20
+    card = read_card("fast-2.5d", installed)
+    choice = choose(card, Execution("cpu", "int8", 1))
+    assert (choice.backend, choice.precision) == ("openvino", "int8")
+    assert len(read_file(card, "int8.bin", installed)) < 0.7 * (installed / "fast-2.5d.safetensors").stat().st_size
+    assert fast_2p5d(Execution("cpu", "int8", 1), installed).card.precision == "int8"
+
+    main([*words, "--max-loss-db", "-1", "--steps", "2"])
+    assert "fine-tuned: " in capsys.readouterr().out
+    assert _card(installed)["int8"]["tuning_steps"] == 2
+    assert _card(installed)["files_sha256"]["int8.bin"] != full["files_sha256"]["int8.bin"]
+    assert _card(installed)["files_sha256"]["xml"] == full["files_sha256"]["xml"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    main([*words, "--max-loss-db", "-1", "--steps", "2"])  # stopped before it was installed: nothing is trained again
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_other_cpus_are_refused(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "cpu_supports", lambda precision: False)
+    with pytest.raises(SystemExit, match="no VNNI instructions"):
+        main(["quantize", "fast-2.5d", "--weights", str(installed)])
