@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipelines.base import load
+from pipelines.base import OptionRefused, Options, load
 from pipelines.noise import noise_level
 from pipelines.safety import LOWEST_HU
-from pipelines.volume import Geometry, Volume
+from pipelines.volume import Geometry, Series, Volume
 from training import nodules
 from training.__main__ import main
 from training.radiomics import FEATURES, PRESET_57, command, features, study
@@ -234,6 +235,35 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     below = stats.ttest_1samp(table["full-dose"] - table["low-dose"], margin, alternative="less").pvalue
     assert [float(row["p_equivalence"]) for row in compared] == pytest.approx(np.maximum(above, below), rel=1e-4)
     assert (out / "radiomics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_options_reach_the_pipelines_and_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Brighter:
+        """Adds 40 HU times strength and blend."""
+
+        card = replace(load("identity").card, name="brighter")
+
+        def denoise(self, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
+            added = np.float32(40 * options.strength * options.blend)
+            return (series.plane(k).hu + added for k in range(series.shape[0]))
+
+    monkeypatch.setattr(command, "load", lambda name: Brighter())
+    volume = chest_volume(padded=False)
+    boxes = [(slice(4, 8), slice(40, 46), slice(x, x + 6)) for x in (20, 40, 80)]
+    regions = tuple(Region(f"n{k}", "solid", 8.0, box, np.ones((4, 6, 6), np.bool_)) for k, box in enumerate(boxes))
+    monkeypatch.setattr(command, "phantom_case", lambda *args: Case("c", volume, volume, regions))
+    words = ["radiomics", "--pipelines", "brighter", "--reference", "low-dose", "--phantoms", "1"]
+    main([*words, "--strength", "0.5", "--blend", "0.7", "--out", str(tmp_path)])
+    assert "denoise 0.1 of full dose, strength 0.5, blend 0.7." in (tmp_path / "radiomics.md").read_text("utf-8")
+    with (tmp_path / "features.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    before, after = (
+        [float(row["firstorder_Mean"]) for row in rows if row["images"] == images]
+        for images in ("low-dose", "brighter")
+    )
+    assert np.subtract(after, before) == pytest.approx([14] * 3, abs=1e-3)
+    with pytest.raises(OptionRefused, match="blend 2 is out of range"):
+        main([*words, "--blend", "2", "--out", str(tmp_path)])
 
 
 def test_the_paper_s_number_stands_beside_its_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.base import Pipeline, load
+from pipelines.base import Options, Pipeline, check_options, load
 from training.command_line import without_folders
 from training.radiomics.equivalence import Agreement, agree
 from training.radiomics.extraction import FEATURES, PRESET_57
@@ -49,6 +49,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dose", type=_dose, default=0.1, help="fraction of full dose that is denoised (default: %(default)s)"
     )
+    parser.add_argument(
+        "--blend",
+        type=float,
+        default=1.0,
+        help="part of the denoised image in the output, 0 to 1; the cascade's paper has 0.7 (default: 1)",
+    )
+    parser.add_argument("--strength", type=float, default=1.0, help="how much is denoised, 1 as trained (default: 1)")
     parser.add_argument(
         "--nodules",
         type=_positive,
@@ -87,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
     ------
     pipelines.base.UnknownPipeline
         If there is no such pipeline.
+    pipelines.base.OptionRefused
+        If one cannot take the options.
     pipelines.volume.SeriesRefused
         If a series may not be denoised, or not by one of the pipelines.
     ValueError
@@ -95,7 +104,10 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     names = list(dict.fromkeys([args.reference, *args.pipelines]))
     pipelines: list[Pipeline] = [load(name) for name in names if name not in (FULL_DOSE, LOW_DOSE)]
-    rows = list(measure(_cases(args), pipelines, lambda line: print(line, file=sys.stderr, flush=True)))
+    options = Options(args.strength, args.blend)
+    for pipeline in pipelines:
+        check_options(pipeline.card, options)
+    rows = list(measure(_cases(args), pipelines, options, lambda line: print(line, file=sys.stderr, flush=True)))
     if not rows:
         raise ValueError("no nodules: the archives of masks are empty")
     by_images: dict[str, list[Row]] = {}
@@ -107,7 +119,8 @@ def run(args: argparse.Namespace) -> None:
         for images, of in by_images.items()
         if images != args.reference
     }
-    setting = Setting(args.reference, args.dose, args.preset, {p.card.name: p.card for p in pipelines}, _command(args))
+    cards = {pipeline.card.name: pipeline.card for pipeline in pipelines}
+    setting = Setting(args.reference, args.dose, options, args.preset, cards, _command(args))
     args.out.mkdir(parents=True, exist_ok=True)
     write_features(args.out / "features.csv", rows)
     write_comparison(args.out / "comparison.csv", agreements)

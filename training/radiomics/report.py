@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.base import ModelCard
+from pipelines.base import ModelCard, Options
 from training.radiomics.comparison import ALPHA
 from training.radiomics.equivalence import CONCORDANT, MARGIN_SD, Agreement, Count, count
 from training.radiomics.study import FULL_DOSE, LOW_DOSE, Row
@@ -23,6 +23,7 @@ class Setting:
 
     reference: str
     dose: float
+    options: Options
     features: int
     cards: Mapping[str, ModelCard]
     """Of each pipeline, by name."""
@@ -60,7 +61,8 @@ def markdown(rows: Sequence[Row], agreements: Mapping[str, Mapping[str, Agreemen
         f"# Radiomic features of nodules against {setting.reference}",
         "",
         f"{len(regions)} nodules ({kinds}; {min(diameters):.1f} to {max(diameters):.1f} mm) in "
-        f"{', '.join(dict.fromkeys(row.case for row in rows))}; the pipelines denoise {setting.dose:g} of full dose.",
+        f"{', '.join(dict.fromkeys(row.case for row in rows))}; the pipelines denoise {setting.dose:g} of full dose, "
+        f"strength {setting.options.strength:g}, blend {setting.options.blend:g}.",
         "",
         f"    {setting.command}",
         "",

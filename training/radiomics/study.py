@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.base import Pipeline, denoise_volume
+from pipelines.base import Options, Pipeline, denoise_volume
 from pipelines.gate import check
 from pipelines.safety import LOWEST_HU, network_input
 from pipelines.volume import Volume
@@ -169,7 +169,9 @@ def read_masks(path: Path, volume: Volume) -> tuple[Region, ...]:
     return tuple(regions)
 
 
-def measure(cases: Iterable[Case], pipelines: Sequence[Pipeline], progress: Callable[[str], None]) -> Iterator[Row]:
+def measure(
+    cases: Iterable[Case], pipelines: Sequence[Pipeline], options: Options, progress: Callable[[str], None]
+) -> Iterator[Row]:
     """Features of every region of every case in full-dose, low-dose and denoised images.
 
     Parameters
@@ -178,6 +180,8 @@ def measure(cases: Iterable[Case], pipelines: Sequence[Pipeline], progress: Call
         Taken one at a time.
     pipelines
         Applied to the low-dose images.
+    options
+        Of all of them.
     progress
         Called with a line for each case and pipeline.
 
@@ -192,7 +196,7 @@ def measure(cases: Iterable[Case], pipelines: Sequence[Pipeline], progress: Call
         yield from _rows(case, LOW_DOSE, case.low_dose.hu)
         for pipeline in pipelines:
             check(case.low_dose, pipeline.card)
-            denoised = denoise_volume(pipeline, case.low_dose)
+            denoised = denoise_volume(pipeline, case.low_dose, options)
             progress(f"{case.name}: {pipeline.card.name}")
             yield from _rows(case, pipeline.card.name, denoised)
 
