@@ -117,6 +117,8 @@ class TrainingRecord:
     slice_spacing_mm: tuple[float, float]
     """Least and largest of what taught."""
     pixel_spacing_mm: tuple[float, float]
+    validated_on: str
+    """What the validated PSNR is of, in words."""
 
 
 def plateau_in_words(plateau: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def draw(logs: Mapping[str, Path], out: Path) -> None:
+def draw(logs: Mapping[str, Path], out: Path, validated_on: str) -> None:
     """Loss and validated PSNR over samples seen, one line per training.
 
     Parameters
@@ -17,6 +17,8 @@ def draw(logs: Mapping[str, Path], out: Path) -> None:
         Name and ``log.jsonl`` of each training.
     out
         The picture, PNG.
+    validated_on
+        What the PSNR is of.
     """
     from matplotlib.figure import Figure  # only who trains has it
 
@@ -31,7 +33,7 @@ def draw(logs: Mapping[str, Path], out: Path) -> None:
             axes.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=0.8, marker=".")
     # a logarithm shows no loss below 0, which that against a critic may be
     left.set(xlabel="samples", ylabel="loss", yscale="log" if lowest > 0 else "linear")
-    right.set(xlabel="samples", ylabel="validation PSNR, −160 to 240 HU (dB)")
+    right.set(xlabel="samples", ylabel="validation PSNR, −160 to 240 HU (dB)", title=f"validated on {validated_on}")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()

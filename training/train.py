@@ -245,6 +245,13 @@ def begun_without(name: str, start: Path, held: Sequence[Case]) -> None:
             )
 
 
+def validated_on(phantoms: int, series: int) -> str:
+    """What a validation is of: phantoms, or `series` of subjects that do not teach."""
+    if series:
+        return f"{series} series of subjects that did not teach"
+    return f"{phantoms} phantoms that did not teach: it says nothing of images of patients"
+
+
 def _ends(values: Iterable[float]) -> tuple[float, float]:
     found = sorted(values)
     return round(found[0], 3), round(found[-1], 3)
@@ -263,10 +270,12 @@ def _train(
     make(preparation, [*seeds, *([] if check else held_seeds), *teach, *check], args.workers)
     shown = scans_of(preparation, teach)
     scans = [*map(preparation.phantom, seeds), *shown.values()]
-    held = list(scans_of(preparation, check).values()) or [*map(preparation.phantom, held_seeds)]
+    own = list(scans_of(preparation, check).values())
+    held = own or [*map(preparation.phantom, held_seeds)]
+    checked = validated_on(len(held), len(own))
     if not scans:
         raise SystemExit("nothing to learn from: give --data with CT series, or --phantoms")
-    print(f"{len(scans)} scans to learn from, {len(held)} to validate on")
+    print(f"{len(scans)} scans to learn from, {len(held)} to validate on: {checked}")
 
     schedule = how.schedule if args.steps is None else how.schedule.until(args.steps)
     network, loss = how.network(), _loss(how, args)
@@ -314,12 +323,13 @@ def _train(
             ),
             slice_spacing_mm=_ends(spacing.slices for spacing in spacings if spacing.slices > 0),
             pixel_spacing_mm=_ends(spacing.pixels for spacing in spacings),
+            validated_on=checked,
         )
         write_network(out, how.card, average, record)
 
     if training.step < schedule.steps:
         write(training.train(partial(write, training.average)))
-    draw({args.recipe: out / "log.jsonl"}, out / "curve.png")
+    draw({args.recipe: out / "log.jsonl"}, out / "curve.png", checked)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ RECORD = TrainingRecord(
     plateau=Plateau(None, False),
     slice_spacing_mm=(1.0, 8.0),
     pixel_spacing_mm=(0.451, 1.367),
+    validated_on="4 phantoms",
 )
 
 

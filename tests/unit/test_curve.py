@@ -26,8 +26,9 @@ def test_losses_below_zero_are_shown(
         ]
         logs[name] = tmp_path / f"{name}.jsonl"
         logs[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    draw(logs, tmp_path / "curve.png")
+    draw(logs, tmp_path / "curve.png", "4 phantoms that did not teach")
     left, right = drawn[0].axes
+    assert right.get_title() == "validated on 4 phantoms that did not teach"
     assert left.get_yscale() == scale
     assert [np.asarray(line.get_ydata()).tolist() for line in left.lines] == [[loss + 1 for loss in losses], losses]
     assert [np.asarray(line.get_ydata()).tolist() for line in right.lines] == [[31.0], [31.0]]

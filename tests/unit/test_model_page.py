@@ -52,6 +52,9 @@ def test_page_says_whether_the_plateau_was_reached(gain_db: float | None, reache
     card["training"] |= {"plateau": {"gain_db": gain_db, "reached": reached}, "samples": 320, "commit": "abc"}
     text = page(card)
     assert says in text
+    card["training"]["validated_on"] = "4 phantoms: no patients"
+    assert "\nThe plateau was " in page(card)
+    assert " It was validated on 4 phantoms: no patients.\n" in page(card)
     assert f"{card['training']['steps']} steps (320 patches) in " in text
     assert ", commit abc:" in text
 

@@ -90,6 +90,7 @@ def test_train_writes_weights_and_a_card_that_load(tmp_path: Path, store: str) -
     training = written["training"]
     assert (training["steps"], training["samples"], training["seed"]) == (2, 8, 7)
     assert training["plateau"]["reached"] is False
+    assert training["validated_on"] == "1 phantoms that did not teach: it says nothing of images of patients"
     assert re.fullmatch(r"([0-9a-f]{40}\+?)?", training["commit"])
     assert "--out run --steps 2 --phantoms 1 --seed 7 --store store" in training["command"]
     assert "secret" not in json.dumps(written)
@@ -112,6 +113,7 @@ def test_a_user_with_real_pairs_gets_a_trained_model(
     card = json.loads((out / "fast-2.5d.json").read_text(encoding="utf-8"))
     assert len(card["training"]["series"]) == card["training"]["pairs"] == 4
     assert card["training"]["series"][0]["licence"] == "not stated"
+    assert card["training"]["validated_on"] == "1 series of subjects that did not teach"
     assert (card["training"]["slice_spacing_mm"], card["training"]["pixel_spacing_mm"]) == ([2.0, 2.0], [3.0, 3.0])
 
 
@@ -147,7 +149,9 @@ def _first_stage(folder: Path, *taught: str) -> None:
     """An untrained DRL whose card says that it was trained on `taught`."""
     series = tuple(Source(f"{subject} STANDARD 2 mm", "", "", "", "") for subject in taught)
     at_rest = Plateau(0.0, True)
-    record = TrainingRecord("", "", "", "", 1, 0.0, 1, 1, "", 0, series, len(series), at_rest, (2.0, 2.0), (3.0, 3.0))
+    record = TrainingRecord(
+        "", "", "", "", 1, 0.0, 1, 1, "", 0, series, len(series), at_rest, (2.0, 2.0), (3.0, 3.0), ""
+    )
     folder.mkdir(parents=True)
     write_network(folder, recipe("drl").card, recipe("drl").network(), record)
 

@@ -92,6 +92,8 @@ def _how(training: dict[str, Any]) -> list[str]:
         lines += ["", f"Compared by the features of {backbone}{known}, beside its values."]
     if plateau := training.get("plateau"):
         lines += ["", plateau_in_words(plateau)]
+        if validated_on := training.get("validated_on"):
+            lines[-1] += f" It was validated on {validated_on}."
     return lines
 
 
