@@ -127,7 +127,8 @@ def _log_to_stderr(config: Config) -> None:
 
 def _check_config(arguments: argparse.Namespace) -> int:
     config = load(arguments.config)
-    worker = Worker(config.compute.threads or default_threads())
+    compute = config.compute
+    worker = Worker(compute.threads or default_threads(), compute.device, compute.precision)
     try:
         pipeline_hashes(config, worker)
     finally:
@@ -279,7 +280,7 @@ def _jobs_cancel(arguments: argparse.Namespace) -> int:
 
 def _denoise(arguments: argparse.Namespace) -> int:
     config = load(arguments.config) if arguments.config.exists() else Config()
-    chosen = config.pipelines.get(arguments.pipeline)
+    compute, chosen = config.compute, config.pipelines.get(arguments.pipeline)
     if chosen is None:
         raise NodeError(f"no pipeline {arguments.pipeline!r}; there are: {', '.join(sorted(config.pipelines))}")
     if arguments.out.exists():
@@ -295,7 +296,7 @@ def _denoise(arguments: argparse.Namespace) -> int:
         manifest = denoise_series(
             files,
             arguments.out,
-            pipeline=base.load(chosen.uses),
+            pipeline=base.load(chosen.uses, base.Execution(compute.device, compute.precision, compute.threads)),
             options=base.Options(chosen.strength, chosen.blend),
             fingerprint=job_table.fingerprint(digests),
             settings=config.derivation,
@@ -310,7 +311,7 @@ def _denoise(arguments: argparse.Namespace) -> int:
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in manifest.seconds.items())
     print(
         f"{len(manifest.instances)} slices by {manifest.pipeline} {manifest.version} ({manifest.precision}) "
-        f"in {arguments.out}\nseconds: {seconds}\n"
+        f"in {arguments.out}\nran on: {manifest.reason or 'this machine'}\nseconds: {seconds}\n"
         f"noise: {manifest.noise_before_hu} HU before, {manifest.noise_after_hu} HU after"
     )
     return OK

@@ -120,6 +120,8 @@ class Compute:
                 "noise_before_hu": manifest.noise_before_hu,
                 "noise_after_hu": manifest.noise_after_hu,
                 "precision": manifest.precision,
+                "backend": manifest.backend,
+                "reason": manifest.reason,
                 "guard": manifest.guard,
             },
         )

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -68,6 +68,9 @@ class Manifest:
     pipeline: str
     version: str
     precision: str
+    backend: str
+    """What computed it, and why that; empty for a pipeline that computes by itself."""
+    reason: str
     options: Options
     pipeline_hash: str
     fingerprint: str
@@ -189,6 +192,8 @@ def denoise_series(
             pipeline=pipeline.card.name,
             version=pipeline.card.version,
             precision=pipeline.card.precision,
+            backend=pipeline.card.backend,
+            reason=pipeline.card.reason,
             options=options,
             pipeline_hash=identity,
             fingerprint=fingerprint,
@@ -224,7 +229,7 @@ def _publish(part: Path, out: Path) -> None:
     sync_folder(out.parent)
 
 
-def _ahead(slices: Iterator[Array]) -> Iterator[Array]:
+def _ahead(slices: Iterator[Array]) -> Generator[Array]:
     """The same slices, made by a thread of its own while the caller works on those before."""
     maker = ThreadPoolExecutor(1, "pipeline")
     try:
