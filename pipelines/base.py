@@ -146,7 +146,8 @@ def denoise(pipeline: Pipeline, series: Series, options: Options) -> Iterator[ND
     Raises
     ------
     PipelineFault
-        If it gives other than one finite float32 image of the series' size for each slice.
+        If it gives other than one float32 image of the series' size for each slice. (Whether they are finite, the guard
+        finds out.)
     OptionRefused
         For an option that it cannot take.
     """

@@ -120,7 +120,8 @@ def _repeats_itself_and_leaves_its_input(pipeline: Pipeline) -> None:
     first = _run(pipeline, volume)
     _demand(np.array_equal(volume.hu, hu) and np.array_equal(volume.padding, padding), "the input was changed")
     _demand(np.array_equal(first, _run(pipeline, volume)), "the same input gave two outputs")
-    _demand(not np.shares_memory(first, volume.hu), "the output is the memory of the input")
+    planes = list(pipeline.denoise(volume, Options()))
+    _demand(not any(np.shares_memory(one, volume.hu) for one in planes), "the output is the memory of the input")
 
 
 def _leaves_padding(pipeline: Pipeline) -> None:

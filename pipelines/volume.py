@@ -245,11 +245,11 @@ def open_series(paths: Sequence[Path]) -> FileSeries:
 
 def read_volume(paths: Sequence[Path]) -> Volume:
     """The same with every slice decoded; raises the same."""
-    with open_series(paths) as series:
+    with open_series(paths) as series, pydicom_silent():
         hu = np.empty(series.shape, np.float32)
-        padding = np.empty(series.shape, np.bool_)
-        for k in range(len(hu)):
-            hu[k], padding[k] = series.plane(k)
+        padding = np.zeros(series.shape, np.bool_)
+        for k, one in enumerate(series.slices):
+            one.read_hu(hu[k], padding[k])
         return Volume(
             geometry=series.geometry,
             slice_uids=series.slice_uids,

@@ -25,7 +25,6 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from pipelines import volume as module
 from pipelines.volume import SeriesRefused, Volume, read_volume
 
 
@@ -129,10 +128,7 @@ def test_a_single_slice_is_a_volume(tmp_path: Path) -> None:
     assert volume.tilt_deg == 0
 
 
-def test_reading_holds_the_volume_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the few slices that a series keeps."""
-    monkeypatch.setattr(module, "PLANES_AHEAD", 1)
-    monkeypatch.setattr(module, "PLANES_KEPT", 2)
+def test_reading_holds_the_volume_once(tmp_path: Path) -> None:
     files = write_series(tmp_path, phantom(24, 256))
     read_volume(files[:1])
     tracemalloc.start()
