@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,16 +39,6 @@ __all__ = ["DerivedInstance", "SeriesWriter"]
 _QUEUED_SLICES = 4
 """Denoised slices that may wait for the writing thread: enough to bridge a sync, too few to cost memory."""
 _MAX_TEMPLATES = 8
-
-
-class _File(NamedTuple):
-    """A file to be written: its parts one after the other, and what it is proved by."""
-
-    parts: tuple[bytes, ...]
-    meant: Meant
-    source: ElementIndex | None
-    """None: only pydicom can read the source."""
-    long_way: bool
 
 
 class SeriesWriter:
@@ -188,36 +177,44 @@ class SeriesWriter:
         sources = [series.slice_uids[j] for j in (k, *(j for j in near if j != k))]
         source_path = series.slice_paths[k]
         try:
-            file = self._file(source_path, sources, plane, hu)
+            source, meant = self._meant(source_path, sources[0], plane, hu)
+            parts, long_way = self._encode(source_path, source, sources, meant)
         except BROKEN as error:
             # no message of a library: it may quote the header
             raise DerivationError(f"{series.slice_uids[k]} cannot be derived from ({type(error).__name__})") from error
-        path = self._out_dir / f"{file.meant.sop_instance_uid}.dcm"
-        _write_durably(path, file.parts)
+        path = self._out_dir / f"{meant.sop_instance_uid}.dcm"
+        _write_durably(path, parts)
         content = path.read_bytes()
-        if not _holds(content, file.parts):
-            size = sum(map(len, file.parts))
+        if not _holds(content, parts):
+            size = sum(map(len, parts))
             raise DerivationError(f"{path.name}: read back {len(content)} bytes, other than the {size} written")
-        if file.source is None:
-            return prove_by_pydicom(path, content, dcmread(source_path), file.meant)
-        if file.long_way or k in (0, len(series.slice_paths) - 1):
-            prove_by_pydicom(path, content, dcmread(io.BytesIO(file.source.content)), file.meant)
-        return prove(path, content, file.source, file.meant)
+        if source is None:
+            return prove_by_pydicom(path, content, dcmread(source_path), meant)
+        if long_way or k in (0, len(series.slice_paths) - 1):
+            prove_by_pydicom(path, content, dcmread(io.BytesIO(source.content)), meant)
+        return prove(path, content, source, meant)
 
-    def _file(self, path: Path, sources: list[str], plane: Plane, hu: NDArray[np.float32]) -> _File:
-        """What to write for the slice in `path`; `sources` names what fed it, itself first."""
+    def _meant(self, path: Path, uid: str, plane: Plane, hu: NDArray[np.float32]) -> tuple[ElementIndex | None, Meant]:
+        """The source file, None if only pydicom can read it, and what is to be written for it."""
         source, one = _read(path)
-        if one.sop_instance_uid != sources[0]:
-            raise DerivationError(f"{sources[0]}: its file holds another object now")
-        key = (self._made.pipeline_hash, self._made.fingerprint)
+        if one.sop_instance_uid != uid:
+            raise DerivationError(f"{uid}: its file holds another object now")
         pixels = derived_pixels(one, one.stored(source.content if source is not None else None), plane, hu)
-        meant = Meant(pixels, derived_uid(sources[0], *key, "instance"), derived_uid(one.series_uid, *key, "series"))
+        key = (self._made.pipeline_hash, self._made.fingerprint)
+        return source, Meant(pixels, derived_uid(uid, *key, "instance"), derived_uid(one.series_uid, *key, "series"))
+
+    def _encode(
+        self, path: Path, source: ElementIndex | None, sources: list[str], meant: Meant
+    ) -> tuple[tuple[bytes, ...], bool]:
+        """The file in parts, one behind the other, and whether it took the long way.
+
+        `sources` names what fed the slice, itself first.
+        """
         if source is not None:
             for template in self._templates:
                 if template.fits(source):
                     try:
-                        header = template.header(source, meant.sop_instance_uid, sources)
-                        return _File((header, pixels), meant, source, long_way=False)
+                        return (template.header(source, meant.sop_instance_uid, sources), meant.pixels), False
                     except HandedOver:
                         break
         encoded = _encode(_header(path, sources, meant, self._made))
@@ -225,7 +222,7 @@ class SeriesWriter:
             with suppress(HandedOver):
                 learnt = HeaderTemplate(source, encoded, self._made.settings.keep_private_attributes)
                 self._templates = [learnt, *self._templates[: _MAX_TEMPLATES - 1]]
-        return _File((encoded,), meant, source, long_way=True)
+        return (encoded,), True
 
 
 def _read(path: Path) -> tuple[ElementIndex | None, CTSlice]:
