@@ -37,7 +37,7 @@ def _box_mean(image: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     return np.asarray(window / size**2)
 
 
-def _local_sd(hu: Array, padding: NDArray[np.bool_], window: int) -> tuple[Array, Array]:
+def local_sd(hu: Array, padding: NDArray[np.bool_], window: int) -> tuple[Array, Array]:
     """Local standard deviation and smoothed HU of one slice; NaN where the window meets padding."""
     image = np.where(padding, 0.0, hu).astype(np.float64)
     mean = _box_mean(image, window)
@@ -90,7 +90,7 @@ def _level(planes: Iterable[tuple[Array, NDArray[np.bool_]]], pixel_mm: float) -
     soft, dense, every = [], [], []
     for hu, padding in planes:
         window = min(max(2 * round(WINDOW_MM / pixel_mm / 2) + 1, 5), (min(hu.shape) - 1) // 2 * 2 + 1)
-        sd, smooth = _local_sd(hu, padding, window)
+        sd, smooth = local_sd(hu, padding, window)
         measured = np.isfinite(sd)
         tissue = ((smooth > SOFT_TISSUE_HU[0]) & (smooth < SOFT_TISSUE_HU[1])).astype(np.float64)
         soft.append(sd[measured & (_box_mean(tissue, window) > 1 - 1e-6)])

@@ -18,6 +18,7 @@ from numpy.polynomial import legendre
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from training.blur import sigma_mm
 from training.simulate import F50
 
 Array = NDArray[np.float32]
@@ -184,7 +185,7 @@ def _draw(
     plan: _Plan, centre: Triple, spacing_mm: Triple, thickness_mm: float, f50: float, shape: Sequence[int]
 ) -> _Drawn:
     """Draw `plan` around `centre` (voxels) and cut off what lies outside of `shape`."""
-    sigma_px = math.sqrt(math.log(2) / 2) / (math.pi * f50 * spacing_mm[1])
+    sigma_px = sigma_mm(f50) / spacing_mm[1]
     blur_mm = (thickness_mm / 2, _PSF_REACH * sigma_px * spacing_mm[1], _PSF_REACH * sigma_px * spacing_mm[2])
     first = [
         math.floor(c - (plan.surface.reach_mm + b) / d) for c, b, d in zip(centre, blur_mm, spacing_mm, strict=True)

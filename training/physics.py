@@ -46,12 +46,17 @@ class Curve:
         return np.asarray(np.interp(frequency, self.frequency, self.value, right=0.0))
 
 
-def _detrended(rois: Float64) -> Float64:
-    """Each region less its least-squares polynomial of second order in x and y."""
-    n = rois.shape[-1]
+def trend_basis(n: int) -> Float64:
+    """Orthonormal polynomials of second order in x and y on n × n pixels, (n², 6)."""
     x = np.linspace(-1, 1, n)
     yy, xx = (axis.ravel() for axis in np.meshgrid(x, x, indexing="ij"))
     basis, _ = np.linalg.qr(np.stack([np.ones_like(xx), xx, yy, xx * xx, xx * yy, yy * yy], axis=1))
+    return np.asarray(basis)
+
+
+def _detrended(rois: Float64) -> Float64:
+    """Each region less its least-squares polynomial of second order in x and y."""
+    basis = trend_basis(rois.shape[-1])
     flat = rois.reshape(len(rois), -1)
     return np.asarray((flat - flat @ basis @ basis.T).reshape(rois.shape))
 

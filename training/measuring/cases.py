@@ -19,6 +19,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from pipelines.noise import noise_level
 from pipelines.safety import LOWEST_HU, network_input
 from pipelines.volume import Geometry, Volume
+from training.blur import sigma_mm
 from training.physics import lesion, smoothed_masks
 from training.simulate import F50, unit_noise
 from training.simulation.calibration import calibrate
@@ -179,7 +180,7 @@ def lesions(trial: Trial) -> Array | None:
     step = max(math.ceil(_SITE_DISTANCE_MM / spacing_mm), 1)
     half_z, half = math.ceil(_PATCH_MM / 2 / spacing_mm), math.ceil(_PATCH_MM / pixel_mm)
     ball = lesion((2 * half_z + 1, 2 * half + 1, 2 * half + 1), (spacing_mm, pixel_mm, pixel_mm))
-    sigma_px = math.sqrt(math.log(2) / 2) / (math.pi * trial.f50 * pixel_mm)
+    sigma_px = sigma_mm(trial.f50) / pixel_mm
     ball = gaussian_filter(ball, (0, sigma_px, sigma_px)).astype(np.float32)
     # a frame around everything, so that no box leaves the image
     out = np.zeros([n + 2 * h for n, h in zip(trial.truth.shape, (half_z, half, half), strict=True)], np.float32)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from pipelines.base import Options, Pipeline, denoise_volume
+from training.blur import sigma_mm
 from training.measuring.cases import volume_of
 from training.physics import Curve, cnr, detectability, disc_task, falls_to, nps_2d, radial_nps, ttf
 from training.simulate import F50, unit_noise
@@ -78,7 +79,7 @@ class Quality:
 
 def phantom(dose: float, slices: int) -> Phantom:
     """The cylinder at `dose`; all slices are alike but for their noise."""
-    sigma_px = math.sqrt(math.log(2) / 2) / (math.pi * F50 * PIXEL_MM)
+    sigma_px = sigma_mm(F50) / PIXEL_MM
     water = gaussian_filter(1000 * _disc((0, 0), CYLINDER_MM) - 1000, sigma_px)
     rods = sum(
         (hu * _disc(centre, ROD_MM) for hu, centre in zip(CONTRASTS_HU, _centres(), strict=True)),

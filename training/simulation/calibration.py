@@ -18,10 +18,10 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from pydicom import dcmread
-from scipy.ndimage import convolve1d, gaussian_filter, gaussian_filter1d, minimum_filter, uniform_filter
+from scipy.ndimage import convolve1d, gaussian_filter, gaussian_filter1d, minimum_filter
 
 from pipelines.elements import BadElement, numbers, shown, text
-from pipelines.noise import SOFT_TISSUE_HU, WINDOW_MM, noise_level
+from pipelines.noise import SOFT_TISSUE_HU, WINDOW_MM, local_sd, noise_level
 from pipelines.volume import Volume
 from training.physics import Curve, nps_2d, radial_nps
 from training.simulate import full_dose_noise
@@ -235,7 +235,7 @@ def _with_photons(found: Calibration, volume: Volume, pixel_mm: float, seed: int
     looked_at, windows = _windows(volume, pixel_mm)
     hu = np.stack([without_padding(volume, k) for k in looked_at])
     current = tube_current(volume) or (1.0,) * len(volume.hu)
-    beam, size = found.beam, _window_px(pixel_mm)
+    beam, size, whole = found.beam, _window_px(pixel_mm), np.zeros(hu.shape[1:], np.bool_)
     for count in _ROUNDS:
         scanned = [current[k] for k in looked_at[:count]]
         noise = full_dose_noise(hu[:count], pixel_mm, seed, found.kernel, beam, current=scanned, device=device)
@@ -244,7 +244,7 @@ def _with_photons(found: Calibration, volume: Volume, pixel_mm: float, seed: int
             body = (image > _BODY_HU).astype(np.float32)
             around = _EVEN_MM / pixel_mm
             expected = np.sqrt(gaussian_filter(one**2 * body, around)[inside] / gaussian_filter(body, around)[inside])
-            own, simulated = (_mode(_local_sd(what, size)[inside] / expected) for what in (image, one))
+            own, simulated = (_likeliest(local_sd(what, whole, size)[0][inside] / expected) for what in (image, one))
             missing.append((simulated / own) ** 2)
         photons = float(np.median(missing))
         beam = replace(beam, n0=float(f"{beam.n0 * photons:.3g}"))
@@ -289,15 +289,8 @@ def _window_px(pixel_mm: float) -> int:
     return max(2 * round(WINDOW_MM / pixel_mm / 2) + 1, 5)
 
 
-def _local_sd(image: Array, size: int) -> Array:
-    """Standard deviation in a window around each pixel."""
-    exact = image.astype(np.float64)
-    mean = uniform_filter(exact, size)
-    return np.asarray(np.sqrt(np.maximum(uniform_filter(exact * exact, size) - mean * mean, 0)), np.float32)
-
-
-def _mode(values: Array) -> float:
-    """Most frequent of positive values, by a histogram of their logarithms, smoothed."""
+def _likeliest(values: Array) -> float:
+    """Most frequent of positive values, by a histogram of their logarithms, smoothed: here of ratios, not of HU."""
     counts, edges = np.histogram(np.log(values[values > 0]), bins=np.arange(-3, 6, _MODE_STEP))
     top = int(gaussian_filter1d(counts.astype(np.float64), _MODE_SMOOTHING / _MODE_STEP).argmax())
     return math.exp((edges[top] + edges[top + 1]) / 2)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from training.physics import Curve, mean_frequency, radial_nps
+from training.physics import Curve, mean_frequency, radial_nps, trend_basis
 from training.simulation.projection import Kernel
 
 Float64 = NDArray[np.float64]
@@ -114,10 +114,7 @@ def fit_kernel(measured: Curve, pixel_mm: float) -> Fit:
 @cache
 def _trend(n: int) -> tuple[Float64, NDArray[np.complex128]]:
     """Orthonormal polynomials of second order on a tile, (6, n, n), and their transforms."""
-    x = np.linspace(-1, 1, n)
-    yy, xx = (axis.ravel() for axis in np.meshgrid(x, x, indexing="ij"))
-    columns, _ = np.linalg.qr(np.stack([np.ones_like(xx), xx, yy, xx * xx, xx * yy, yy * yy], axis=1))
-    basis = columns.T.reshape(6, n, n)
+    basis = trend_basis(n).T.reshape(6, n, n)
     return basis, np.fft.fft2(basis)
 
 

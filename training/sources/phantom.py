@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scipy import fft
 from scipy.ndimage import gaussian_filter1d
 
+from training.blur import sigma_mm
+
 Array = NDArray[np.float32]
 
 AIR_HU = -1000.0
@@ -390,7 +392,7 @@ def chest_abdomen(
     hu += amplitude * texture
     if n_slices > 2:
         gaussian_filter1d(hu, 0.35, axis=0, output=hu, mode="nearest")
-    sigma_px = float(np.sqrt(np.log(2) / 2) / (np.pi * f50 * pixel_mm))
+    sigma_px = sigma_mm(f50) / pixel_mm
     for axis in (1, 2):
         gaussian_filter1d(hu, sigma_px, axis=axis, output=hu, mode="nearest", truncate=3.0)
     return hu
