@@ -130,8 +130,11 @@ class CTSlice:
         """The same from stored values, (rows, columns)."""
         if self.slope.is_integer() and self.intercept.is_integer():
             # 16-bit integers times at most MAX_STEP_HU stay far below 2^24: exact in float32, and twice as fast
-            np.multiply(stored, np.float32(self.slope), out=hu, casting="unsafe")
-            hu += np.float32(self.intercept)
+            if self.slope == 1:
+                np.add(stored, np.float32(self.intercept), out=hu, casting="unsafe")
+            else:
+                np.multiply(stored, np.float32(self.slope), out=hu, casting="unsafe")
+                hu += np.float32(self.intercept)
         else:
             hu[...] = stored.astype(np.float64) * self.slope + self.intercept
         if self.padding is not None:
