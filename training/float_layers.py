@@ -46,9 +46,13 @@ class Comparison:
 
     def _results(self, network: nn.Module) -> list[tuple[Array, Array]]:
         """Images and truths of each batch, HU."""
+        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+        results = []
         with torch.inference_mode():
-            results = [self._predict(network, batch) for batch in self._batches]
-        return [(to_hu(image.float()).numpy(), to_hu(truth.float()).numpy()) for image, truth in results]
+            for batch in self._batches:
+                image, truth = self._predict(network, Batch(*(tensor.to(device) for tensor in batch)))
+                results.append((to_hu(image.float()).cpu().numpy(), to_hu(truth.float()).cpu().numpy()))
+        return results
 
     def of(self, network: nn.Module) -> Loss:
         """Compare `network`."""

@@ -128,7 +128,7 @@ def _tuned(network: nn.Module, how: Recipe, data: _Data, checks: Comparison, arg
 
     rate = TUNING_RATE * how.schedule.learning_rate
     rounded = sorted(name for name, one in convolutions(network).items() if one.range is not None)
-    return Run(
+    average = Run(
         network,
         how.predict,
         loss,
@@ -138,8 +138,10 @@ def _tuned(network: nn.Module, how: Recipe, data: _Data, checks: Comparison, arg
         args.out,
         f"{args.network} in 8 bits, rate {rate:g}, {', '.join(rounded)}",
         commit(),
+        device="cuda" if torch.cuda.is_available() else "cpu",
         workers=args.workers,
     ).train(lambda: None)
+    return average.cpu()
 
 
 def run(args: argparse.Namespace) -> None:
