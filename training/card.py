@@ -38,6 +38,9 @@ TOLERANCE = 1.25
 """How much smaller or larger than in training slice distance and pixels may be, as a factor. A network sees pixels, not
 millimetres, and patients differ by more in size, kernels by a factor of three in sharpness: a quarter beyond the ends
 looks like something that was shown."""
+CLOSER = 2.0
+"""How much closer than in training slices may lie: the closer, the more alike are neighbours, in tissue and, where
+slices overlap, in noise. Phantoms whose slices are up to twice as thick as their distance showed both."""
 _ROUNDED_MM = 0.01
 """Positions and pixel sizes in headers are rounded by as much."""
 
@@ -205,16 +208,21 @@ def _never_tried_on(record: TrainingRecord) -> str:
 
 
 def valid_for(record: TrainingRecord) -> dict[str, Any]:
-    """`pipelines.base.Envelope` of what was shown, `TOLERANCE` wider on both sides."""
-    ranges = {"slice_spacing_mm": record.slice_spacing_mm, "pixel_spacing_mm": record.pixel_spacing_mm}
-    wider = {
-        name: [
-            round(math.floor(low / TOLERANCE / _ROUNDED_MM - 0.5) * _ROUNDED_MM, 2),
-            round(math.ceil(high * TOLERANCE / _ROUNDED_MM + 0.5) * _ROUNDED_MM, 2),
+    """`pipelines.base.Envelope` of what was shown, wider by `TOLERANCE`, and by `CLOSER` for slices close together."""
+
+    def wider(ends: tuple[float, float], closer: float) -> list[float]:
+        low, high = ends[0] / closer, ends[1] * TOLERANCE
+        return [
+            round(math.floor(low / _ROUNDED_MM - 0.5) * _ROUNDED_MM, 2),
+            round(math.ceil(high / _ROUNDED_MM + 0.5) * _ROUNDED_MM, 2),
         ]
-        for name, (low, high) in ranges.items()
+
+    return {
+        "slice_spacing_mm": wider(record.slice_spacing_mm, CLOSER),
+        "pixel_spacing_mm": wider(record.pixel_spacing_mm, TOLERANCE),
+        "min_slices": 1,
+        "max_slices": 3000,
     }
-    return {**wider, "min_slices": 1, "max_slices": 3000}
 
 
 def write_network(out: Path, card: Mapping[str, Any], network: nn.Module, record: TrainingRecord) -> None:

@@ -71,6 +71,12 @@ def test_page_says_what_a_network_began_with_and_was_compared_by() -> None:
     assert "\nCompared by the features of random, beside its values.\n" in text
 
 
+def test_page_says_what_spacing_was_taught() -> None:
+    card = json.loads((runtime.WEIGHTS / "st3d.json").read_text(encoding="utf-8"))
+    card["training"] |= {"slice_spacing_mm": [1.0, 8.0], "pixel_spacing_mm": [0.451, 1.367]}
+    assert " Trained on slices 1 to 8 mm apart and pixels of 0.451 to 1.367 mm.\n" in page(card)
+
+
 def test_every_page_has_its_card() -> None:
     assert sorted(path.stem for path in model_page.PAGES.glob("*.md")) == SHIPPED
 

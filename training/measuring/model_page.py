@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipelines.base import denoise_volume, load
 from pipelines.noise import noise_level
 from pipelines.runtime import WEIGHTS
-from training.card import TOLERANCE, plateau_in_words
+from training.card import plateau_in_words
 from training.measuring.cases import PHANTOM_PIXEL_MM, PHANTOM_SEED, PHANTOM_SPACING_MM, volume_of
 from training.metrics import FULL, SOFT_TISSUE, psnr
 from training.simulate import low_dose
@@ -101,8 +101,8 @@ def _taught_spacing(training: dict[str, Any]) -> str:
     """What of the range was shown; older cards do not tell."""
     if "slice_spacing_mm" not in training:
         return ""
-    return " Trained on slices {:g} to {:g} mm apart and pixels of {:g} to {:g} mm; a factor of {:g} is added.".format(
-        *training["slice_spacing_mm"], *training["pixel_spacing_mm"], TOLERANCE
+    return " Trained on slices {:g} to {:g} mm apart and pixels of {:g} to {:g} mm.".format(
+        *training["slice_spacing_mm"], *training["pixel_spacing_mm"]
     )
 
 
