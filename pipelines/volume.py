@@ -13,6 +13,7 @@ import logging
 import math
 import threading
 import warnings
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
@@ -151,6 +152,8 @@ class FileSeries(Series):
     """A series on disk. Close it, or use it in a ``with`` statement: a thread of its own reads ahead."""
 
     slices: tuple[CTSlice, ...]
+    _seen: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+    """CRC-32 of the HU of each slice when it was first read."""
     _planes: OrderedDict[int, Future[Plane]] = field(default_factory=OrderedDict, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     _reader: ThreadPoolExecutor = field(
@@ -178,6 +181,10 @@ class FileSeries(Series):
         plane = Plane(np.empty(self.shape[1:], np.float32), np.zeros(self.shape[1:], np.bool_))
         with pydicom_silent():
             self.slices[k].read_hu(*plane)
+        # What was denoised, compared and derived from must be one image, however often it is read.
+        digest = zlib.crc32(memoryview(plane.hu))
+        if digest != self._seen.setdefault(k, digest):
+            raise SeriesRefused("undecodable", f"pixels of {self.slice_uids[k]} changed while they were being read")
         for values in plane:
             values.flags.writeable = False
         return plane

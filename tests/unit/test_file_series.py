@@ -119,6 +119,23 @@ def test_what_is_kept_is_not_decoded_again_and_what_is_not_is(
     assert decoded == _names(0, 1, 2, 3, 1)
 
 
+def test_a_slice_that_reads_otherwise_the_second_time_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file was replaced by another image of the same instance while the series was denoised."""
+    monkeypatch.setattr(module, "PLANES_AHEAD", 0)
+    monkeypatch.setattr(module, "PLANES_KEPT", 1)
+    files = write_series(tmp_path / "a", hu := phantom(3, 16))
+    others = write_series(tmp_path / "b", hu + 1)
+    with open_series(files) as series:
+        for k in (0, 1, 0):
+            series.plane(k)
+        others[0].replace(series.slice_paths[0])
+        series.plane(1)
+        with pytest.raises(SeriesRefused, match="changed while they were being read"):
+            series.plane(0)
+
+
 @pytest.mark.parametrize("kept", [5, 8, PLANES_KEPT])
 def test_memory_does_not_grow_with_the_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
     """Every plane that was read is followed until its memory is given back."""
