@@ -182,7 +182,7 @@ class FileSeries(Series):
         with pydicom_silent():
             self.slices[k].read_hu(*plane)
         # What was denoised, compared and derived from must be one image, however often it is read.
-        digest = zlib.crc32(memoryview(plane.hu))
+        digest = zlib.crc32(plane.hu.data)
         if digest != self._seen.setdefault(k, digest):
             raise SeriesRefused("undecodable", f"pixels of {self.slice_uids[k]} changed while they were being read")
         for values in plane:
