@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -31,6 +31,10 @@ BINS = 4096
 """Of the histogram of magnitudes that a range is chosen by: 16 or more for each code."""
 CANDIDATES = np.geomspace(1, 0.2, 33)
 """Ranges that are tried, in parts of the largest magnitude."""
+HEADROOM = 1.25
+"""A range in units of the best one: images are noisier than any that taught. What exceeds a range is cut off, which
+costs far more than a coarser grid: in a chest of a sharp kernel at a tenth of the dose 15.9 HU rms instead of 5.0 with
+`fast-2.5d`, while the validated loss rises from 0.06 to 0.09 dB."""
 _SMALLEST = 1e-6
 """Largest magnitude of a tensor of zeros: a step of 0 has no codes."""
 
@@ -228,7 +232,7 @@ def multiplications(network: nn.Module, predict: Predict, batch: Batch) -> dict[
 
 
 def calibrate(network: nn.Module, predict: Predict, batches: Sequence[Batch]) -> dict[str, Range]:
-    """The range of the input of each convolution that rounds it with the least squared error.
+    """The range of the input of each convolution that rounds it with the least squared error, and `HEADROOM`.
 
     Parameters
     ----------
@@ -252,7 +256,8 @@ def calibrate(network: nn.Module, predict: Predict, batches: Sequence[Batch]) ->
         counts[name] += torch.histc(given.float().abs(), BINS, 0, largest[name]).numpy()
 
     _watch(network, predict, batches, see_magnitudes)
-    return {name: _best(counts[name], largest[name], signed=lowest[name] < 0) for name in largest}
+    best = {name: _best(counts[name], largest[name], signed=lowest[name] < 0) for name in largest}
+    return {name: replace(reach, largest=HEADROOM * reach.largest) for name, reach in best.items()}
 
 
 def _best(counts: NDArray[np.float64], largest: float, *, signed: bool) -> Range:
