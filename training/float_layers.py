@@ -23,6 +23,8 @@ FLOAT_PART = 0.08
 PAYS = 4.0
 """A convolution stays in float for nothing but its error if its part of all squared error is so many times its part of
 the products."""
+GROUP = 16
+"""Patches that have one PSNR together: of different dose and content, as a series shows them."""
 MARGIN = 0.5
 """Part of the allowed loss that is aimed at: other images may lose more."""
 
@@ -45,14 +47,15 @@ class Comparison:
         self._before = self._results(network)
 
     def _results(self, network: nn.Module) -> list[tuple[Array, Array]]:
-        """Images and truths of each batch, HU."""
+        """Images and truths of each group of patches, HU."""
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
         results = []
         with torch.inference_mode():
             for batch in self._batches:
                 image, truth = self._predict(network, Batch(*(tensor.to(device) for tensor in batch)))
                 results.append((to_hu(image.float()).cpu().numpy(), to_hu(truth.float()).cpu().numpy()))
-        return results
+        images, truths = (np.concatenate(arrays) for arrays in zip(*results, strict=True))
+        return [(images[k : k + GROUP], truths[k : k + GROUP]) for k in range(0, len(images), GROUP)]
 
     def of(self, network: nn.Module) -> Loss:
         """Compare `network`."""

@@ -41,9 +41,9 @@ from training.train import SEEDS_EACH, VALIDATION_PHANTOMS, VALIDATION_SEED, div
 
 HELP = "make the INT8 version of a network, for CPUs, and measure what it loses"
 MAX_LOSS_DB = 0.1
-CALIBRATION_BATCHES, CHOICE_BATCHES, VALIDATION_BATCHES = 32, 4, 8
-"""Of the recipe's size: to find ranges, to choose what stays in float, to measure the loss. Ranges that a patch of much
-noise or bone exceeds are cut off there, at tens of HU: a quarter of these batches is too few."""
+CALIBRATION_PATCHES, CHOICE_PATCHES, VALIDATION_PATCHES = 512, 32, 128
+"""To find ranges, to choose what stays in float, to measure the loss. Ranges that a patch of much noise or bone exceeds
+are cut off there, at tens of HU: a quarter of these patches is too few."""
 TUNING_STEPS = 2000
 TUNING_RATE = 0.02
 """Learning rate of the fine-tuning in parts of the recipe's: the network has learnt all but to be rounded."""
@@ -163,14 +163,17 @@ def run(args: argparse.Namespace) -> None:
     phantoms = training["phantoms"] if args.phantoms is None else min(args.phantoms, training["phantoms"])
     data = _data(args, how, training["seed"], phantoms)
     network = _trained(how, card, args.weights).eval()
-    batches = [data.seen[k] for k in range(CALIBRATION_BATCHES + CHOICE_BATCHES)]
+    calibrating, choosing, checking = (
+        -(-patches // how.batch) for patches in (CALIBRATION_PATCHES, CHOICE_PATCHES, VALIDATION_PATCHES)
+    )
+    batches = [data.seen[k] for k in range(calibrating + choosing)]
     quantised = quantisable(network, how.predict, batches[0])
-    ranges = calibrate(quantised, how.predict, batches[:CALIBRATION_BATCHES])
+    ranges = calibrate(quantised, how.predict, batches[:calibrating])
     parts = multiplications(quantised, how.predict, batches[0])
-    print(f"{name}: {len(ranges)} convolutions, ranges from {CALIBRATION_BATCHES} batches of {how.batch}", flush=True)
-    on_training = Comparison(network, how.predict, batches[CALIBRATION_BATCHES:])
+    print(f"{name}: {len(ranges)} convolutions, ranges from {calibrating * how.batch} patches", flush=True)
+    on_training = Comparison(network, how.predict, batches[calibrating:])
     chosen = choose(quantised, ranges, parts, on_training, args.max_loss_db)
-    checks = Comparison(network, how.predict, [data.check[k] for k in range(VALIDATION_BATCHES)])
+    checks = Comparison(network, how.predict, [data.check[k] for k in range(checking)])
     loss = checks.of(quantised)
     print(f"post-training: {loss}", flush=True)
     tune = loss.worst_db > args.max_loss_db and args.steps > 0

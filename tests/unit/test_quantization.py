@@ -299,8 +299,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(scans, "PHANTOM_SLICES", 3)
     monkeypatch.setattr(command, "VALIDATION_PHANTOMS", 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    for name in ("CALIBRATION_BATCHES", "CHOICE_BATCHES", "VALIDATION_BATCHES"):
-        monkeypatch.setattr(command, name, 1)
+    for name in ("CALIBRATION_PATCHES", "CHOICE_PATCHES", "VALIDATION_PATCHES"):
+        monkeypatch.setattr(command, name, 4)
 
     def small(name: str) -> Recipe:
         how = recipe(name)
