@@ -13,6 +13,7 @@ COMMANDS = {
     "simulate": "training.simulation.simulated_series",
     "radiomics": "training.radiomics.command",
     "export": "training.export",
+    "quantize": "training.quantize",
 }
 """Module of each command: ``HELP``, one line, and ``arguments(parser)``, which sets ``run``."""
 

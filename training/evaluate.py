@@ -13,11 +13,12 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.base import Options, Pipeline, check_options, load, names
+from pipelines.base import Execution, Options, Pipeline, check_options, load, names
 from training.command_line import without_folders
 from training.measuring import bar, classical, model_page, rods, seen
 from training.measuring.cases import Trial, pair_trials, phantom_trials, simulated_trials
 from training.measuring.lpips import BACKBONE_FILE, HEADS_FILE, digests, lpips
+from training.measuring.oracle import Oracle
 from training.measuring.report import Measurement, markdown, write_csv
 from training.measuring.scores import INPUT, rod_rows, score
 from training.measuring.uninstalled import load_from
@@ -65,6 +66,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--classical", nargs="*", default=[], choices=sorted(classical.METHODS), help="filters to compare with")
     add("--blend", type=float, default=1.0, help="part of the denoised image in the output, 0 to 1 (default: 1)")
     add("--strength", type=float, default=1.0, help="how much is denoised, 1 as trained (default: 1)")
+    add(
+        "--precision",
+        choices=("auto", "int8", "bf16", "fp32"),
+        default="fp32",
+        help="number format of the networks (default: fp32; a node takes the fastest of its machine, auto)",
+    )
     add("--slices", type=int, default=12, help="slices of each series, from its middle (default: %(default)s)")
     add("--out", type=Path, default=Path("evaluation"), help="folder of the report (default: %(default)s)")
     add("--title", default="Measured image quality", help="heading of the report (default: %(default)s)")
@@ -103,11 +110,11 @@ class _Entrant(NamedTuple):
     options: Options
 
 
-def _pipeline(name: str, weights: Path | None) -> Pipeline:
+def _pipeline(name: str, weights: Path | None, execution: Execution) -> Pipeline:
     """The pipeline `name`, with weights and card from `weights` if they are there, else as it is installed."""
     if weights is None or not (weights / f"{name}.json").exists():
-        return load(name)
-    return load_from(weights, name)
+        return load(name, execution)
+    return load_from(weights, name, execution)
 
 
 def _networks(args: argparse.Namespace) -> list[_Entrant]:
@@ -117,7 +124,8 @@ def _networks(args: argparse.Namespace) -> list[_Entrant]:
         raise SystemExit(
             f"{args.weights} holds no network {' or '.join(args.pipelines)}: give a folder of `train --out`"
         )
-    loaded = [(name, _pipeline(name, args.weights)) for name in args.pipelines]
+    execution = Execution(precision=args.precision)
+    loaded = [(name, _pipeline(name, args.weights, execution)) for name in args.pipelines]
     for _, pipeline in loaded:
         check_options(pipeline.card, options)
     return [_Entrant(INPUT, None, Options()), *(_Entrant(name, pipeline, options) for name, pipeline in loaded)]
@@ -159,9 +167,17 @@ def measure(args: argparse.Namespace) -> Measurement:
         measured.begin(trial)
         own = list(_filters(args, trial, measured))
         filters.setdefault(trial.dose, own)
-        for name, pipeline, options in (*networks, *own):
+        oracles = []
+        if args.bar and trial.kind != "pair":
+            oracles = [
+                _Entrant(one.card.name, one, Options(args.strength, args.blend))
+                for one in (Oracle(trial, sees_lesions=True), Oracle(trial, sees_lesions=False))
+            ]
+        for name, pipeline, options in (*networks, *own, *oracles):
             measured.add(trial, name, score(trial, name, pipeline, options, perceptual))
-            told = None if pipeline is None else seen.warning(pipeline.card.name, trial, args.weights)
+            told = None
+            if pipeline is not None and not isinstance(pipeline, Oracle):
+                told = seen.warning(pipeline.card.name, trial, args.weights)
             if told and told not in measured.warnings:  # once, whatever the doses
                 measured.warnings.append(told)
             print(f"{trial.case} at {trial.dose:g}: {name}", flush=True)

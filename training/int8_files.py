@@ -24,7 +24,7 @@ from pipelines.openvino_core import Precision, ov
 from pipelines.openvino_planes import OpenVINOPlanes
 from pipelines.openvino_stream import StreamEngine
 from training.data import Batch
-from training.ir import _name
+from training.ir import name_parts
 from training.loop import Predict
 from training.quantization import convolutions
 
@@ -71,7 +71,7 @@ def plane_files(network: nn.Module, predict: Predict, batch: Batch, name: str) -
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         model = ov.convert_model(finished, example_input=given)
     model.reshape({port: [1, tensor.shape[1], -1, -1] for port, tensor in zip(model.inputs, given, strict=True)})
-    _name(model, name)
+    name_parts(model, name)
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch) / "graph.xml"
         ov.save_model(model, xml, compress_to_fp16=False)  # what is not in 8 bits is little, and steps must be exact

@@ -71,7 +71,7 @@ def graph(network: nn.Module, card: ModelCard, folder: Path, *, noise_map_stride
     weights = read_weights(card, folder)
     model = _converted(network, tuple(given))
     model.reshape({port: [1, tensor.shape[1], -1, -1] for port, tensor in zip(model.inputs, given, strict=True)})
-    _name(model, card.name)
+    name_parts(model, card.name)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "graph.xml"
         ov.save_model(model, path, compress_to_fp16=True)
@@ -94,7 +94,7 @@ def _converted(network: nn.Module, example: tuple[torch.Tensor, ...]) -> Any:
     return frontend.convert(frontend.load(decoder))
 
 
-def _name(model: Any, name: str) -> None:
+def name_parts(model: Any, name: str) -> None:
     """Name what would carry a running number of this process."""
     model.set_friendly_name(name)
     for port, tensor_name in zip(model.inputs, INPUTS, strict=False):

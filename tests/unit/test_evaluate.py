@@ -18,6 +18,7 @@ from training import evaluate
 from training.measuring import model_page, seen
 from training.measuring.cases import Trial, phantom_trials
 from training.measuring.classical import Classical
+from training.measuring.oracle import BLIND, PERFECT
 from training.measuring.report import Measurement
 from training.measuring.scores import INPUT, Row
 from training.metrics import SOFT_TISSUE
@@ -34,7 +35,9 @@ def _parsed(*words: str) -> argparse.Namespace:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quick pipeline and a small phantom."""
-    monkeypatch.setattr(evaluate, "load", lambda name: Classical("gaussian", {"soft": 1.2, "hard": 0.6}[name]))
+    monkeypatch.setattr(
+        evaluate, "load", lambda name, execution: Classical("gaussian", {"soft": 1.2, "hard": 0.6}[name])
+    )
     monkeypatch.setattr(evaluate, "phantom_trials", partial(phantom_trials, matrix=128))
 
 
@@ -47,7 +50,7 @@ def test_report_of_two_pipelines_and_a_filter(tmp_path: Path, capsys: pytest.Cap
     assert "secret" not in text
     with (out / "numbers.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert {row["pipeline"] for row in rows} == {INPUT, "soft", "hard", "tv", "nlm"}
+    assert {row["pipeline"] for row in rows} == {INPUT, "soft", "hard", "tv", "nlm", PERFECT, BLIND}
     assert {row["case"] for row in rows} == {"phantom", "rods"}
     psnr = {
         row["pipeline"]: float(row["value"])
@@ -55,6 +58,7 @@ def test_report_of_two_pipelines_and_a_filter(tmp_path: Path, capsys: pytest.Cap
         if row["metric"] == "PSNR (dB)" and row["window"] == str(SOFT_TISSUE)
     }
     assert psnr["nlm"] > psnr[INPUT]
+    assert psnr[PERFECT] > psnr["nlm"]
     assert psnr["tv"] > psnr[INPUT]
     assert f"| hard | {psnr['hard']:.2f} ± 0.00 |" in text
     # a Gaussian leaves no noise-free image alone

@@ -36,8 +36,8 @@ Mask = NDArray[np.bool_]
 PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM = 0.75, 2.5
 PHANTOM_SEED = 900_001
 """Trainings use seeds far below."""
-CONTEXT = 3
-"""Slices on each side of the measured ones, for networks that look along z; not measured."""
+CONTEXT = 19
+"""Slices on each side of the measured ones, as far as st3d looks along z; not measured."""
 SECOND = 500_000
 """Added to a seed for the second realisation of the noise."""
 _SITE_MARGIN_MM = 6.0

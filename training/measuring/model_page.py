@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.base import denoise_volume, load
+from pipelines.base import Execution, denoise_volume, load
 from pipelines.noise import noise_level
 from pipelines.runtime import WEIGHTS
 from training.card import plateau_in_words
@@ -183,7 +183,7 @@ def write(name: str, command: str, slices: int = SLICES, seed: int = PHANTOM_SEE
     truth = chest_abdomen(slices, 512, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM, seed)
     before = low_dose(truth, PHANTOM_PIXEL_MM, DOSE, seed)
     volume = volume_of(before, PHANTOM_PIXEL_MM, PHANTOM_SPACING_MM)
-    after = denoise_volume(load(name), volume)
+    after = denoise_volume(load(name, Execution(precision="fp32")), volume)
     card["measured"] = {
         "command": command,
         "dose": DOSE,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import Options, Pipeline, denoise_volume
 from pipelines.noise import noise_level
+from pipelines.volume import Volume
 from training.measuring.cases import Trial, lesions, with_inserted
 from training.measuring.rods import Quality
 from training.metrics import FULL, LUNG, SOFT_TISSUE, Window, l1, mutual_information, nmse, psnr, rmse, ssim
@@ -73,6 +74,10 @@ def case_means(rows: Iterable[Row], metric: str) -> list[float]:
     return [float(np.mean(found)) for found in cases.values()]
 
 
+MIN_SOFT_PART = 0.9
+"""Part of a square that must be soft tissue, or edges and lung would speak for its noise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """The rows of one pipeline on one trial, and what pictures need of it."""
@@ -85,13 +90,15 @@ class Result:
 
 
 def soft_tiles(trial: Trial) -> list[tuple[int, int, int]]:
-    """Corners (z, y, x) of the 32 × 32 squares of the measured slices that hold most soft tissue, 64 at most."""
+    """Corners (z, y, x) of the 32 × 32 squares of the measured slices that are soft tissue, 64 at most."""
     soft = trial.masks()["soft"].astype(np.float32)
     found = []
     for z, mask in enumerate(soft):
         rows, columns = (n // _TILE * _TILE for n in mask.shape)
         parts = mask[:rows, :columns].reshape(rows // _TILE, _TILE, columns // _TILE, _TILE).mean(axis=(1, 3))
-        found += [(-float(part), z, y * _TILE, x * _TILE) for (y, x), part in np.ndenumerate(parts) if part > 0]
+        found += [
+            (-float(part), z, y * _TILE, x * _TILE) for (y, x), part in np.ndenumerate(parts) if part >= MIN_SOFT_PART
+        ]
     return [(z, y, x) for _, z, y, x in sorted(found)[:_TILES]]
 
 
@@ -122,17 +129,23 @@ def score(
         LPIPS of two slices (y, x) HU; left out without.
     """
 
-    def run(hu: Array) -> Array:
-        return hu if pipeline is None else denoise_volume(pipeline, trial.low.with_hu(hu), options)
+    scored = trial.scored
+    reach = 0 if pipeline is None else pipeline.card.overlap_zyx[0]
+    first, end = max(scored.start - reach, 0), min(scored.stop + reach, len(trial.truth))
+
+    def run(volume: Volume) -> Array:
+        """The measured slices, from them and all that they depend on."""
+        part = replace(volume, hu=volume.hu[first:end], padding=volume.padding[first:end])
+        out = part.hu if pipeline is None else denoise_volume(pipeline, part, options)
+        return out[scored.start - first : scored.stop - first]
 
     def row(metric: str, value: float, window: str = "", plane: str = "") -> Row:
         return Row(trial.case, trial.kind, trial.dose, name, metric, window, plane, value)
 
-    scored = trial.scored
     start = time.monotonic()
-    whole = run(trial.low.hu)
-    seconds = (time.monotonic() - start) / len(whole)
-    out, before, truth = whole[scored], trial.low.hu[scored], trial.truth[scored]
+    out = run(trial.low)
+    seconds = (time.monotonic() - start) / (end - first)
+    before, truth = trial.low.hu[scored], trial.truth[scored]
     rows = [
         row(metric, function(a, b, window), str(window), str(k))
         for k, (a, b) in enumerate(zip(out, truth, strict=True))
@@ -148,7 +161,7 @@ def score(
     rows += [row(f"shift of {tissue} (HU)", value) for tissue, value in hu_bias(out, before, masks).items()]
     nps = None
     if trial.again is not None:
-        nps = noise_spectrum(out, run(trial.again.hu)[scored], trial)
+        nps = noise_spectrum(out, run(trial.again), trial)
         given = noise_spectrum(before, trial.again.hu[scored], trial)
         if nps is not None and given is not None:
             rows += [
@@ -158,8 +171,8 @@ def score(
             ]
     inserted = lesions(trial)
     if inserted is not None:
-        with_lesions = run(with_inserted(trial.low, inserted).hu)
-        rows.append(row("contrast recovery", contrast_recovery(with_lesions, whole, inserted)))
+        with_lesions = run(with_inserted(trial.low, inserted))
+        rows.append(row("contrast recovery", contrast_recovery(with_lesions, out, inserted[scored])))
     if pipeline is not None:
         rows.append(row("seconds per slice", seconds))
     return Result(rows, out[len(out) // 2], nps)
