@@ -48,9 +48,11 @@ class ModelCard:
     """Digest of the weights file; empty for a pipeline without weights."""
     files_sha256: dict[str, str] = field(default_factory=dict)
     """Digests of what else lies beside the weights, by suffix: ``xml``, the graph for OpenVINO, and ``int8.xml`` with
-    ``int8.bin``, or ``int8.json`` and perhaps ``int8.safetensors``, which stand in for it (and for them) in INT8."""
+    ``int8.bin``, or ``int8.ranges`` and perhaps ``int8.safetensors``, which stand in for it (and for them) in INT8."""
     int8_loss_db: float | None = None
-    """PSNR that INT8 loses against fp32 on series that nothing was trained on; None: not measured."""
+    """PSNR that INT8 loses against fp32 on what did not teach it; None: not measured."""
+    int8_bound_hu: tuple[float, float] | None = None
+    """How far INT8 may be from fp32 on the golden volume (`pipelines.golden`), largest and rms; None: not measured."""
     valid_for: Envelope = field(default_factory=Envelope)
     noise_map: bool = False
     """True if the network takes a noise map; decides what `Options.strength` means."""

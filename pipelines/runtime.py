@@ -117,6 +117,8 @@ def _card(values: Any) -> ModelCard:
     known: dict[str, Any] = {field.name: values[field.name] for field in fields(ModelCard) if field.name in values}
     for key in ("patch_zyx", "overlap_zyx", "hu_window"):
         known[key] = tuple(known[key])
+    if known.get("int8_bound_hu") is not None:
+        known["int8_bound_hu"] = tuple(known["int8_bound_hu"])
     envelope: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values["valid_for"].items()}
     return ModelCard(**{**known, "valid_for": Envelope(**envelope)})
 
@@ -206,7 +208,7 @@ def _of_cpu(card: ModelCard, execution: Execution) -> tuple[Literal["int8", "bf1
     """The precision on the CPU, and why that."""
     from pipelines.openvino_core import cpu_supports
 
-    quantised = not {"int8.xml", "int8.json"}.isdisjoint(card.files_sha256)
+    quantised = not {"int8.xml", "int8.ranges"}.isdisjoint(card.files_sha256)
     if execution.precision != "auto":
         if execution.precision == "int8" and not quantised:
             raise ExecutionRefused(
@@ -297,7 +299,7 @@ def stream_engine(card: ModelCard, network: Callable[[], nn.Module], choice: Cho
     assert choice.precision != "fp16"  # that is for GPUs
     ranges, content = None, read_weights(card, folder)
     if choice.precision == "int8":
-        ranges = json.loads(read_file(card, "int8.json", folder))
+        ranges = json.loads(read_file(card, "int8.ranges", folder))
         if "int8.safetensors" in card.files_sha256:  # trained on in INT8
             content = read_file(card, "int8.safetensors", folder)
     return _OpenVINOStreams(

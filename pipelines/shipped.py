@@ -5,18 +5,22 @@ Their definitions are imported only where PyTorch runs them; a node on a CPU has
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.base import Execution
+from pipelines.golden import Deviation, deviation
 from pipelines.network import NetworkPipeline
-from pipelines.runtime import WEIGHTS
+from pipelines.runtime import WEIGHTS, ExecutionRefused
 
 if TYPE_CHECKING:
     from torch import nn
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,32 @@ class Factory:
     noise_map_stride: int = 1
 
     def __call__(self, execution: Execution | None = None, folder: Path = WEIGHTS) -> NetworkPipeline:
-        """The pipeline; raises what `NetworkPipeline` raises."""
+        """The pipeline; raises what `NetworkPipeline` raises.
+
+        In INT8 it is compared with itself in fp32 first, on the golden volume and on this very CPU. If it is farther
+        off than its card allows, it runs in fp32 instead, and the card's `reason` says why; where INT8 was demanded,
+        `pipelines.runtime.ExecutionRefused` says so.
+        """
+        execution = execution or Execution()
+        made = self._made(execution, folder)
+        bound = made.card.int8_bound_hu
+        if made.card.precision != "int8" or bound is None:
+            return made
+        exact = self._made(replace(execution, precision="fp32"), folder)
+        found = deviation(made, exact)
+        if found.within(Deviation(*bound)):
+            return made
+        why = (
+            f"in INT8 {self.name} is up to {found.max_hu:.1f} HU (rms {found.rms_hu:.2f}) from fp32 on this CPU, its "
+            f"card allows {bound[0]:.1f} (rms {bound[1]:.2f})"
+        )
+        if execution.precision == "int8":
+            raise ExecutionRefused(f"{why}: set precision auto or fp32, and tell us the CPU")
+        log.warning("%s; it runs in fp32", why)
+        exact.card = replace(exact.card, reason=f"the CPU, fp32: {why}")
+        return exact
+
+    def _made(self, execution: Execution, folder: Path) -> NetworkPipeline:
         return NetworkPipeline(
             self.name,
             self.network,

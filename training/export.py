@@ -81,7 +81,8 @@ def write_graph(name: str, weights: Path) -> bool:
     (weights / f"{name}.xml").write_bytes(content)
     path = weights / f"{name}.json"
     full = json.loads(path.read_text(encoding="utf-8"))
-    full.pop("int8_loss_db", None)
+    for key in ("int8_loss_db", "int8_bound_hu", "int8"):
+        full.pop(key, None)
     full["files_sha256"] = {"xml": hashlib.sha256(content).hexdigest()}
     path.write_text(json.dumps(full, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return True

@@ -2,7 +2,7 @@
 
 A network that makes one slice at a time becomes a graph of its own with its own weights, ``NAME.int8.xml`` and
 ``NAME.int8.bin``. One for whole volumes is made by `pipelines.openvino_stream` from the ranges of its activations,
-``NAME.int8.json``, and the weights that are there anyway; after fine-tuning from ``NAME.int8.safetensors``.
+``NAME.int8.ranges``, and the weights that are there anyway; after fine-tuning from ``NAME.int8.safetensors``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from training.loop import Predict
 from training.quantization import convolutions
 
 PLANES = ("int8.xml", "int8.bin")
-RANGES = "int8.json"
+RANGES = "int8.ranges"
 TUNED = "int8.safetensors"
 
 

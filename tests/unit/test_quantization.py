@@ -290,7 +290,7 @@ def test_streams_are_the_very_network(make: Callable[[], nn.Module], monkeypatch
         expected, _ = volume(made, batch)
         files = stream_files(made, tuned=True)
         assert torch.equal(Deployed(files, b"", 1)(*inputs(volume, batch)), expected)
-    assert set(json.loads(files["int8.json"])) == set(convolutions(made))
+    assert set(json.loads(files["int8.ranges"])) == set(convolutions(made))
 
 
 @pytest.fixture
@@ -340,7 +340,8 @@ def test_command_installs_what_a_node_runs(installed: Path, tmp_path: Path, caps
     assert entry["command"].startswith("python -m training quantize fast-2.5d --phantoms 1 --weights weights")
     assert entry["calibrated_on"] == {"phantoms": 1, "series": []}
     assert full["int8_loss_db"] == max(entry["loss_db"].values())
-    assert 0 < entry["golden"]["found_hu"]["rms_hu"] < entry["golden"]["bound_hu"]["rms_hu"] < 20
+    assert 0 < entry["golden_hu"]["rms_hu"] < full["int8_bound_hu"][1] < 20
+    assert entry["golden_hu"]["max_hu"] < full["int8_bound_hu"][0]
     card = read_card("fast-2.5d", installed)
     choice = choose(card, Execution("cpu", "int8", 1))
     assert (choice.backend, choice.precision) == ("openvino", "int8")

@@ -85,7 +85,7 @@ def test_damaged_cards_are_refused(tmp_path: Path, content: bytes) -> None:
 PLANES = {"xml": "a"}
 QUANTISED = {"xml": "a", "int8.xml": "b", "int8.bin": "c"}
 STREAM: dict[str, str] = {}
-QUANTISED_STREAM = {"int8.json": "b"}
+QUANTISED_STREAM = {"int8.ranges": "b"}
 
 
 def _card(files: dict[str, str], loss_db: float | None = None) -> ModelCard:
