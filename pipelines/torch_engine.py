@@ -60,25 +60,24 @@ def load_network(network: nn.Module, card: ModelCard, folder: Path = WEIGHTS) ->
     return network.eval().requires_grad_(False)
 
 
-class TorchPlanes:
-    """A network of (1, channels, y, x), and a noise map (1, 1, y', x') if it takes one, to (1, 1, y, x).
+class _Torch:
+    """A network with its weights on a device.
 
     `device` is a GPU if there is one (`fastest_of_gpu`); `precision` is fp32 on a CPU.
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        card: ModelCard,
-        folder: Path,
-        device: Device = "cpu",
-        precision: Precision = "fp32",
+        self, network: nn.Module, card: ModelCard, folder: Path, device: Device = "cpu", precision: Precision = "fp32"
     ) -> None:
         _as_promised()
-        # the quicker order of memory for convolutions in the plane
-        flat = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-        self._network = load_network(flat, card, folder).to(device)
+        if card.input != "volume":  # the quicker order of memory for convolutions in the plane
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        self._network = load_network(network, card, folder).to(device)
         self._device, self._precision = device, precision
+
+
+class TorchPlanes(_Torch):
+    """A network of (1, channels, y, x), and a noise map (1, 1, y', x') if it takes one, to (1, 1, y, x)."""
 
     def __call__(self, slices: Array, noise_map: Array | None) -> Array:
         """See `pipelines.runtime.PlaneEngine`."""
@@ -89,20 +88,8 @@ class TorchPlanes:
             return np.asarray(self._network(*given)[0, 0].float().cpu().numpy())
 
 
-class TorchStream:
-    """A network with a method ``stream``, see `pipelines.streaming`; parameters as of `TorchPlanes`."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        card: ModelCard,
-        folder: Path,
-        device: Device = "cpu",
-        precision: Precision = "fp32",
-    ) -> None:
-        _as_promised()
-        self._network = load_network(network, card, folder).to(device)
-        self._device, self._precision = device, precision
+class TorchStream(_Torch):
+    """A network with a method ``stream``, see `pipelines.streaming`."""
 
     def stream(self, planes: Iterator[Array], shape: tuple[int, int]) -> Iterator[Array]:
         """See `pipelines.runtime.StreamEngine`."""

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from ct_builder import phantom, write_series
+from oracle import StorageOracle
+from sender import COUNT, Sender
+from tables import database_in
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real CT beside the checkout; never part of the repository."""
@@ -47,3 +52,45 @@ def odd_dir() -> Path:
     if not (DATA / "odd").exists():
         pytest.skip("odd DICOM files are not here")
     return DATA / "odd"
+
+
+# what several modules about jobs and deliveries stand on
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> sa.Engine:
+    """Empty tables."""
+    return database_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> sa.Engine:
+    """Tables for `connection`, made once."""
+    return database_in(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture
+def connection(shared: sa.Engine) -> Iterator[sa.Connection]:
+    """In a transaction that is rolled back: every test finds empty tables."""
+    with shared.connect() as made:
+        yield made
+        made.rollback()
+
+
+@pytest.fixture(scope="session")
+def sent_series(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Files of `COUNT` slices."""
+    return write_series(tmp_path_factory.mktemp("sent"), phantom(COUNT, 16))
+
+
+@pytest.fixture
+def oracle() -> Iterator[StorageOracle]:
+    """A storage SCP that does as it is told."""
+    with StorageOracle() as made:
+        yield made
+
+
+@pytest.fixture
+def sender(database: sa.Engine, sent_series: list[Path], oracle: StorageOracle) -> Sender:
+    """Delivers the series to the oracle."""
+    return Sender(database, sent_series, {"pacs": oracle.port})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,11 @@ def derive(
     return write_all(volume, change(volume.hu.copy()), made, out_dir)
 
 
+def making(created_at: datetime = CREATED_AT) -> Making:
+    """What a writer is told, where it does not matter."""
+    return Making(CARD, Options(), "cafe", "f00d", Derivation(), created_at)
+
+
 def write_all(series: Series, hu: HU, made: Making, out_dir: Path) -> list[DerivedInstance]:
     """All slices through one `SeriesWriter`."""
     with SeriesWriter(series, made, out_dir) as writer:
@@ -60,6 +66,6 @@ def write_all(series: Series, hu: HU, made: Making, out_dir: Path) -> list[Deriv
         return writer.finish()
 
 
-def derive_one(path: Path, out_dir: Path, change: Callable[[HU], HU] = lambda hu: hu, **how: object) -> Dataset:
+def derive_one(path: Path, out_dir: Path, change: Callable[[HU], HU] = lambda hu: hu, **how: Any) -> Dataset:
     """The derived data set of a series of one slice."""
-    return dcmread(derive([path], out_dir, change, **how)[0].path)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
+    return dcmread(derive([path], out_dir, change, **how)[0].path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from oracle import Script, StorageOracle
 from peers import free_port, wait_for
 from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless
 from sender import COUNT, PROMPT, UIDS, Sender
-from tables import CT, EXPLICIT, config_of, database_in, events, rows
+from tables import CT, EXPLICIT, config_of, events, rows
 
 from dicomnode import answers
 from dicomnode import delivery as module
@@ -25,27 +24,6 @@ from dicomnode.errors import NodeError
 from dicomnode.scu import Outgoing
 
 # ── one attempt ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> sa.Engine:
-    return database_in(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def series_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_series(tmp_path_factory.mktemp("ct"), phantom(COUNT, 16))
-
-
-@pytest.fixture
-def oracle() -> Iterator[StorageOracle]:
-    with StorageOracle() as made:
-        yield made
-
-
-@pytest.fixture
-def sender(database: sa.Engine, series_files: list[Path], oracle: StorageOracle) -> Sender:
-    return Sender(database, series_files, {"pacs": oracle.port})
 
 
 def test_all_accepted_is_done(sender: Sender, oracle: StorageOracle) -> None:
@@ -277,9 +255,9 @@ def test_a_database_that_fails_under_the_attempt_is_left_to_the_dispatcher(
 
 
 def test_a_dead_destination_delays_no_other(
-    database: sa.Engine, series_files: list[Path], oracle: StorageOracle
+    database: sa.Engine, sent_series: list[Path], oracle: StorageOracle
 ) -> None:
-    sender = Sender(database, series_files, {"dead": free_port(), "pacs": oracle.port})
+    sender = Sender(database, sent_series, {"dead": free_port(), "pacs": oracle.port})
     dead = sender.attempt("dead")
     assert dead["state"] == DeliveryState.WAITING
     assert "dead (ORACLE at 127.0.0.1" in dead["reason"]

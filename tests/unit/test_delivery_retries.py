@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from ct_builder import phantom, write_series
 from oracle import Script, StorageOracle
 from peers import free_port, wait_for
 from sender import COUNT, PROMPT, Sender, outgoing
-from tables import database_in, events, rows
+from tables import events, rows
 
 from dicomnode import delivery as module
 from dicomnode.db import DeliveryState, JobState, deliveries, jobs, now
 from dicomnode.delivery import Delivery, plan, put_back
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> sa.Engine:
-    return database_in(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def series_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_series(tmp_path_factory.mktemp("ct"), phantom(COUNT, 16))
-
-
-@pytest.fixture
-def oracle() -> Iterator[StorageOracle]:
-    with StorageOracle() as made:
-        yield made
-
-
-@pytest.fixture
-def sender(database: sa.Engine, series_files: list[Path], oracle: StorageOracle) -> Sender:
-    return Sender(database, series_files, {"pacs": oracle.port})
-
 
 # ── when again ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -54,10 +30,10 @@ def pauses(sender: Sender, attempts: int) -> list[float]:
 
 
 def test_pauses_grow_and_are_capped(
-    database: sa.Engine, series_files: list[Path], monkeypatch: pytest.MonkeyPatch
+    database: sa.Engine, sent_series: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.random, "uniform", lambda low, high: high)
-    sender = Sender(database, series_files, {"pacs": free_port()}, retry_first_s=10.0, retry_max_s=60.0)
+    sender = Sender(database, sent_series, {"pacs": free_port()}, retry_first_s=10.0, retry_max_s=60.0)
     assert pauses(sender, 6) == pytest.approx([10, 20, 40, 60, 60, 60], abs=0.5)
     assert sender.row()["failures"] == 6
     assert "next try in 60 s" in events(database)[-1][1]
@@ -66,8 +42,8 @@ def test_pauses_grow_and_are_capped(
     assert pauses(sender, 1) == pytest.approx([60], abs=0.5)
 
 
-def test_pauses_are_spread(database: sa.Engine, series_files: list[Path]) -> None:
-    sender = Sender(database, series_files, {"pacs": free_port()}, retry_first_s=10.0, retry_max_s=10.0)
+def test_pauses_are_spread(database: sa.Engine, sent_series: list[Path]) -> None:
+    sender = Sender(database, sent_series, {"pacs": free_port()}, retry_first_s=10.0, retry_max_s=10.0)
     found = pauses(sender, 8)
     assert all(4.9 < pause < 10.1 for pause in found)
     assert len({round(pause, 3) for pause in found}) > 1
@@ -88,9 +64,9 @@ def test_progress_starts_the_pauses_anew(sender: Sender, oracle: StorageOracle) 
 
 @pytest.mark.parametrize("trouble", ["down", "transient", "abort"])
 def test_trouble_that_passes_is_tried_until_the_configured_age(
-    database: sa.Engine, series_files: list[Path], oracle: StorageOracle, trouble: str
+    database: sa.Engine, sent_series: list[Path], oracle: StorageOracle, trouble: str
 ) -> None:
-    sender = Sender(database, series_files, {"pacs": free_port() if trouble == "down" else oracle.port})
+    sender = Sender(database, sent_series, {"pacs": free_port() if trouble == "down" else oracle.port})
     oracle.script = Script(reject="transient") if trouble == "transient" else Script(abort_at=range(1, 99))
     for _ in range(PROMPT["failure_status_tries"] + 3):
         assert sender.attempt()["state"] == DeliveryState.WAITING
@@ -135,31 +111,31 @@ def test_planning_again_changes_nothing(sender: Sender) -> None:
 
 
 def test_an_image_that_comes_later_reopens_its_delivery(
-    database: sa.Engine, series_files: list[Path], oracle: StorageOracle
+    database: sa.Engine, sent_series: list[Path], oracle: StorageOracle
 ) -> None:
-    sender = Sender(database, series_files[:3], {"pacs": oracle.port})
+    sender = Sender(database, sent_series[:3], {"pacs": oracle.port})
     with database.begin() as connection:
         connection.execute(sa.update(jobs).values(kind="ORIGINALS"))
         connection.execute(sa.text("UPDATE series SET state = 'OPEN'"))
     assert sender.attempt()["state"] == DeliveryState.SENT
     assert sender.job["state"] == JobState.DISPATCHING
     with database.begin() as connection:
-        plan(connection, "job", ["pacs"], [outgoing(3, series_files[3])], sender.spool)
+        plan(connection, "job", ["pacs"], [outgoing(3, sent_series[3])], sender.spool)
     assert (sender.row()["state"], sender.row()["next_try_at"]) == (DeliveryState.WAITING, None)
     assert sender.attempt()["state"] == DeliveryState.SENT
     assert oracle.images == COUNT
 
 
 def test_an_image_that_comes_during_an_attempt_is_due_at_once(
-    database: sa.Engine, series_files: list[Path], oracle: StorageOracle
+    database: sa.Engine, sent_series: list[Path], oracle: StorageOracle
 ) -> None:
-    sender = Sender(database, series_files[:3], {"pacs": oracle.port})
+    sender = Sender(database, sent_series[:3], {"pacs": oracle.port})
     oracle.script = Script(delay_s=0.1)
     thread = threading.Thread(target=sender.delivery.deliver, args=("job", "pacs", 0))
     thread.start()
     wait_for(lambda: oracle.images >= 1)
     with database.begin() as connection:
-        plan(connection, "job", ["pacs"], [outgoing(3, series_files[3])], sender.spool)
+        plan(connection, "job", ["pacs"], [outgoing(3, sent_series[3])], sender.spool)
     thread.join(10)
     waiting = sender.row()
     assert waiting["state"] == DeliveryState.WAITING

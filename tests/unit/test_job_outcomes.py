@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from tables import SERIES, add_job, database_in, history, rows, state_of
+from tables import SERIES, add_job, history, rows, state_of
 
 from dicomnode import jobs as job_table
 from dicomnode.db import DeliveryState, JobKind, JobState, SeriesState, TransferState, deliveries, jobs, now, transfers
@@ -20,24 +19,6 @@ from dicomnode.jobs import FINAL
 S = JobState
 D = DeliveryState
 _OPEN, _BAD = {D.WAITING, D.SENDING}, {D.FAILED, D.CANCELLED}
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> sa.Engine:
-    return database_in(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture
-def connection(shared: sa.Engine) -> Iterator[sa.Connection]:
-    """In a transaction that is rolled back: every test finds empty tables."""
-    with shared.connect() as made:
-        yield made
-        made.rollback()
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> sa.Engine:
-    return database_in(tmp_path)
 
 
 # ── settle ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from datetime import timedelta
 from itertools import pairwise, product
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tables import SERIES, STUDY, add_job, add_series, database_in, events, history, row, state_of
+from tables import SERIES, STUDY, add_job, add_series, events, history, row, state_of
 
 from dicomnode import jobs as job_table
 from dicomnode.db import JobKind, JobState, jobs, now
@@ -44,24 +43,6 @@ MOVES = {
 """The whole life of a job, written down a second time."""
 WORKER = "host-1-abc"
 MAX_CRASHES = 3
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> sa.Engine:
-    return database_in(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture
-def connection(shared: sa.Engine) -> Iterator[sa.Connection]:
-    """In a transaction that is rolled back: every test finds empty tables."""
-    with shared.connect() as made:
-        yield made
-        made.rollback()
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> sa.Engine:
-    return database_in(tmp_path)
 
 
 # ── transitions ────────────────────────────────────────────────────────────────────────────────────────────────────

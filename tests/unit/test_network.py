@@ -84,7 +84,7 @@ def blind(tmp_path: Path) -> NetworkPipeline:
 def test_each_input_is_what_the_card_says(tmp_path: Path) -> None:
     volume = water_volume((4, 62, 46))
     for name, given in (("one", "slice"), ("three", "slab3")):
-        install(tmp_path, name, Blind(), given, halo=60)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
+        install(tmp_path, name, Blind(), given, halo=60)  # type: ignore[arg-type]  # one of the inputs' names
         network = Blind()
         pipeline = NetworkPipeline(name, partial(_same, network), stride=4, execution=FP32, folder=tmp_path)
         denoise_volume(pipeline, volume)
@@ -98,7 +98,7 @@ def test_each_input_is_what_the_card_says(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", ["slice", "slab3"])
 def test_the_noise_map_is_the_measured_noise_times_strength(tmp_path: Path, given: str) -> None:
-    install(tmp_path, "told", Told(), given, noise_map=True)  # type: ignore[arg-type]  # torch and keyword dicts carry no such types
+    install(tmp_path, "told", Told(), given, noise_map=True)  # type: ignore[arg-type]  # one of the inputs' names
     network = Told()
     pipeline = NetworkPipeline("told", lambda: network, stride=2, noise_map_stride=2, execution=FP32, folder=tmp_path)
     volume = water_volume((2, 95, 63))

@@ -123,7 +123,7 @@ def test_int8_runs_from_files_of_its_own_and_is_int8(tmp_path: Path) -> None:
     def never() -> None:
         raise AssertionError("PyTorch is not needed")
 
-    engine = plane_engine(card, never, Choice("openvino", "cpu", "int8", 1, ""), tmp_path)  # type: ignore[arg-type]
+    engine = plane_engine(card, never, Choice("openvino", "cpu", "int8", 1, ""), tmp_path)  # type: ignore[arg-type]  # it makes none
     slices = np.random.default_rng(1).uniform(-0.5, 3, (1, 20, 28)).astype(np.float32)
     made = engine(slices, None)
     assert isinstance(engine, OpenVINOPlanes)
