@@ -1,4 +1,5 @@
-"""STResNet: a residual network over whole volumes with spatial and temporal convolutions (`st3d`, `srresnet3d`).
+"""STResNet: a residual network over whole volumes with spatial and temporal convolutions (`st3d`, `srresnet3d`, and
+wider, `st3d-wide` and `srresnet3d-wide`).
 
 Wei L., Hsu W., "Efficient and Accurate Spatial-Temporal Denoising Network for Low-dose CT Scans", MIDL 2021: an
 EDSR-like 3D residual network (no normalisation, long skip) whose 3×3×3 convolutions are a spatial 1×3×3 and then a
@@ -7,8 +8,8 @@ SRResNet3D is the network it is compared with, which keeps the 3×3×3 convoluti
 
 What the paper leaves open, and what we chose:
 
-- Width and depth: 32 features × 8 blocks. The EDSR baseline has 64 × 16, which takes seven times as long on a CPU; any
-  other can be constructed.
+- Width and depth: 32 features × 8 blocks. The EDSR baseline has 64 × 16, which takes seven times as long on a CPU; the
+  wide ones have 64 × 8.
 - Nothing stands between the spatial and the temporal convolution; as many features between them as after them.
 - The input is added to the output, so that the network predicts the noise; untrained, it is the identity.
 - The paper makes slices of 1 mm from slices of 2 mm. The networks keep the grid: whoever wants that resamples first.

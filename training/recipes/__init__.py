@@ -26,6 +26,8 @@ MODULES = {
     "fast-2.5d": "ffdnet",
     "st3d": "stresnet",
     "srresnet3d": "stresnet",
+    "st3d-wide": "stresnet",
+    "srresnet3d-wide": "stresnet",
     "red-cnn": "redcnn",
     "hqinet": "hqinet",
     "hqinet-lite": "hqinet",
