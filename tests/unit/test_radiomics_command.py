@@ -308,6 +308,7 @@ def test_values_out_of_range_are_usage_errors(words: list[str], capsys: pytest.C
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_quick")
 def test_features_of_nodules_are_those_of_pyradiomics() -> None:
     extractors = pytest.importorskip("radiomics.featureextractor")
     sitk = pytest.importorskip("SimpleITK")
