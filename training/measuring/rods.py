@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 from pipelines.base import Options, Pipeline, denoise_volume
 from training.blur import sigma_mm
 from training.measuring.cases import volume_of
-from training.physics import Curve, cnr, detectability, disc_task, falls_to, nps_2d, radial_nps, ttf
+from training.physics import LESION_HU, Curve, cnr, detectability, disc_task, falls_to, nps_2d, radial_nps, ttf
 from training.simulate import F50, unit_noise
 
 Array = NDArray[np.float32]
@@ -27,10 +27,10 @@ CYLINDER_MM = 90.0
 """Radius."""
 ROD_MM, RODS_AT_MM = 7.5, 42.0
 """Radius of a rod, and of the circle they stand on."""
-CONTRASTS_HU = (-120.0, 60.0, 300.0, 900.0)
-"""Fat, contrast medium in an organ, contrast medium in a vessel, bone."""
-LOW_CONTRAST_HU = 60.0
-"""The rod of CNR and d′."""
+LOW_CONTRAST_HU = LESION_HU
+"""The rod of CNR and d′: a network passes each contrast otherwise, so the task's own."""
+CONTRASTS_HU = (-120.0, LOW_CONTRAST_HU, 60.0, 300.0, 900.0)
+"""Fat, a faint lesion, contrast medium in an organ, contrast medium in a vessel, bone."""
 NOISE_HU = 12.0
 """Standard deviation at full dose."""
 _TILE = 64
@@ -53,9 +53,8 @@ def _centres() -> list[tuple[float, float]]:
 
 @dataclass(frozen=True, slots=True)
 class Phantom:
-    """One dose of the cylinder, (z, y, x) HU: noise-free, two realisations, and the rods to be added."""
+    """One dose of the cylinder, (z, y, x) HU: two realisations of its noise, and the rods to be added."""
 
-    clean: Array
     first: Array
     second: Array
     rods: Array
@@ -67,8 +66,6 @@ class Quality:
 
     f50: dict[float, float]
     """1/mm, by contrast of the rod in HU."""
-    transfer: Curve
-    """TTF of the rod of low contrast."""
     nps: Curve
     cnr: float
     detectability: float
@@ -92,7 +89,7 @@ def phantom(dose: float, slices: int) -> Phantom:
         noise = unit_noise(clean, PIXEL_MM, seed)
         scans.append(clean + noise * np.float32(NOISE_HU / noise[:, middle, middle].std() / math.sqrt(dose)))
     rods_all = np.repeat(gaussian_filter(rods, sigma_px)[None], slices, axis=0).astype(np.float32)
-    return Phantom(clean, scans[0], scans[1], rods_all)
+    return Phantom(*scans, rods_all)
 
 
 def _tiles(image: Array) -> Array:
@@ -123,13 +120,11 @@ def quality(first: Array, second: Array, with_rods: Array) -> Quality:
     distance = np.hypot(rows[:, None] - y, columns[None, :] - x)
     inside, around = distance < ROD_MM * 0.6, (distance > ROD_MM * 1.5) & (distance < ROD_MM * 2.2)
     water = _tiles(first)
-    transfer = curves[LOW_CONTRAST_HU]
     return Quality(
         f50={contrast: falls_to(curve, 0.5) for contrast, curve in curves.items()},
-        transfer=transfer,
         nps=nps,
         cnr=float(np.mean([cnr(image, inside, around) for image in with_rods])),
-        detectability=detectability(transfer, nps, disc_task()),
+        detectability=detectability(curves[LOW_CONTRAST_HU], nps, disc_task()),
         mean_hu=float(water.mean(dtype=np.float64)),
         sd_hu=float(water.std(dtype=np.float64)),
     )

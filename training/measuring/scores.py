@@ -14,9 +14,11 @@ from pipelines.base import Options, Pipeline, denoise_volume
 from pipelines.noise import noise_level
 from pipelines.volume import Volume
 from training.measuring.cases import Trial, lesions, with_inserted
-from training.measuring.rods import Quality
+from training.measuring.rods import LOW_CONTRAST_HU, Quality
 from training.metrics import FULL, LUNG, SOFT_TISSUE, Window, l1, mutual_information, nmse, psnr, rmse, ssim
 from training.physics import (
+    LESION_HU,
+    LESION_MM,
     Curve,
     contrast_recovery,
     hu_bias,
@@ -187,8 +189,8 @@ def rod_rows(quality: Quality, before: Quality, dose: float, name: str) -> list[
     shift = 100 * (mean_frequency(quality.nps) / mean_frequency(before.nps) - 1)
     return [
         *(row(f"TTF f50 at {contrast:+g} HU (1/mm)", value) for contrast, value in quality.f50.items()),
-        row("CNR of 60 HU", quality.cnr),
-        row("d' of 6 mm and 30 HU", quality.detectability),
+        row(f"CNR of {LOW_CONTRAST_HU:g} HU", quality.cnr),
+        row(f"d' of {LESION_MM:g} mm and {LESION_HU:g} HU", quality.detectability),
         row("NPS mean frequency (1/mm)", mean_frequency(quality.nps)),
         row("NPS peak frequency (1/mm)", peak_frequency(quality.nps)),
         row("NPS mean shift (%)", shift),
