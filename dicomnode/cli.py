@@ -26,7 +26,7 @@ from dicomnode.errors import ConfigError, NodeError, PeerError
 from dicomnode.node import Node, pipeline_hashes
 from dicomnode.scu import Answer, Outgoing, Refused, echo, store
 from dicomnode.spool import dataset_digest
-from dicomnode.worker import Worker, default_threads, keep_headers_out_of_the_log
+from dicomnode.worker import configured_worker, keep_headers_out_of_the_log
 from pipelines import base
 from pipelines.volume import SeriesRefused
 
@@ -127,8 +127,7 @@ def _log_to_stderr(config: Config) -> None:
 
 def _check_config(arguments: argparse.Namespace) -> int:
     config = load(arguments.config)
-    compute = config.compute
-    worker = Worker(compute.threads or default_threads(), compute.device, compute.precision)
+    worker = configured_worker(config.compute)
     try:
         pipeline_hashes(config, worker)
     finally:

@@ -23,7 +23,7 @@ from dicomnode.errors import ConfigError
 from dicomnode.intake import Intake
 from dicomnode.scp import StorageServer
 from dicomnode.spool import Spool, hold
-from dicomnode.worker import Worker, default_threads
+from dicomnode.worker import Worker, configured_worker
 from pipelines.base import Options
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,7 @@ class Node:
         self._spool = Spool(config.node.spool)
         self.database: sa.Engine = open_database(config.node.database)
         self._database_lock = hold(Path(f"{self.database.url.database}.lock"))
-        compute = config.compute
-        self._worker = Worker(compute.threads or default_threads(), compute.device, compute.precision)
+        self._worker = configured_worker(config.compute)
         self._delivery = Delivery(config, self.database, self._spool.root)
         self._engine = Engine(self.database, self._process, self._delivery.deliver)
         self._compute = Compute(config, self.database, self._spool.root, self._worker, self._engine.executor_id)

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from dicomnode.config import Derivation
+from dicomnode.config import Compute, Derivation
 from dicomnode.denoise import Withheld, denoise_series, identify
 from dicomnode.errors import ConfigError, NodeError, WorkerDied
 from pipelines.base import Device, Execution, Options, Pipeline, Precision, UnknownPipeline, load
@@ -62,11 +62,6 @@ class Outcome:
     kind: str
     detail: str = ""
     figures: dict[str, Any] | None = None
-
-
-def default_threads() -> int:
-    """Threads for the networks: all cores. Reception keeps its speed because the child is nice."""
-    return len(os.sched_getaffinity(0))
 
 
 def keep_headers_out_of_the_log() -> None:
@@ -181,11 +176,24 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # Not ours to receive: Ctrl-C in the terminal is for the node, which stops its child itself.
-            start_new_session=True,
+            # Read by the numeric libraries when they are imported, numpy's before the child's first own line.
+            env={**os.environ, "OMP_NUM_THREADS": str(self._execution.threads)},
+            # Not ours to receive: Ctrl-C in the terminal is for the node, which stops its child itself. But no session
+            # of its own: Linux shares the cores among sessions first (sched(7), autogroup), and a nice child in another
+            # one takes as much as all of reception.
+            process_group=0,
         )
         log.info("worker process %d started", self._process.pid)
         return self._process
+
+
+def configured_worker(compute: Compute) -> Worker:
+    """The child that a site configures, on all cores or fewer: more threads than cores only wait for each other.
+
+    Reception keeps its speed because the child is nice.
+    """
+    cores = len(os.sched_getaffinity(0))
+    return Worker(min(compute.threads or cores, cores), compute.device, compute.precision)
 
 
 def _exit_text(code: int) -> str:
@@ -265,9 +273,6 @@ class _Child:
 def main() -> None:
     """Entry of the child process; its argument is an `Execution` in JSON."""
     execution = Execution(**json.loads(sys.argv[1]))
-    if execution.threads:
-        # Read by the numeric libraries when they are first imported, which happens with the first pipeline.
-        os.environ["OMP_NUM_THREADS"] = str(execution.threads)
     os.nice(_NICENESS)
     # A print() of some library must not end up between the answers.
     answers = os.fdopen(os.dup(1), "w")

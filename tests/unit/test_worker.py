@@ -19,10 +19,10 @@ from ct_builder import phantom, write_series
 from node_process import PLUGINS
 from peers import wait_for
 
-from dicomnode.config import Derivation
+from dicomnode.config import Compute, Derivation
 from dicomnode.denoise import Manifest
 from dicomnode.errors import ConfigError, NodeError, WorkerDied
-from dicomnode.worker import Outcome, Request, Worker, default_threads
+from dicomnode.worker import Outcome, Request, Worker, configured_worker
 from pipelines.base import Execution, Options, load, pipeline_hash
 
 TALKATIVE = """
@@ -317,7 +317,23 @@ def test_the_child_yields_to_reception(worker: Worker) -> None:
     worker.describe("identity", Options())
     assert worker.pid is not None
     assert os.getpriority(os.PRIO_PROCESS, worker.pid) >= min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
-    assert 1 <= default_threads() <= (os.cpu_count() or 1)
+    # In a session of its own its niceness would count for nothing: Linux shares the cores among sessions first.
+    assert os.getsid(worker.pid) == os.getsid(0)
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()  # Ctrl-C in the node's terminal is not for the child
+
+
+@pytest.mark.parametrize(("configured", "threads"), [(0, 3), (2, 2), (1000, 3)])
+def test_no_more_threads_than_cores(
+    controls: Path, monkeypatch: pytest.MonkeyPatch, configured: int, threads: int
+) -> None:
+    """numpy, too, is told before Python begins: it has made its threads before the child's first own line."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 5, 6})
+    made = configured_worker(Compute(threads=configured))
+    made.describe("identity", Options())
+    started = Path(f"/proc/{made.pid}")
+    assert f"OMP_NUM_THREADS={threads}".encode() in (started / "environ").read_bytes().split(b"\0")
+    assert json.loads((started / "cmdline").read_bytes().split(b"\0")[3])["threads"] == threads
+    made.stop()
 
 
 @pytest.mark.parametrize(
