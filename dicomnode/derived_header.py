@@ -174,14 +174,15 @@ def drop_false(header: Dataset) -> None:
             header, tag, pixels
         ):
             del header[tag]
-    for group in range(0x6000, 0x6100, 2):
-        # without data of its own an overlay lies in unused bits of the pixels (retired, PS3.3 C.9.2), where it is gone
-        if Tag(group, 0x3000) not in header:
-            _drop_group(header, group)
-        for statistic in (0x1302, 0x1303):  # ROI Mean, ROI Standard Deviation
-            header.pop(Tag(group, statistic), None)
-        if _bytes(header, Tag(group - 0x1000, 0x0020)).strip() in (b"HIST", b"PROF"):  # curves of the pixels (retired)
-            _drop_group(header, group - 0x1000)
+    for group in {tag.group for tag in header.keys() if not tag.is_private}:
+        if group & 0xFF00 == 0x6000:
+            # without data of its own an overlay lies in unused bits of the pixels (retired, PS3.3 C.9.2), and is gone
+            if Tag(group, 0x3000) not in header:
+                _drop_group(header, group)
+            for statistic in (0x1302, 0x1303):  # ROI Mean, ROI Standard Deviation
+                header.pop(Tag(group, statistic), None)
+        elif group & 0xFF00 == 0x5000 and _bytes(header, Tag(group, 0x0020)).strip() in (b"HIST", b"PROF"):
+            _drop_group(header, group)  # a curve of the pixels (retired)
 
 
 def _drop_group(header: Dataset, group: int) -> None:

@@ -254,6 +254,17 @@ def test_overlays_inside_the_pixels_go_and_others_lose_their_statistics(tmp_path
     assert ds[0x60023000].value == bytes(range(32))
 
 
+def test_curves_of_the_pixels_go(tmp_path: Path) -> None:
+    def draw(ds: Dataset) -> None:
+        for group, kind in ((0x5000, "HIST"), (0x5002, "ECG"), (0x501E, "PROF")):
+            ds.add_new((group, 0x0010), "US", 2)
+            ds.add_new((group, 0x0020), "CS", kind)
+            ds.add_new((group, 0x3000), "OW", bytes(4))
+
+    ds = one(tmp_path, change=draw)
+    assert [tag for tag in ds.keys() if tag.group >> 8 == 0x50] == [0x50020010, 0x50020020, 0x50023000]
+
+
 def _add_private(ds: Dataset) -> None:
     ge = ds.private_block(0x0043, "GEMS_PARM_01", create=True)
     ge.add_new(0x27, "SH", "0.984")
