@@ -28,7 +28,7 @@ from dicomnode.encoding import LOSSY_METHODS
 from dicomnode.errors import DerivationError
 from dicomnode.header_template import HeaderTemplate
 from dicomnode.proof import BROKEN, DerivedInstance, Meant, prove, prove_by_pydicom
-from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, PART_SUFFIX, sync_folder
+from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, sync_folder
 from dicomnode.uids import derived_uid
 from pipelines.ct_slice import CTSlice, plain_slice, read_slice
 from pipelines.element_index import ElementIndex, HandedOver, index_file
@@ -58,7 +58,7 @@ class SeriesWriter:
         receptive field (``volume``). `created_at` is written in the source's TimezoneOffsetFromUTC where it has one,
         else in the zone it is given in: pass local time, as dates without offset are read as such (PS3.3 C.12.1).
     out_dir
-        Existing folder; the files are named by their new UIDs.
+        Existing folder that nobody reads before `finish` returned; the files are named by their new UIDs.
 
     Raises
     ------
@@ -262,10 +262,9 @@ def _encode(header: Dataset) -> bytes:
 
 
 def _write_durably(path: Path, parts: Sequence[bytes]) -> None:
-    """Write, sync, rename: the name never stands for half a file."""
-    part = f"{path}{PART_SUFFIX}"
+    """Write and sync. The name stands for half a file meanwhile: the folder is what appears whole."""
     rest = [memoryview(one) for one in parts]
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         while rest:  # a call may write less than it was asked to
             written = os.writev(descriptor, rest)
@@ -276,7 +275,6 @@ def _write_durably(path: Path, parts: Sequence[bytes]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    os.rename(part, path)  # noqa: PTH104  # building Path objects takes as long as the header
 
 
 def _holds(content: bytes, parts: Sequence[bytes]) -> bool:

@@ -49,9 +49,7 @@ def test_a_full_disk_is_no_fault_of_the_object(tmp_path: Path, monkeypatch: pyte
         write_all(volume, volume.hu, making(), tmp_path)
 
 
-def test_each_file_is_synced_under_another_name_and_the_folder_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_file_is_synced_and_the_folder_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     fsync = os.fsync
 
@@ -61,8 +59,16 @@ def test_each_file_is_synced_under_another_name_and_the_folder_last(
 
     monkeypatch.setattr("os.fsync", watch)
     made = derive(write_series(tmp_path, phantom(2, 16)), tmp_path / "out")
-    assert synced == [f"{i.sop_instance_uid}.dcm.part" for i in made] + ["out"]
-    assert list((tmp_path / "out").glob("*.part")) == []
+    assert synced == [f"{one.sop_instance_uid}.dcm" for one in made] + ["out"]
+
+
+def test_a_system_that_writes_little_at_once_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it may (POSIX writev): here a hundred bytes, which ends inside of parts and between them."""
+    paths = write_series(tmp_path / "in", phantom(2, 16))
+    at_once = derive(paths, tmp_path / "once")
+    monkeypatch.setattr("os.writev", lambda handle, parts: os.write(handle, parts[0][:100]))
+    bit_by_bit = derive(paths, tmp_path / "bits")
+    assert [one.path.read_bytes() for one in bit_by_bit] == [one.path.read_bytes() for one in at_once]
 
 
 def writers() -> list[threading.Thread]:
