@@ -183,7 +183,7 @@ def measure(args: argparse.Namespace) -> Measurement:
             print(f"{trial.case} at {trial.dose:g}: {name}", flush=True)
         if args.bar and trial.kind == "phantom" and not measured.steady:
             measured.steady = {
-                name: bar.steadiness(pipeline, options, trial.truth, trial.low.hu, trial.pixel_mm)
+                name: bar.steadiness(pipeline, options, trial)
                 for name, pipeline, options in networks
                 if pipeline is not None
             }

@@ -11,6 +11,7 @@ from pipelines.base import Options
 from pipelines.identity import Identity
 from pipelines.volume import Series
 from training.measuring.bar import Steadiness, judge, steadiness, table
+from training.measuring.cases import Trial, volume_of
 from training.measuring.scores import Row
 from training.metrics import SOFT_TISSUE
 
@@ -134,7 +135,7 @@ class Offset:
 
 
 def test_steadiness_counts_voxels() -> None:
-    clean = np.zeros((2, 8, 16), np.float32)
-    one = steadiness(Offset(), Options(), clean, clean + 1, 0.7)
-    assert one == Steadiness(0.5, 100 * 15 / 16, 0.0)
-    assert steadiness(Offset(), Options(blend=0.5), clean, clean, 0.7).mean_change_hu == 0.25
+    clean = np.zeros((4, 8, 16), np.float32)
+    trial = Trial("p", "phantom", 0.25, volume_of(clean + 1, 0.7, 2.5), None, clean, slice(1, 3), 0.0, 0.5)
+    assert steadiness(Offset(), Options(), trial) == Steadiness(0.5, 100 * 15 / 16, 0.0)
+    assert steadiness(Offset(), Options(blend=0.5), trial).mean_change_hu == 0.25

@@ -9,14 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipelines.base import Options, Pipeline, denoise_volume
-from training.measuring.cases import PHANTOM_SPACING_MM, volume_of
+from pipelines.base import Options, Pipeline
+from training.measuring.cases import Trial, denoised
 from training.measuring.scores import Row
 from training.metrics import SOFT_TISSUE
-
-Array = NDArray[np.float32]
 
 OPPONENT = "nlm"
 GAIN_DB = {0.25: 0.3, 0.1: 1.0}
@@ -51,14 +48,14 @@ class Steadiness:
     """Largest change at strength 0."""
 
 
-def steadiness(pipeline: Pipeline, options: Options, clean: Array, noisy: Array, pixel_mm: float) -> Steadiness:
-    """Run `pipeline` on the noise-free phantom, and on a noisy one at strength 0."""
-    change = np.abs(denoise_volume(pipeline, volume_of(clean, pixel_mm, PHANTOM_SPACING_MM), options) - clean)
-    unchanged = denoise_volume(pipeline, volume_of(noisy, pixel_mm, PHANTOM_SPACING_MM), Options(strength=0.0))
+def steadiness(pipeline: Pipeline, options: Options, trial: Trial) -> Steadiness:
+    """Run `pipeline` on the noise-free phantom of `trial`, and on the noisy one at strength 0."""
+    change = np.abs(denoised(pipeline, options, trial.low.with_hu(trial.truth), trial) - trial.truth[trial.scored])
+    unchanged = denoised(pipeline, Options(strength=0.0), trial.low, trial)
     return Steadiness(
         float(change.mean(dtype=np.float64)),
         100 * float((change <= CLEAN_WITHIN_HU).mean()),
-        float(np.abs(unchanged - noisy).max()),
+        float(np.abs(unchanged - trial.low.hu[trial.scored]).max()),
     )
 
 

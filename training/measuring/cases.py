@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
+from pipelines.base import Options, Pipeline, denoise_volume
 from pipelines.noise import noise_level
 from pipelines.safety import LOWEST_HU, network_input
 from pipelines.volume import Geometry, Volume
@@ -97,6 +98,24 @@ def volume_of(hu: Array, pixel_mm: float, spacing_mm: float, padding: Mask | Non
         slice_paths=(),
         padding=np.zeros(hu.shape, np.bool_) if padding is None else padding,
     )
+
+
+def of_slices(volume: Volume, slices: slice) -> Volume:
+    """Some neighbouring slices of `volume`."""
+    return replace(volume, hu=volume.hu[slices], padding=volume.padding[slices])
+
+
+def depended_on(pipeline: Pipeline, trial: Trial) -> slice:
+    """The measured slices of `trial`, and those on both sides that `pipeline` looks at for them."""
+    reach = pipeline.card.overlap_zyx[0]
+    return slice(max(trial.scored.start - reach, 0), min(trial.scored.stop + reach, len(trial.truth)))
+
+
+def denoised(pipeline: Pipeline, options: Options, volume: Volume, trial: Trial) -> Array:
+    """The measured slices of `volume`, an image of `trial`, denoised; the others are computed as far as need be."""
+    given = depended_on(pipeline, trial)
+    out = denoise_volume(pipeline, of_slices(volume, given), options)
+    return out[trial.scored.start - given.start : trial.scored.stop - given.start]
 
 
 def _block(count: int, wanted: int) -> tuple[slice, slice]:

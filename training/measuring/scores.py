@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.base import Options, Pipeline, denoise_volume
+from pipelines.base import Options, Pipeline
 from pipelines.noise import noise_level
 from pipelines.volume import Volume
-from training.measuring.cases import Trial, lesions, with_inserted
+from training.measuring.cases import Trial, denoised, depended_on, lesions, with_inserted
 from training.measuring.rods import LOW_CONTRAST_HU, Quality
 from training.metrics import FULL, LUNG, SOFT_TISSUE, Window, l1, mutual_information, nmse, psnr, rmse, ssim
 from training.physics import (
@@ -132,21 +132,16 @@ def score(
     """
 
     scored = trial.scored
-    reach = 0 if pipeline is None else pipeline.card.overlap_zyx[0]
-    first, end = max(scored.start - reach, 0), min(scored.stop + reach, len(trial.truth))
 
     def run(volume: Volume) -> Array:
-        """The measured slices, from them and all that they depend on."""
-        part = replace(volume, hu=volume.hu[first:end], padding=volume.padding[first:end])
-        out = part.hu if pipeline is None else denoise_volume(pipeline, part, options)
-        return out[scored.start - first : scored.stop - first]
+        return volume.hu[scored] if pipeline is None else denoised(pipeline, options, volume, trial)
 
     def row(metric: str, value: float, window: str = "", plane: str = "") -> Row:
         return Row(trial.case, trial.kind, trial.dose, name, metric, window, plane, value)
 
     start = time.monotonic()
     out = run(trial.low)
-    seconds = (time.monotonic() - start) / (end - first)
+    seconds = time.monotonic() - start
     before, truth = trial.low.hu[scored], trial.truth[scored]
     rows = [
         row(metric, function(a, b, window), str(window), str(k))
@@ -176,7 +171,8 @@ def score(
         with_lesions = run(with_inserted(trial.low, inserted))
         rows.append(row("contrast recovery", contrast_recovery(with_lesions, out, inserted[scored])))
     if pipeline is not None:
-        rows.append(row("seconds per slice", seconds))
+        computed = depended_on(pipeline, trial)
+        rows.append(row("seconds per slice", seconds / (computed.stop - computed.start)))
     return Result(rows, out[len(out) // 2], nps)
 
 
