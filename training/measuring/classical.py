@@ -20,7 +20,7 @@ from pipelines.base import ModelCard, Options
 from pipelines.noise import series_noise_level
 from pipelines.safety import network_input
 from pipelines.volume import Series
-from training.measuring.cases import Trial
+from training.measuring.cases import Trial, of_slices
 from training.metrics import SOFT_TISSUE, Window, psnr
 
 Array = NDArray[np.float32]
@@ -134,16 +134,19 @@ class Classical:
 def tuned(name: str, trial: Trial, window: Window = SOFT_TISSUE) -> Classical:
     """The filter `name` with the parameter of highest PSNR against the truth of `trial`, sought on three slices.
 
+    In units of the noise level of the measured slices: `Classical` is given no others.
+
     Raises
     ------
     MethodMissing
         As `Classical`.
     """
-    places = np.unique(np.linspace(trial.scored.start, trial.scored.stop - 1, _SEARCH_SLICES + 2).round().astype(int))
+    low = of_slices(trial.low, trial.scored)
+    places = np.unique(np.linspace(0, len(low.hu) - 1, _SEARCH_SLICES + 2).round().astype(int))
     planes = places[1:-1] if len(places) > 2 else places
-    sigma = np.float32(series_noise_level(trial.low) or 1.0)
-    images = [network_input(trial.low.plane(int(k))) for k in planes]
-    truth, method = trial.truth[planes], METHODS[name]
+    sigma = np.float32(series_noise_level(low) or 1.0)
+    images = [network_input(low.plane(int(k))) for k in planes]
+    truth, method = trial.truth[trial.scored][planes], METHODS[name]
     Classical(name, 1.0)
 
     def loss(parameter: float) -> float:
