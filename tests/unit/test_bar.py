@@ -26,8 +26,8 @@ def _psnr(case: str, dose: float, pipeline: str, *slices: float) -> list[Row]:
     ]
 
 
-def _row(metric: str, value: float, kind: str = "simulated", case: str = "a") -> Row:
-    return Row(case, kind, 0.25, NAME, metric, "", "", value)
+def _row(metric: str, value: float, case: str = "a", dose: float = 0.25) -> Row:
+    return Row(case, "simulated", dose, NAME, metric, "", "", value)
 
 
 def _passed(rows: list[Row], steady: Steadiness = STEADY) -> dict[str, bool]:
@@ -68,7 +68,7 @@ def test_phantoms_do_not_count_for_the_opponent() -> None:
 def test_what_was_not_measured_is_failed() -> None:
     lines = judge([], {NAME: STEADY})
     assert {line.measured for line in lines[:-3]} == {"not measured"}
-    assert [line.passed for line in lines] == [False] * 9 + [True] * 3
+    assert [line.passed for line in lines] == [False] * 14 + [True] * 3
     assert [line.demand for line in judge([], {"st3d": STEADY}) if "better" in line.demand] == [
         f"{rival} at most {limit} dB better at {dose:g} of full dose"
         for dose in (0.25, 0.1)
@@ -103,8 +103,21 @@ def test_only_stresnet_is_held_against_srresnet() -> None:
     ],
 )
 def test_the_worst_case_counts(metric: str, values: tuple[float, float], demand: str, passed: bool) -> None:
-    rows = [_row(metric, value, case=case) for case, value in zip("ab", values, strict=True)]
-    assert _passed(rows)[demand] is passed
+    rows = [_row(metric, value, case) for case, value in zip("ab", values, strict=True)]
+    assert _passed(rows)[f"{demand} at 0.25 of full dose"] is passed
+
+
+def test_each_dose_is_judged_for_itself() -> None:
+    rows = [
+        _row("contrast recovery", value, case, dose)
+        for dose, values in ((0.25, (0.97, 0.96)), (0.1, (0.96, 0.9)))
+        for case, value in zip("ab", values, strict=True)
+    ]
+    lines = [x for x in judge(rows, {NAME: STEADY}) if x.demand.startswith("contrast recovery")]
+    assert [(x.demand[-20:], x.measured, x.passed) for x in lines] == [
+        ("at 0.25 of full dose", "0.960 in b", True),
+        (" at 0.1 of full dose", "0.900 in b", False),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,9 @@ def test_means_are_over_slices_then_cases(written: tuple[Path, str, Measurement]
 def test_the_bar_stands_above(written: tuple[Path, str, Measurement]) -> None:
     _, text, _ = written
     assert text.index("## The bar") < text.index("## What was measured")
-    assert "| net | contrast recovery of 6 mm, 30 HU at least 0.95 | 0.987 in scan A at 0.25 | pass |" in text
+    assert (
+        "| net | contrast recovery of 6 mm, 30 HU at least 0.95 at 0.25 of full dose | 0.987 in scan A | pass |" in text
+    )
 
 
 def test_a_warning_stands_above_the_numbers(written: tuple[Path, str, Measurement]) -> None:
