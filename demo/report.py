@@ -14,6 +14,7 @@ from demo.pacs import Pacs
 from demo.picture import draw
 from demo.series import Source
 from dicomnode.db import JobKind, JobState
+from dicomnode.denoise import seconds_in_words
 from training.metrics import SOFT_TISSUE, psnr, ssim
 from training.sources.phantom import tissue_masks
 
@@ -60,11 +61,11 @@ def _print_job(node: Node, pacs: Pacs, job: JobSeen, source: Source) -> None:
     print(
         f"    slices                 {job.n_in} in, {job.n_out} out, {pacs.count(job.derived_series_uid)} in the PACS"
     )
-    stages = [f"{stage} {seconds:.1f}" for stage, seconds in job.measured["seconds"].items()]
+    seconds = seconds_in_words(job.measured["seconds"])
     dispatched = node.dispatched_at(job.id)
     if dispatched is not None and job.finished_at is not None:
-        stages.append(f"send {(job.finished_at - dispatched).total_seconds():.1f}")
-    print(f"    seconds                {', '.join(stages)}")
+        seconds += f"; sending {(job.finished_at - dispatched).total_seconds():.1f} s"
+    print(f"    seconds                {seconds}")
     before, after = job.measured.get("noise_before_hu"), job.measured.get("noise_after_hu")
     if before is not None and after is not None:
         print(f"    noise, as the node saw {before:.1f} HU before, {after:.1f} HU after")

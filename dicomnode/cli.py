@@ -8,9 +8,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from pydicom import dcmread
@@ -21,7 +22,7 @@ from dicomnode.answers import Verdict, judge
 from dicomnode.config import Config, load
 from dicomnode.db import JobState, deliveries, job_events, jobs, now, open_database, series, transfers
 from dicomnode.delivery import peer
-from dicomnode.denoise import Withheld, denoise_series
+from dicomnode.denoise import Progress, Withheld, denoise_series, seconds_in_words
 from dicomnode.errors import ConfigError, NodeError, PeerError
 from dicomnode.node import Node, pipeline_hashes
 from dicomnode.scu import Answer, Outgoing, Refused, echo, store
@@ -233,9 +234,9 @@ def _jobs_show(arguments: argparse.Namespace) -> int:
             .where(transfers.c.job_id == identity)
             .group_by(transfers.c.destination, transfers.c.state)
         ).all()
-    for key, value in job.items():
+    for key, value in _described(dict(job)):
         if value not in (None, "", False):
-            print(f"{key:20} {value}")
+            print(f"{key:25} {value}")
     if conflicts:
         print(f"{conflicts} images of the series came with other bytes under a known UID; see conflicts in the spool")
     for row in sent:
@@ -244,6 +245,36 @@ def _jobs_show(arguments: argparse.Namespace) -> int:
     for event in events:
         print(f"{event.at:%Y-%m-%d %H:%M:%S}  {event.state:11}  {event.what}")
     return OK
+
+
+def _described(job: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """The columns of a job as a person reads them."""
+    for key, value in job.items():
+        if key == "progress" and job["n_in"]:
+            yield key, f"{round(value * job['n_in'])} of {job['n_in']} images ({value:.0%})"
+        elif key == "measured" and value:
+            yield from _measured(value)
+        else:
+            yield key, value
+
+
+def _measured(values: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if key == "seconds":
+            yield key, f"{seconds_in_words(value)}; the stages run side by side"
+        elif key == "reason":  # the row has one of its own
+            yield "ran on", value
+        elif isinstance(value, dict):
+            yield from ((f"{key} {name}", _figure(figure)) for name, figure in value.items())
+        else:
+            yield key, _figure(value)
+
+
+def _figure(value: object) -> object:
+    """Numbers without the digits that nobody reads."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_figure(number)}" for name, number in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else value
 
 
 def _find(connection: sa.Connection, start: str) -> str:
@@ -307,18 +338,18 @@ def _denoise(arguments: argparse.Namespace) -> int:
         return FAILED
     finally:
         print(file=sys.stderr)
-    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in manifest.seconds.items())
     print(
         f"{len(manifest.instances)} slices by {manifest.pipeline} {manifest.version} ({manifest.precision}) "
-        f"in {arguments.out}\nran on: {manifest.reason or 'this machine'}\nseconds: {seconds}\n"
+        f"in {arguments.out}\nran on: {manifest.reason or 'this machine'}\n"
+        f"seconds: {seconds_in_words(manifest.seconds)}\n"
         f"noise: {manifest.noise_before_hu} HU before, {manifest.noise_after_hu} HU after"
     )
     return OK
 
 
-def _show_progress(stage: str, fraction: float) -> None:
+def _show_progress(progress: Progress) -> None:
     if sys.stderr.isatty():
-        print(f"\r{stage:8} {fraction:4.0%}", end="", file=sys.stderr, flush=True)
+        print(f"\r{progress.slices} of {progress.of} slices", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from datetime import UTC, timedelta
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -14,7 +14,7 @@ from dicomnode import jobs as job_table
 from dicomnode.config import Config
 from dicomnode.db import JobState, instances, job_instances, jobs, now
 from dicomnode.delivery import plan
-from dicomnode.denoise import Manifest, remove_partial
+from dicomnode.denoise import Manifest, Progress, remove_partial, seconds_in_words
 from dicomnode.errors import WorkerDied
 from dicomnode.jobs import Job
 from dicomnode.scu import Outgoing
@@ -59,19 +59,22 @@ class Compute:
 
     def _attempt(self, job: Job) -> None:
         out = self._spool / "derived" / job.id
+        shown = _Shown(self._database, self._worker, job.id)
         try:
-            outcome = self._worker.run(self._request(job, out), self._reporter(job.id))
+            outcome = self._worker.run(self._request(job, out), shown)
         except WorkerDied as death:
             remove_partial(out)
+            shown.end()
             if self._stopping:
                 with self._database.begin() as connection:
                     job_table.requeue(connection, job.id, "the node was stopped", timedelta())
             elif not self._cancelled(job.id):
                 job_table.lost_attempt(self._database, job.id, str(death), self._config.compute.max_worker_deaths)
             return
-        self._conclude(job, out, outcome)
+        shown.end()
+        self._conclude(job, out, outcome, shown.measured)
 
-    def _conclude(self, job: Job, out: Path, outcome: Outcome) -> None:
+    def _conclude(self, job: Job, out: Path, outcome: Outcome, measured: dict[str, Any]) -> None:
         if outcome.kind == "no-infrastructure":
             job_table.no_infrastructure(self._database, job.id, outcome.detail)
             return
@@ -86,7 +89,7 @@ class Compute:
                     JobState.WITHHELD,
                     outcome.detail,
                     expected=running,
-                    measured={"guard": outcome.figures},
+                    measured={**measured, "guard": outcome.figures},
                 )
             elif outcome.kind == "failed":
                 job_table.advance(connection, job.id, JobState.FAILED, outcome.detail, expected=running)
@@ -160,31 +163,58 @@ class Compute:
             settings=self._config.derivation.model_dump(),
         )
 
-    def _reporter(self, job_id: str) -> Callable[[str, float], None]:
-        written_at = 0.0
-
-        def report(stage: str, fraction: float) -> None:
-            nonlocal written_at
-            if time.monotonic() - written_at < _PROGRESS_EVERY_S:
-                return
-            written_at = time.monotonic()
-            try:
-                with self._database.begin() as connection:
-                    running = connection.execute(
-                        sa.update(jobs)
-                        .where(jobs.c.id == job_id, jobs.c.state == JobState.RUNNING)
-                        .values(progress=fraction, updated_at=now())
-                    ).rowcount
-            except sa.exc.SQLAlchemyError as error:
-                log.warning("progress of job %s not shown: %s", job_id[:12], error)
-                return
-            if not running:
-                # Cancelled after the attempt began and before the child had the work, which nobody could stop then.
-                self._worker.cancel(job_id)
-
-        return report
-
     def _cancelled(self, job_id: str) -> bool:
         with self._database.connect() as connection:
             job = job_table.get(connection, job_id)
         return job is None or job.cancel_requested
+
+
+class _Shown:
+    """Shows in the row of a job how far its attempt is; a listener of `Worker.run`."""
+
+    def __init__(self, database: sa.Engine, worker: Worker, job_id: str) -> None:
+        self._database = database
+        self._worker = worker
+        self._job_id = job_id
+        self._written_at = 0.0
+        self._last: Progress | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        """Write it down, but not more often than anybody looks."""
+        self._last = progress
+        if time.monotonic() - self._written_at < _PROGRESS_EVERY_S:
+            return
+        self._written_at = time.monotonic()
+        try:
+            with self._database.begin() as connection:
+                running = self._write(connection, progress)
+        except sa.exc.SQLAlchemyError as error:
+            log.warning("progress of job %s not shown: %s", self._job_id[:12], error)
+            return
+        if not running:
+            # Cancelled after the attempt began and before the child had the work, which nobody could stop then.
+            self._worker.cancel(self._job_id)
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What is known of the attempt, for the row."""
+        return {} if self._last is None else {"seconds": self._last.seconds}
+
+    def end(self) -> None:
+        """Write down how far the attempt came and how long it took, also as an event; its end is the next one."""
+        if self._last is None:
+            return
+        with self._database.begin() as connection:
+            if self._write(connection, self._last):
+                what = f"{self._last.slices} of {self._last.of} slices; {seconds_in_words(self._last.seconds)}"
+                job_table.add_event(connection, self._job_id, JobState.RUNNING, what)
+
+    def _write(self, connection: sa.Connection, progress: Progress) -> bool:
+        """False if the job runs no longer."""
+        return bool(
+            connection.execute(
+                sa.update(jobs)
+                .where(jobs.c.id == self._job_id, jobs.c.state == JobState.RUNNING)
+                .values(progress=progress.slices / progress.of, measured=self.measured, updated_at=now())
+            ).rowcount
+        )

@@ -1,7 +1,8 @@
-"""One series, files to files: load → gate → denoise → guard → derive.
+"""One series, files to files: read → gate → network → guard → write.
 
 All but the gate, which judges the whole series by its headers, happen slice by slice and at the same time: one thread
-reads ahead, one runs the pipeline, the caller's compares, one encodes and writes. Memory is that of some slices.
+reads ahead, one runs the pipeline, the caller's compares, one encodes and writes. Memory is that of some slices. Each
+stage is timed where it runs, without what it waits for the others.
 
 The node's child process and `dicomnode denoise` run the same function. Its result is a folder that appears whole or not
 at all: derived files and ``manifest.json``. Whoever sends reads only that folder.
@@ -13,13 +14,14 @@ import json
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -33,18 +35,36 @@ from dicomnode.spool import PART_SUFFIX, sync_folder
 from pipelines import base, gate
 from pipelines.base import ModelCard, OptionRefused, Options, Pipeline, check_options, pipeline_hash
 from pipelines.guard import Guard
-from pipelines.volume import open_series
+from pipelines.volume import Plane, Series, open_series
 
 Array = NDArray[np.float32]
 
 MANIFEST = "manifest.json"
-Report = Callable[[str, float], None]
-"""Called with the stage that has ended, or of which a slice has, and the fraction of the job that is done (0 to 1)."""
-STAGES = ("load", "denoise", "guard", "derive")
-"""Where the time of the caller's thread goes; denoising, comparing and writing happen at the same time, and the slowest
-of them shows."""
+STAGES = {"read": "reading", "network": "network", "guard": "output check", "write": "writing", "wall": "in all"}
+"""What was timed, and what people call it: the stages, and how long the whole took. Stages run side by side, so their
+sum may be more than that; a stage that waited for a free core was at work."""
 _SLICES_AHEAD = 4
 """That the pipeline may be ahead of the comparison."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a series is."""
+
+    slices: int
+    """Denoised and compared."""
+    of: int
+    seconds: dict[str, float]
+    """By `STAGES`, so far."""
+
+
+Report = Callable[[Progress], None]
+"""Called when the files are opened, after each slice, and when all is written."""
+
+
+def seconds_in_words(seconds: Mapping[str, float]) -> str:
+    """``reading 3.1 s, network 40.2 s, output check 2.0 s, writing 3.3 s, in all 41.0 s``."""
+    return ", ".join(f"{STAGES.get(stage, stage)} {value:.1f} s" for stage, value in seconds.items())
 
 
 class Withheld(NodeError):
@@ -78,6 +98,7 @@ class Manifest:
     n_in: int
     instances: tuple[DerivedInstance, ...]
     seconds: dict[str, float]
+    """By `STAGES`."""
     noise_before_hu: float | None
     """Noise of the input as the guard measured it; None where there was too little to measure it in."""
     noise_after_hu: float | None
@@ -160,34 +181,45 @@ def denoise_series(
     part = out.with_name(f"{out.name}.{os.getpid()}{PART_SUFFIX}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    begun = time.monotonic()
     seconds = dict.fromkeys(STAGES, 0.0)
     try:
         with ExitStack() as resources:
-            with _timed(seconds, "load"):
+            with _timed(seconds, "read"):
                 series = resources.enter_context(open_series(paths))
                 gate.check(series, pipeline.card)
-            report("load", 0.0)
             guard = Guard((series.geometry.spacing_mm[1], series.geometry.spacing_mm[2]))
             made = Making(pipeline.card, options, identity, fingerprint, settings, created_at)
             writer = resources.enter_context(SeriesWriter(series, made, part))
-            denoised = resources.enter_context(closing(_ahead(base.denoise(pipeline, series, options))))
+            awaited = _Awaited(**{one.name: getattr(series, one.name) for one in fields(Series)}, source=series)
+            denoised = resources.enter_context(
+                closing(_ahead(base.denoise(pipeline, awaited, options), awaited, seconds))
+            )
             count = series.shape[0]
+
+            def so_far() -> dict[str, float]:
+                now = {
+                    "read": seconds["read"] + series.read_s,
+                    "write": writer.busy_s,
+                    "wall": time.monotonic() - begun,
+                }
+                return {stage: round(value, 3) for stage, value in (seconds | now).items()}
+
+            report(Progress(0, count, so_far()))
             for k in range(count + 1):
-                with _timed(seconds, "denoise"):
-                    hu = next(denoised, None)  # the one after the last is none, or a fault
+                hu = next(denoised, None)  # the one after the last is none, or a fault
                 if hu is None:
                     break
+                plane = series.plane(k)
                 with _timed(seconds, "guard"):
-                    guard.add(k, series.plane(k), hu)
-                with _timed(seconds, "derive"):
-                    writer.write(k, hu)
-                report("denoise", (k + 1) / count)
+                    guard.add(k, plane, hu)
+                writer.write(k, hu)
+                report(Progress(k + 1, count, so_far()))
             verdict = guard.verdict()
             if verdict.withheld:
                 raise Withheld(verdict.withheld, asdict(verdict))
-            with _timed(seconds, "derive"):
-                instances = writer.finish()
-            report("derive", 1.0)
+            instances = writer.finish()
+            report(Progress(count, count, so_far()))
         manifest = Manifest(
             pipeline=pipeline.card.name,
             version=pipeline.card.version,
@@ -200,7 +232,7 @@ def denoise_series(
             derived_series_uid=instances[0].series_uid,
             n_in=len(paths),
             instances=tuple(instances),
-            seconds={stage: round(value, 3) for stage, value in seconds.items()},
+            seconds=so_far(),
             noise_before_hu=verdict.noise_before_hu,
             noise_after_hu=verdict.noise_after_hu,
             guard=asdict(verdict),
@@ -229,13 +261,42 @@ def _publish(part: Path, out: Path) -> None:
     sync_folder(out.parent)
 
 
-def _ahead(slices: Iterator[Array]) -> Generator[Array]:
-    """The same slices, made by a thread of its own while the caller works on those before."""
+@dataclass(frozen=True, kw_only=True)
+class _Awaited(Series):
+    """The series as the pipeline is given it, which notes how long each thread waited for slices."""
+
+    source: Series
+    waited_s: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    """By thread; a pipeline may read ahead in one of its own, and compute meanwhile."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slices, rows, columns."""
+        return self.source.shape
+
+    def plane(self, k: int) -> Plane:
+        """Slice `k`."""
+        begun = time.monotonic()
+        try:
+            return self.source.plane(k)
+        finally:
+            self.waited_s[get_ident()] += time.monotonic() - begun
+
+
+def _ahead(slices: Iterator[Array], source: _Awaited, seconds: dict[str, float]) -> Generator[Array]:
+    """The same slices, made from `source` by a thread of its own while the caller works on those before."""
     maker = ThreadPoolExecutor(1, "pipeline")
+
+    def make() -> Array | None:
+        begun, waited = time.monotonic(), source.waited_s[get_ident()]
+        hu = next(slices, None)
+        seconds["network"] += time.monotonic() - begun - (source.waited_s[get_ident()] - waited)
+        return hu
+
     try:
-        coming = deque(maker.submit(next, slices, None) for _ in range(_SLICES_AHEAD))
+        coming = deque(maker.submit(make) for _ in range(_SLICES_AHEAD))
         while (hu := coming.popleft().result()) is not None:
-            coming.append(maker.submit(next, slices, None))
+            coming.append(maker.submit(make))
             yield hu
     finally:
         maker.shutdown(cancel_futures=True)

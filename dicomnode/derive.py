@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -60,6 +61,11 @@ class SeriesWriter:
     out_dir
         Existing folder that nobody reads before `finish` returned; the files are named by their new UIDs.
 
+    Attributes
+    ----------
+    busy_s : float
+        Seconds in which files were derived, written and proved so far.
+
     Raises
     ------
     ValueError
@@ -78,6 +84,7 @@ class SeriesWriter:
         self._templates: list[HeaderTemplate] = []
         self._error: Exception | None = None
         self._given_up = False
+        self.busy_s = 0.0
         self._queue: Queue[tuple[int, Plane, NDArray[np.float32]] | None] = Queue(_QUEUED_SLICES)
         self._thread = Thread(target=self._work, name="series-writer", daemon=True)
         self._thread.start()
@@ -166,10 +173,12 @@ class SeriesWriter:
         while (handed := self._queue.get()) is not None:
             if self._error is not None or self._given_up:
                 continue  # taken off the queue all the same: the caller may wait for room in it
+            begun = time.monotonic()
             try:
                 self._instances[handed[0]] = self._derive(*handed)
             except Exception as error:  # of whatever kind: it belongs to the caller's thread
                 self._error = error
+            self.busy_s += time.monotonic() - begun
 
     def _derive(self, k: int, plane: Plane, hu: NDArray[np.float32]) -> DerivedInstance:
         series = self._series

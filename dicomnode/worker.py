@@ -15,14 +15,13 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 from dicomnode.config import Compute, Derivation
-from dicomnode.denoise import Withheld, denoise_series, identify
+from dicomnode.denoise import Progress, Report, Withheld, denoise_series, identify
 from dicomnode.errors import ConfigError, NodeError, WorkerDied
 from pipelines.base import Device, Execution, Options, Pipeline, Precision, UnknownPipeline, load
 from pipelines.volume import SeriesRefused
@@ -93,12 +92,12 @@ class Worker:
             If the pipeline cannot be loaded, with its error, or the options are not for it.
         WorkerDied
         """
-        answer = self._ask({"describe": uses, "options": asdict(options)}, None, lambda stage, fraction: None)
+        answer = self._ask({"describe": uses, "options": asdict(options)}, None, lambda progress: None)
         if "error" in answer:
             raise ConfigError(answer["error"])
         return str(answer["pipeline_hash"])
 
-    def run(self, request: Request, report: Callable[[str, float], None]) -> Outcome:
+    def run(self, request: Request, report: Report) -> Outcome:
         """Do the work in the child and wait for it.
 
         Raises
@@ -133,7 +132,7 @@ class Worker:
         process = self._process
         return None if process is None or process.poll() is not None else process.pid
 
-    def _ask(self, message: dict[str, Any], job_id: str | None, report: Callable[[str, float], None]) -> dict[str, Any]:
+    def _ask(self, message: dict[str, Any], job_id: str | None, report: Report) -> dict[str, Any]:
         with self._turn:
             with self._guard:
                 process = self._started()
@@ -145,9 +144,9 @@ class Worker:
                 process.stdin.flush()
                 for line in process.stdout:
                     answer: dict[str, Any] = json.loads(line)
-                    if "stage" not in answer:
+                    if "progress" not in answer:
                         return answer
-                    report(answer["stage"], answer["fraction"])
+                    report(Progress(**answer["progress"]))
             except BrokenPipeError:
                 log.warning("worker %d ended before it took its work", process.pid)
             except ValueError as error:
@@ -262,8 +261,8 @@ class _Child:
             self._pipelines[uses] = load(uses, self._execution)
         return self._pipelines[uses]
 
-    def _report(self, stage: str, fraction: float) -> None:
-        self._say({"stage": stage, "fraction": fraction})
+    def _report(self, progress: Progress) -> None:
+        self._say({"progress": asdict(progress)})
 
     def _say(self, answer: dict[str, Any]) -> None:
         self._answers.write(json.dumps(answer) + "\n")

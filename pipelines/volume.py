@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 import warnings
 import zlib
 from abc import ABC, abstractmethod
@@ -156,6 +157,7 @@ class FileSeries(Series):
     """CRC-32 of the HU of each slice when it was first read."""
     _planes: OrderedDict[int, Future[Plane]] = field(default_factory=OrderedDict, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _read_s: list[float] = field(default_factory=list, repr=False, compare=False)
     _reader: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, "series-reader"), repr=False, compare=False
     )
@@ -164,6 +166,11 @@ class FileSeries(Series):
     def shape(self) -> tuple[int, int, int]:
         """Slices, rows, columns."""
         return len(self.slices), *self.slices[0].matrix
+
+    @property
+    def read_s(self) -> float:
+        """Seconds in which slices were read and decoded so far."""
+        return sum(self._read_s)
 
     def plane(self, k: int) -> Plane:
         """Slice `k`; the next ones are read meanwhile, and the last `PLANES_KEPT` are kept."""
@@ -178,6 +185,7 @@ class FileSeries(Series):
         return plane.result()
 
     def _read(self, k: int) -> Plane:
+        begun = time.monotonic()
         plane = Plane(np.empty(self.shape[1:], np.float32), np.zeros(self.shape[1:], np.bool_))
         with pydicom_silent():
             self.slices[k].read_hu(*plane)
@@ -187,6 +195,7 @@ class FileSeries(Series):
             raise SeriesRefused("undecodable", f"pixels of {self.slice_uids[k]} changed while they were being read")
         for values in plane:
             values.flags.writeable = False
+        self._read_s.append(time.monotonic() - begun)
         return plane
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from untrained import damaged
 
 from dicomnode import jobs as job_table
 from dicomnode.cli import BAD_USAGE, FAILED, OK, main
-from dicomnode.db import JobKind, JobState, SeriesState, now, open_database, series
+from dicomnode.db import JobKind, JobState, SeriesState, jobs, now, open_database, series
 from pipelines import base
 from pipelines.shipped import st3d
 
@@ -145,6 +145,34 @@ def test_jobs_list_and_show(config: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "a" * 40 in shown
     assert "SKIPPED" in shown
     assert main(["jobs", "show", "c", "--config", str(config)]) == FAILED
+
+
+def test_jobs_show_says_how_far_and_where_the_time_goes(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_job(config, "a" * 40, JobState.QUEUED, "series closed")
+    database = open_database(f"sqlite:///{config.parent / 'node.db'}")
+    measured = {
+        "seconds": {"read": 1.26, "network": 31.04, "guard": 2.0, "write": 3.75, "wall": 33.5},
+        "noise_before_hu": 24.25,
+        "reason": "the CPU (there is no GPU), bf16",
+        "guard": {"withheld": "", "bias_hu": {"air": 0.123456, "soft": -0.5}, "not_finite": 0},
+    }
+    with database.begin() as connection:
+        connection.execute(sa.update(jobs).values(state="RUNNING", progress=7 / 300, n_in=300, measured=measured))
+    database.dispose()
+    assert main(["jobs", "show", "aaa", "--config", str(config)]) == OK
+    shown = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    took = (
+        "reading 1.3 s, network 31.0 s, output check 2.0 s, writing 3.8 s, in all 33.5 s; the stages run side by side"
+    )
+    for line in (
+        ["progress", "7 of 300 images (2%)"],
+        ["seconds", took],
+        ["noise_before_hu", "24.2"],
+        ["ran", "on                    the CPU (there is no GPU), bf16"],
+        ["guard", "bias_hu             air 0.123, soft -0.5"],
+        ["reason", "series closed"],
+    ):
+        assert line in shown
 
 
 def test_jobs_retry_and_cancel_refuse_what_makes_no_sense(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,28 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from ct_builder import phantom, uid, write_series
+from attempts import COUNT, UIDS, Scripted, compute_with, config_with_route, make_job
+from ct_builder import phantom, write_series
 from node_process import PLUGINS
 from peers import wait_for
 from tables import add_job, add_series, config_of, database_in, events, row, rows
 
 from dicomnode import compute as module
-from dicomnode.compute import Compute
 from dicomnode.config import Config
 from dicomnode.db import DeliveryState, JobState, jobs
 from dicomnode.denoise import MANIFEST, Manifest
 from dicomnode.errors import WorkerDied
 from dicomnode.worker import Outcome, Request, Worker
-
-COUNT = 6
-UIDS = [uid("series", "instance", k) for k in range(COUNT)]
 
 
 @pytest.fixture(scope="module")
@@ -50,44 +47,7 @@ def database(tmp_path: Path) -> sa.Engine:
 
 @pytest.fixture
 def config() -> Config:
-    return config_of(
-        destinations={"a": 104, "b": 105},
-        routes=[{"name": "ct", "pipeline": "identity", "send_to": ["a", "b"]}],
-        compute={"max_worker_deaths": 3},
-    )
-
-
-def make_job(database: sa.Engine, uses: str = "identity", identity: str = "job") -> None:
-    with database.begin() as connection:
-        if not connection.execute(sa.text("SELECT count(*) FROM instances")).scalar_one():
-            add_series(connection, paths={one: f"instances/series-{k:04d}.dcm" for k, one in enumerate(UIDS)})
-        add_job(connection, identity, uses=uses, sop_instance_uids=UIDS)
-
-
-class Scripted:
-    """A worker that answers from a list."""
-
-    def __init__(self, *outcomes: Outcome | Exception) -> None:
-        self.outcomes = list(outcomes)
-        self.requests: list[Request] = []
-        self.cancelled: list[str] = []
-        self.during: Callable[[Request, Callable[[str, float], None]], None] = lambda request, report: None
-
-    def run(self, request: Request, report: Callable[[str, float], None]) -> Outcome:
-        self.requests.append(request)
-        self.during(request, report)
-        outcome = self.outcomes.pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    def cancel(self, job_id: str) -> bool:
-        self.cancelled.append(job_id)
-        return True
-
-
-def compute_with(config: Config, database: sa.Engine, spool: Path, worker: Any) -> Compute:
-    return Compute(config, database, spool, worker, "me")
+    return config_with_route()
 
 
 @pytest.fixture
@@ -146,6 +106,7 @@ def test_done_means_planned_for_every_destination(
     assert job["derived_series_uid"] == manifest.derived_series_uid
     assert job["pipeline_hash"] == manifest.pipeline_hash
     assert job["measured"]["seconds"] == manifest.seconds
+    assert [what.partition(";")[0] for _, what in events(database)[-2:]] == ["6 of 6 slices", "6 instances derived"]
     assert {(one["destination"], one["state"]) for one in rows(database, "deliveries")} == {
         ("a", DeliveryState.WAITING),
         ("b", DeliveryState.WAITING),
@@ -333,66 +294,3 @@ def test_a_database_that_fails_under_the_attempt_is_left_to_the_dispatcher(
     with pytest.raises(sa.exc.OperationalError):
         compute_with(config, database, spool, worker).process("job", 0)
     assert row(database, "jobs")["state"] == JobState.RUNNING
-
-
-# ── progress ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_progress_is_shown(config: Config, database: sa.Engine, spool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PROGRESS_EVERY_S", 0.0)
-    make_job(database)
-    worker, seen = Scripted(Outcome("failed", "x")), []
-
-    def report_some(request: Request, report: Any) -> None:
-        for fraction in (0.25, 0.5):
-            report("denoise", fraction)
-            seen.append(row(database, "jobs")["progress"])
-
-    worker.during = report_some
-    compute_with(config, database, spool, worker).process("job", 0)
-    assert seen == [0.25, 0.5]
-
-
-def test_a_progress_that_cannot_be_written_harms_no_job(
-    config: Config, database: sa.Engine, spool: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_PROGRESS_EVERY_S", 0.0)
-    make_job(database)
-    worker = Scripted(Outcome("refused", "x"))
-
-    def report_into_a_full_disk(request: Request, report: Any) -> None:
-        with database.begin() as connection:
-            connection.execute(
-                sa.text(
-                    "CREATE TRIGGER full BEFORE UPDATE OF progress ON jobs WHEN NEW.state = 'RUNNING' "
-                    "BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
-                )
-            )
-        report("denoise", 0.5)
-        with database.begin() as connection:
-            connection.execute(sa.text("DROP TRIGGER full"))
-
-    worker.during = report_into_a_full_disk
-    compute_with(config, database, spool, worker).process("job", 0)
-    assert row(database, "jobs")["state"] == JobState.SKIPPED
-
-
-def test_a_child_that_works_for_a_cancelled_job_is_stopped_at_its_next_word(
-    config: Config, database: sa.Engine, spool: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The cancel came between the begin of the attempt and its child: there was nothing to kill yet."""
-    monkeypatch.setattr(module, "_PROGRESS_EVERY_S", 0.0)
-    make_job(database)
-    worker = Scripted(WorkerDied("signal 9"))
-
-    def cancel(request: Request, report: Any) -> None:
-        report("load", 0.01)
-        assert worker.cancelled == []
-        with database.begin() as connection:
-            assert module.job_table.cancel(connection, "job")
-        report("load", 0.02)
-
-    worker.during = cancel
-    compute_with(config, database, spool, worker).process("job", 0)
-    assert worker.cancelled == ["job"]
-    assert (row(database, "jobs")["state"], row(database, "jobs")["progress"]) == (JobState.CANCELLED, 0.01)
