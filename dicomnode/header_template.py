@@ -90,11 +90,7 @@ class HeaderTemplate:
             raise HandedOver("elements of unknown origin")
         self._plans: dict[int, _Plan] = {}
         """By identity of the elements, which files of one layout share."""
-        sop_class = _text(written, written.elements[_SOP_CLASS])
-        self._around = {
-            same_place: _around_uid(source_item(sop_class, _PLACEHOLDER, same_place=same_place))
-            for same_place in (True, False)
-        }
+        self._sop_class = _text(written, written.elements[_SOP_CLASS])
         sources = [_text(written, item[_REFERENCED_SOP_INSTANCE]) for item in items(written, _SOURCE_IMAGES)]
         again = self.header(source, _text(written, written.elements[_SOP_INSTANCE]), sources)
         if again != made[: pixels.value]:
@@ -194,7 +190,7 @@ class HeaderTemplate:
         return recode(tag, span, context, source.implicit, self._keep_private)
 
     def _source_images(self, source_uids: Sequence[str]) -> bytes:
-        content = b"".join([_item(uid, *self._around[k == 0]) for k, uid in enumerate(source_uids)])
+        content = b"".join([_item(self._sop_class, uid, k == 0) for k, uid in enumerate(source_uids)])
         return _head(_SOURCE_IMAGES, b"SQ", len(content)) + content
 
     def _meta(self, sop_instance_uid: str) -> bytes:
@@ -224,8 +220,9 @@ def _decides(tag: int) -> bool:
 
 
 @lru_cache(256)  # each slice is named by all slices that it fed
-def _item(uid: str, before: bytes, after: bytes) -> bytes:
+def _item(sop_class: str, uid: str, same_place: bool) -> bytes:
     """Item of SourceImageSequence."""
+    before, after = _around_uid(sop_class, same_place)
     item = before + _uid(_REFERENCED_SOP_INSTANCE, uid) + after
     return _ITEM + struct.pack("<L", len(item)) + item
 
@@ -236,8 +233,10 @@ def _recoded(tag: int, span: bytes, context: bytes, implicit: bool, keep_private
     return _encoded(Dataset({Tag(tag): copy.get_item(Tag(tag))}))
 
 
-def _around_uid(item: Dataset) -> tuple[bytes, bytes]:
-    """An encoded item of the source images before and behind the UID, which is `_PLACEHOLDER`."""
+@lru_cache(2)  # the same for all series
+def _around_uid(sop_class: str, same_place: bool) -> tuple[bytes, bytes]:
+    """An encoded item of the source images before and behind the UID."""
+    item = source_item(sop_class, _PLACEHOLDER, same_place=same_place)
     before, after = _encoded(item).split(_uid(_REFERENCED_SOP_INSTANCE, _PLACEHOLDER))
     return before, after
 
