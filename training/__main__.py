@@ -1,4 +1,4 @@
-"""``python -m training COMMAND``: train a network, measure it, make low-dose series, compare radiomics, export."""
+"""``python -m training COMMAND``: train networks, measure and install them, make low-dose series, compare radiomics."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "radiomics": "training.radiomics.command",
     "export": "training.export",
     "quantize": "training.quantize",
+    "curve": "training.curve",
 }
 """Module of each command: ``HELP``, one line, and ``arguments(parser)``, which sets ``run``."""
 

@@ -21,6 +21,8 @@ from training.sources.layouts import Case
 from training.sources.scans import HU_RANGE
 from training.sources.splits import entry_of
 
+LOGS = Path(__file__).parent / "logs"
+"""Of the trainings whose weights are installed, ``NAME.jsonl``."""
 _NEVER_TAUGHT = (
     "Head, neck and limbs of patients; children; iterative or network reconstructions of patients; dual-energy, "
     "cone-beam; photon starvation and metal streaks"
@@ -138,6 +140,20 @@ def plateau_in_words(plateau: Mapping[str, Any]) -> str:
             "learning rate fell"
         )
     return f"The plateau was {'' if plateau['reached'] else '**not** '}reached: {moved}{obstacle and f'; {obstacle}'}."
+
+
+def card_in(training: Path) -> Path:
+    """The card in the folder of a training.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none: nothing was trained there.
+    """
+    card = next(training.glob("*.json"), None)
+    if card is None:
+        raise FileNotFoundError(f"{training} holds no card: it is no folder of a training, or that has not saved yet")
+    return card
 
 
 def commit() -> str:

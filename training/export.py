@@ -19,10 +19,10 @@ from pathlib import Path
 from pipelines.base import ENTRY_POINT_GROUP, WeightsDamaged
 from pipelines.runtime import WEIGHTS, read_card
 from pipelines.shipped import Factory
+from training.card import LOGS, card_in
 from training.ir import graph
 
 HELP = "install the result of a training for the node"
-LOGS = Path(__file__).parent / "logs"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +45,7 @@ def export(training: Path, weights: Path, logs: Path) -> str:
     pipelines.base.WeightsDamaged
         If the weights are not those of the card: the training was stopped between the two; start it again.
     """
-    card = next(training.glob("*.json"), None)
-    if card is None:
-        raise FileNotFoundError(f"{training} holds no card: it is no folder of a training, or that has not saved yet")
+    card = card_in(training)
     name = card.stem
     found = hashlib.sha256((training / f"{name}.safetensors").read_bytes()).hexdigest()
     if found != read_card(name, training).weights_sha256:
@@ -90,6 +88,8 @@ def write_graph(name: str, weights: Path) -> bool:
 
 def run(args: argparse.Namespace) -> None:
     """The command."""
+    if not args.training and not args.graph:
+        raise SystemExit("nothing to install: name the folder that `train --out` wrote")
     for training in args.training:
         name = export(training, args.weights, args.logs)
         print(f"installed {name} in {args.weights}")
