@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -62,10 +63,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=40,
         help="number of phantoms to learn from as well (default %(default)s)",
     )
-    add("--steps", type=int, help="steps in all (default: the recipe's); more than before makes a training longer")
+    add(
+        "--steps",
+        type=_limited(math.inf, 1),
+        help="steps in all (default: the recipe's); more than before makes a training longer",
+    )
     add("--leave-out", nargs="*", default=[], metavar="SUBJECT", help="subjects that validate instead of teaching")
     add("--leave-one-out", action="store_true", help="one training for each subject, which it never sees (folder each)")
-    add("--z-target-mm", type=float, help="learn thin slices from thick ones; pairs get this slice distance")
+    add("--z-target-mm", type=_distance_mm, help="learn thin slices from thick ones; pairs get this slice distance")
     add(
         "--start",
         type=Path,
@@ -94,15 +99,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _limited(limit: int) -> Callable[[str], int]:
-    """A number from 0 to below `limit`: beyond it, phantoms of a training would be those that measure."""
+def _limited(limit: float, least: int = 0) -> Callable[[str], int]:
+    """A number from `least` to below `limit`: beyond it, phantoms of a training would be those that measure."""
 
     def number(word: str) -> int:
-        if not 0 <= int(word) < limit:
+        if not least <= int(word) < limit:
             raise ValueError(word)
         return int(word)
 
     return number
+
+
+def _distance_mm(word: str) -> float:
+    value = float(word)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"slices lie more than 0 mm apart, not {word}")
+    return value
 
 
 def _device() -> str:
@@ -275,6 +287,9 @@ def _train(
     checked = validated_on(len(held), len(own))
     if not scans:
         raise SystemExit("nothing to learn from: give --data with CT series, or --phantoms")
+    spacings = [*map(phantom_spacing, seeds), *map(preparation.spacing, shown)]
+    if not any(spacing.slices for spacing in spacings):
+        raise SystemExit("nothing tells how far slices lie apart: give series of more than one slice")
     print(f"{len(scans)} scans to learn from, {len(held)} to validate on: {checked}")
 
     schedule = how.schedule if args.steps is None else how.schedule.until(args.steps)
@@ -297,7 +312,6 @@ def _train(
         args.workers,
         sources(scans, held, loss, how, start, args.z_target_mm),
     )
-    spacings = [*map(phantom_spacing, seeds), *map(preparation.spacing, shown)]
     paths = (args.out, args.start, args.store, args.feature_weights, *args.data)
 
     def write(average: nn.Module) -> None:
@@ -325,7 +339,7 @@ def _train(
             pixel_spacing_mm=_ends(spacing.pixels for spacing in spacings),
             validated_on=checked,
         )
-        write_network(out, how.card, average, record)
+        write_network(out, {**how.card, "patch_zyx": how.patch_zyx}, average, record)
 
     if training.step < schedule.steps:
         write(training.train(partial(write, training.average)))

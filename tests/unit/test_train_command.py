@@ -89,6 +89,7 @@ def test_train_writes_weights_and_a_card_that_load(tmp_path: Path, store: str) -
     written = json.loads((out / "fast-2.5d.json").read_text(encoding="utf-8"))
     training = written["training"]
     assert (training["steps"], training["samples"], training["seed"]) == (2, 8, 7)
+    assert card.patch_zyx == (3, 32, 32)  # those that were cut
     assert training["plateau"]["reached"] is False
     assert training["validated_on"] == "1 phantoms that did not teach: it says nothing of images of patients"
     assert re.fullmatch(r"([0-9a-f]{40}\+?)?", training["commit"])
@@ -237,6 +238,25 @@ def test_a_series_that_is_refused_stops_no_training(
     assert "2 scans to learn from" in said  # a phantom and L010
 
 
+def test_a_network_of_unknown_slice_distance_is_not_trained(tmp_path: Path, store: str) -> None:
+    """Its card could not say for which series it is valid."""
+    root = tmp_path / "data"
+    for quarter, hu in ((False, 40.0), (True, 45.0)):
+        (path,) = write_series(root / "new", np.full((1, 96, 96), hu), name=f"{quarter}", SliceThickness=None)
+        (root / _challenge("L010", quarter, 0)).parent.mkdir(parents=True)
+        path.rename(root / _challenge("L010", quarter, 0))
+    words = ["--data", str(root), "--phantoms", "0", "--steps", "1", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="give series of more than one slice"):
+        main(["train", "dcscn", *words, "--store", store])
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--z-target-mm", "0"], ["--z-target-mm", "nan"]])
+def test_numbers_out_of_range_are_usage_errors(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "dcscn", "--out", "run", *words])
+    assert f"argument {words[0]}:" in capsys.readouterr().err
+
+
 def test_features_are_for_recipes_that_compare_them(
     tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +303,8 @@ def test_export_installs_what_belongs_together(tmp_path: Path, store: str) -> No
         export(out, tmp_path / "weights", tmp_path / "logs")
     with pytest.raises(FileNotFoundError, match="holds no card"):
         export(tmp_path, tmp_path / "weights", tmp_path / "logs")
+    with pytest.raises(SystemExit, match="name the folder that `train --out` wrote"):
+        main(["export"])
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "hqinet"])
