@@ -1,4 +1,4 @@
-"""The command line: run the node, look at its jobs, try a destination, denoise a folder without any network."""
+"""The command line: run the node, look at its jobs, try a destination, denoise a folder, tell how fast it is."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pydicom.errors import InvalidDicomError
 
 from dicomnode import jobs as job_table
 from dicomnode.answers import Verdict, judge
+from dicomnode.benchmark import MIN_SLICES, NotMeasured, benchmark, table
 from dicomnode.config import Config, load
 from dicomnode.db import JobState, deliveries, job_events, jobs, now, open_database, series, transfers
 from dicomnode.delivery import peer
@@ -75,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("series", type=Path, help="folder with the DICOM files of one CT series")
     sub.add_argument("out", type=Path, help="folder for the derived series; must not exist")
     sub.add_argument("--pipeline", required=True, help="name of a pipeline, installed or in config.yaml")
+    sub = _add(commands, "benchmark", "How fast the pipelines of the routes are on this machine.", _benchmark)
+    sub.add_argument(
+        "--slices",
+        type=_slice_count,
+        default=64,
+        help="slices of the phantom that is denoised (default %(default)s; more take longer and say it more exactly)",
+    )
     job_help = "Look at the jobs, try one again, stop one."
     job_commands = commands.add_parser("jobs", help=job_help, description=job_help).add_subparsers(
         required=True, metavar="COMMAND"
@@ -345,6 +353,20 @@ def _denoise(arguments: argparse.Namespace) -> int:
         f"noise: {manifest.noise_before_hu} HU before, {manifest.noise_after_hu} HU after"
     )
     return OK
+
+
+def _slice_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < MIN_SLICES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of slices of at least {MIN_SLICES}")
+    return int(text)
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    config = load(arguments.config)
+    rows = list(benchmark(config, arguments.slices, _show_progress))
+    print(file=sys.stderr)
+    print(table(rows, config.compute))
+    return FAILED if any(isinstance(row, NotMeasured) for row in rows) else OK
 
 
 def _show_progress(progress: Progress) -> None:

@@ -28,7 +28,7 @@ from pipelines.volume import SeriesRefused
 
 log = logging.getLogger(__name__)
 
-_NICENESS = 10
+NICENESS = 10
 """Reception and delivery go first."""
 _END_WAIT_S = 5.0
 
@@ -272,7 +272,7 @@ class _Child:
 def main() -> None:
     """Entry of the child process; its argument is an `Execution` in JSON."""
     execution = Execution(**json.loads(sys.argv[1]))
-    os.nice(_NICENESS)
+    os.nice(NICENESS)
     # A print() of some library must not end up between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
