@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,13 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipelines.base import OptionRefused, Options, load
+from pipelines.base import Envelope, OptionRefused, Options, load
 from pipelines.noise import noise_level
 from pipelines.safety import LOWEST_HU
-from pipelines.volume import Geometry, Series, Volume
+from pipelines.volume import Geometry, Series, SeriesRefused, Volume
 from training import nodules
 from training.__main__ import main
-from training.radiomics import FEATURES, PRESET_57, command, features, study
+from training.radiomics import FEATURES, command, features, study
 from training.radiomics.equivalence import MARGIN_SD, agree, count, tost
 from training.radiomics.report import PRINTED
 from training.radiomics.study import Case, Region, masked_case, phantom_case, read_masks, series_case
@@ -247,7 +248,7 @@ def test_options_reach_the_pipelines_and_the_report(tmp_path: Path, monkeypatch:
             added = np.float32(40 * options.strength * options.blend)
             return (series.plane(k).hu + added for k in range(series.shape[0]))
 
-    monkeypatch.setattr(command, "load", lambda name: Brighter())
+    monkeypatch.setattr(command, "load", lambda name, execution: Brighter())
     volume = chest_volume(padded=False)
     boxes = [(slice(4, 8), slice(40, 46), slice(x, x + 6)) for x in (20, 40, 80)]
     regions = tuple(Region(f"n{k}", "solid", 8.0, box, np.ones((4, 6, 6), np.bool_)) for k, box in enumerate(boxes))
@@ -266,25 +267,55 @@ def test_options_reach_the_pipelines_and_the_report(tmp_path: Path, monkeypatch:
         main([*words, "--blend", "2", "--out", str(tmp_path)])
 
 
-def test_the_paper_s_number_stands_beside_its_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    identity = load("identity")
+def test_each_precision_is_compared_with_the_reference_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rounding:
+        """As many HU brighter as its format has lost bits."""
 
-    class Quantised:
-        card = replace(identity.card, name="st3d-int8", precision="int8")
-        denoise = identity.denoise
+        def __init__(self, precision: str) -> None:
+            self.card = replace(load("identity").card, name="st3d", precision=precision)
+            self.added = np.float32({"fp32": 0, "bf16": 16, "int8": 24}[precision])
 
-    monkeypatch.setattr(command, "load", lambda name: Quantised())
+        def denoise(self, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
+            return (series.plane(k).hu + self.added for k in range(series.shape[0]))
+
+    monkeypatch.setattr(command, "load", lambda name, execution: Rounding(execution.precision))
     volume = chest_volume(padded=False)
     mask = np.ones((4, 6, 6), np.bool_)
     boxes = [(slice(4, 8), slice(40, 46), slice(x, x + 6)) for x in (20, 40, 80)]
     regions = tuple(Region(f"n{k}", "solid", 8.0, box, mask) for k, box in enumerate(boxes))
     case = Case("c", volume, volume, regions)
     monkeypatch.setattr(command, "phantom_case", lambda *args: case)
-    main(
-        ["radiomics", "--pipelines", "st3d-int8", "--reference", "full-dose", "--phantoms", "1", "--out", str(tmp_path)]
-    )
+    words = ["radiomics", "--pipelines", "st3d", "--reference", "st3d", "--phantoms", "1", "--out", str(tmp_path)]
+    main([*words, "--precision", "int8", "fp32"])
     text = (tmp_path / "radiomics.md").read_text(encoding="utf-8")
-    assert f"| st3d-int8 | int8 | 15 | 20 | 11 | 11 | {len(PRESET_57)} | 31 |" in text
+    assert "not corrected, against st3d in fp32." in text
+    assert re.search(r"\| st3d, int8 \| int8 \|( \d+ \|){5} 31 \|", text)  # with the paper's number beside
+    with (tmp_path / "features.csv").open(newline="", encoding="utf-8") as file:
+        means: dict[str, list[float]] = {}
+        for row in csv.DictReader(file):
+            means.setdefault(row["images"], []).append(float(row["firstorder_Mean"]))
+    assert list(means) == ["full-dose", "low-dose", "st3d", "st3d, int8"]
+    assert np.subtract(means["st3d"], means["low-dose"]) == pytest.approx([0] * 3)
+    assert np.subtract(means["st3d, int8"], means["low-dose"]) == pytest.approx([24] * 3, abs=1e-3)
+    main(words)  # nothing but the reference: one set of images
+    assert "st3d, " not in (tmp_path / "features.csv").read_text(encoding="utf-8")
+
+
+def test_a_pipeline_that_may_not_see_a_series_is_refused_before_any_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Picky:
+        def __init__(self, name: str) -> None:
+            limits = Envelope(pixel_spacing_mm=(0.2, 2.0) if name == "willing" else (0.2, 0.3))
+            self.card = replace(load("identity").card, name=name, valid_for=limits)
+
+        def denoise(self, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
+            pytest.fail("denoised already")
+
+    monkeypatch.setattr(command, "load", lambda name, execution: Picky(name))
+    volume = chest_volume(padded=False)
+    monkeypatch.setattr(command, "phantom_case", lambda *args: Case("c", volume, volume, ()))
+    words = ["radiomics", "--pipelines", "willing", "picky", "--reference", "low-dose", "--phantoms", "1"]
+    with pytest.raises(SeriesRefused, match=r"pixels of 1\.5 mm"):
+        main(words)
 
 
 @pytest.mark.parametrize(

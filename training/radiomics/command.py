@@ -2,7 +2,8 @@
 
 Nodules of 4 to 20 mm, solid and part-solid, are put into the lungs of real series or of phantoms (or give masks of your
 own), low dose is simulated, every pipeline denoises it, and the features of each nodule are compared with those that it
-has after the reference pipeline. Writes features.csv, comparison.csv, radiomics.md and radiomics.png.
+has after the reference pipeline, which runs in fp32. Writes features.csv, comparison.csv, radiomics.md and
+radiomics.png.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.base import Options, Pipeline, check_options, load
+from pipelines.base import Execution, Options, Pipeline, Precision, check_options, load
 from training.command_line import without_folders
 from training.radiomics.equivalence import Agreement, agree
 from training.radiomics.extraction import FEATURES, PRESET_57
@@ -33,6 +34,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="srresnet3d",
         metavar="NAME",
         help=f"pipeline, or {FULL_DOSE} or {LOW_DOSE} for the images before any (default: %(default)s, as the paper)",
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("auto", "int8", "bf16", "fp32"),
+        default=["fp32"],
+        help="number formats, in each of which every pipeline is compared (default: fp32; a node takes the fastest of "
+        "its machine, auto)",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -102,10 +111,9 @@ def run(args: argparse.Namespace) -> None:
         If there are masks without series, series of one name, fewer than two nodules, or no room or masks for them.
     """
     _check(args)
-    names = list(dict.fromkeys([args.reference, *args.pipelines]))
-    pipelines: list[Pipeline] = [load(name) for name in names if name not in (FULL_DOSE, LOW_DOSE)]
+    pipelines = _pipelines(args)
     options = Options(args.strength, args.blend)
-    for pipeline in pipelines:
+    for pipeline in pipelines.values():
         check_options(pipeline.card, options)
     rows = list(measure(_cases(args), pipelines, options, lambda line: print(line, file=sys.stderr, flush=True)))
     if not rows:
@@ -119,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         for images, of in by_images.items()
         if images != args.reference
     }
-    cards = {pipeline.card.name: pipeline.card for pipeline in pipelines}
+    cards = {name: pipeline.card for name, pipeline in pipelines.items()}
     setting = Setting(args.reference, args.dose, options, args.preset, cards, _command(args))
     args.out.mkdir(parents=True, exist_ok=True)
     write_features(args.out / "features.csv", rows)
@@ -128,6 +136,17 @@ def run(args: argparse.Namespace) -> None:
     (args.out / "radiomics.md").write_text(text, encoding="utf-8")
     draw(args.out / "radiomics.png", agreements, setting)
     print(text)
+
+
+def _pipelines(args: argparse.Namespace) -> dict[str, Pipeline]:
+    """The reference in fp32, and each pipeline in each precision, by the name of its images."""
+    wanted: list[tuple[str, Precision]] = [(args.reference, "fp32")]
+    wanted += [(name, precision) for name in args.pipelines for precision in args.precision]
+    return {
+        name if precision == "fp32" else f"{name}, {precision}": load(name, Execution(precision=precision))
+        for name, precision in dict.fromkeys(wanted)
+        if name not in (FULL_DOSE, LOW_DOSE)
+    }
 
 
 def _check(args: argparse.Namespace) -> None:

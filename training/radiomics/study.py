@@ -65,7 +65,7 @@ class Row:
     case: str
     region: Region
     images: str
-    """`FULL_DOSE`, `LOW_DOSE` or the name of a pipeline."""
+    """`FULL_DOSE`, `LOW_DOSE` or the name of a pipeline, with its precision unless that is fp32."""
     features: Mapping[str, float]
 
 
@@ -170,7 +170,7 @@ def read_masks(path: Path, volume: Volume) -> tuple[Region, ...]:
 
 
 def measure(
-    cases: Iterable[Case], pipelines: Sequence[Pipeline], options: Options, progress: Callable[[str], None]
+    cases: Iterable[Case], pipelines: Mapping[str, Pipeline], options: Options, progress: Callable[[str], None]
 ) -> Iterator[Row]:
     """Features of every region of every case in full-dose, low-dose and denoised images.
 
@@ -179,7 +179,7 @@ def measure(
     cases
         Taken one at a time.
     pipelines
-        Applied to the low-dose images.
+        Applied to the low-dose images, by the name of what comes out.
     options
         Of all of them.
     progress
@@ -192,13 +192,14 @@ def measure(
     """
     for case in cases:
         progress(f"{case.name}: {len(case.regions)} regions")
+        for pipeline in pipelines.values():
+            check(case.low_dose, pipeline.card)
         yield from _rows(case, FULL_DOSE, case.full_dose.hu)
         yield from _rows(case, LOW_DOSE, case.low_dose.hu)
-        for pipeline in pipelines:
-            check(case.low_dose, pipeline.card)
+        for name, pipeline in pipelines.items():
             denoised = denoise_volume(pipeline, case.low_dose, options)
-            progress(f"{case.name}: {pipeline.card.name}")
-            yield from _rows(case, pipeline.card.name, denoised)
+            progress(f"{case.name}: {name}")
+            yield from _rows(case, name, denoised)
 
 
 def _rows(case: Case, images: str, hu: Array) -> Iterator[Row]:
