@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from pipelines import golden
-from pipelines.base import ENTRY_POINT_GROUP, Execution, ModelCard
+from pipelines.base import Execution, ModelCard
 from pipelines.openvino_core import cpu_supports
 from pipelines.runtime import WEIGHTS, read_card, read_weights
 from pipelines.shipped import Factory
@@ -33,6 +34,7 @@ from training.data import Sampler
 from training.float_layers import Comparison, Loss, choose
 from training.int8_files import Deployed, plane_files, stream_files
 from training.loop import Run
+from training.measuring.uninstalled import factory_of
 from training.quantization import calibrate, convolutions, multiplications, quantisable
 from training.recipes import MODULES, Faithful, Recipe, recipe
 from training.sources.layouts import find
@@ -156,9 +158,7 @@ def run(args: argparse.Namespace) -> None:
     args.out = args.out or Path(f"{args.network}-int8")
     torch.set_num_threads(args.threads)
     card = read_card(name, args.weights)
-    factory = next((point.load() for point in entry_points(group=ENTRY_POINT_GROUP, name=name)), None)
-    if not isinstance(factory, Factory):
-        raise SystemExit(f"{name} is no pipeline that a node can be told to run, so there is nothing to make it for")
+    factory = factory_of(name)
     training = json.loads((args.weights / f"{name}.json").read_text(encoding="utf-8"))["training"]
     phantoms = training["phantoms"] if args.phantoms is None else min(args.phantoms, training["phantoms"])
     data = _data(args, how, training["seed"], phantoms)
@@ -223,8 +223,7 @@ def install(
     weights
         Folder of weights and card.
     """
-    path = weights / f"{factory.name}.json"
-    full = json.loads(path.read_text(encoding="utf-8"))
+    full = json.loads((weights / f"{factory.name}.json").read_text(encoding="utf-8"))
     digests = {suffix: digest for suffix, digest in full.get("files_sha256", {}).items() if suffix[:5] != "int8."}
     digests |= {suffix: hashlib.sha256(content).hexdigest() for suffix, content in files.items()}
     full["files_sha256"] = digests
@@ -236,20 +235,25 @@ def install(
         "loss_db": {window: round(value, 4) for window, value in measured.loss_db.items()},
         "rms_hu": round(measured.rms_hu, 3),
     }
-    for old in weights.glob(f"{factory.name}.int8.*"):
-        old.unlink()
-    for suffix, content in files.items():
-        (weights / f"{factory.name}.{suffix}").write_bytes(content)
-    _write_card(path, full)
-    # by what was just installed, as a node will
-    found = golden.deviation(
-        factory(Execution("cpu", "int8"), weights),
-        factory(Execution("cpu", "fp32"), weights),
-    )
+    with tempfile.TemporaryDirectory() as scratch:  # a card without bound is not to be seen by a node
+        trial = Path(scratch)
+        for path in weights.glob(f"{factory.name}.*"):
+            if ".int8." not in path.name:
+                shutil.copy(path, trial)
+        _write(trial, factory.name, files, full)
+        found = golden.deviation(
+            factory(Execution("cpu", "int8"), trial),
+            factory(Execution("cpu", "fp32"), trial),
+        )
     full["int8"]["golden_hu"] = found._asdict()
     full["int8_bound_hu"] = list(found.bound)
-    _write_card(path, full)
+    for old in weights.glob(f"{factory.name}.int8.*"):
+        old.unlink()
+    _write(weights, factory.name, files, full)
 
 
-def _write_card(path: Path, full: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(full, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+def _write(folder: Path, name: str, files: Mapping[str, bytes], card: Mapping[str, Any]) -> None:
+    for suffix, content in files.items():
+        (folder / f"{name}.{suffix}").write_bytes(content)
+    text = json.dumps(card, indent=2, allow_nan=False) + "\n"
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")

@@ -20,17 +20,18 @@ from pipelines.base import Execution
 from pipelines.cascade import DRL
 from pipelines.dcscn import DCSCN
 from pipelines.ffdnet import FFDNet
+from pipelines.network import NetworkPipeline
 from pipelines.openvino_core import compile_model, convolution_precisions, cpu_supports
 from pipelines.openvino_planes import OpenVINOPlanes, read_graph
 from pipelines.resunet import ResUNet
 from pipelines.runtime import WEIGHTS, choose, read_card, read_file
 from pipelines.scaling import to_hu
-from pipelines.shipped import fast_2p5d
+from pipelines.shipped import Factory, fast_2p5d
 from pipelines.stresnet import SRResNet3D, STResNet
 from training import quantize as command
 from training.__main__ import main
 from training.data import Batch
-from training.float_layers import Comparison
+from training.float_layers import Comparison, Loss
 from training.float_layers import choose as choose_layers
 from training.int8_files import Deployed, inputs, plane_files, stream_files
 from training.loop import Predict
@@ -318,6 +319,24 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _card(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / "fast-2.5d.json").read_text(encoding="utf-8"))
     return content
+
+
+class Broken(Factory):
+    """Its INT8 version cannot be run."""
+
+    def __call__(self, execution: Execution | None = None, folder: Path = WEIGHTS) -> NetworkPipeline:
+        assert (folder / f"{self.name}.int8.bin").read_bytes() == b"new"
+        raise ValueError("no graph")
+
+
+def test_what_cannot_be_compared_with_fp32_is_not_installed(tmp_path: Path) -> None:
+    for suffix in ("json", "safetensors", "int8.bin"):
+        (tmp_path / f"n.{suffix}").write_bytes(b'{"files_sha256": {"int8.bin": "of old"}}')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    lost = Loss({"-160 to 240 HU": (30.0, 29.9)}, 2.0)
+    with pytest.raises(ValueError, match="no graph"):
+        command.install(Broken("n", ""), {"int8.bin": b"new", "int8.xml": b"new"}, {}, lost, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @vnni
