@@ -55,6 +55,7 @@ def test_nothing_done_changes_nothing(trial: Trial) -> None:
     assert _value(result.rows, "noise level (HU)") == pytest.approx(20, rel=0.05)
     assert len([r for r in result.rows if r.slice]) == 3 * len(WINDOWS) * len(IMAGE_METRICS)
     assert np.array_equal(result.middle, trial.low.hu[2])
+    assert result.middle.base is None  # kept to the end of a report: not the whole image with it
 
 
 def test_psnr_and_rmse_are_of_the_measured_slices(trial: Trial) -> None:

@@ -34,8 +34,10 @@ over slices, then over cases. SSIM is Wang's (11 × 11 Gaussian, σ 1.5, K 0.01 
 - The NPS is that of the noise left from two realisations, (out1 − out2)/√2, in squares of 32 × 32 pixels of soft
   tissue, 64 × 64 in the water of the rods. A falling mean frequency is the look of plastic.
 - Contrast recovery is what comes through of balls of 6 mm and 30 HU, put into soft tissue under the same noise.
-- *rods* is a water cylinder with rods, for TTF, CNR and d' (non-prewhitening observer). Classical filters have there
-  the parameter of the first case.
+- *rods* is a water cylinder with rods: TTF of each, CNR and d' (non-prewhitening observer) of the one of 30 HU.
+  Classical filters have there the parameter of the first case.
+- *perfect* and *blind to lesions* know the truth and stand behind the rails of every network: what the first still
+  lacks no network can win, and what the second gives back of a lesion, the rails did.
 - Classical filters have their one parameter chosen by the truth of each case and dose: the best they can do.
 - Seconds per slice are of the machine that wrote this."""
 
@@ -47,6 +49,8 @@ class Measurement:
     command: str
     title: str
     pipelines: list[str] = field(default_factory=list)
+    networks: list[str] = field(default_factory=list)
+    """Rows of the table of what ran."""
     rows: list[Row] = field(default_factory=list)
     cases: list[str] = field(default_factory=list)
     """Rows of the table of cases."""
@@ -71,7 +75,7 @@ class Measurement:
             f"{trial.truth_noise_hu:.1f} | {trial.f50:.2f} |"
         )
         truth = trial.truth[trial.scored]
-        self.pictures.setdefault(trial.dose, {})[trial.case] = {"truth": truth[len(truth) // 2]}
+        self.pictures.setdefault(trial.dose, {})[trial.case] = {"truth": truth[len(truth) // 2].copy()}
 
     def add(self, trial: Trial, name: str, result: Result) -> None:
         """Note the result of a pipeline on it."""
@@ -198,6 +202,10 @@ def markdown(measured: Measurement, out: Path) -> str:
         parts += ["## The bar", f"{passed} of {len(lines)} lines passed.", bar.table(lines)]
     parts += [f"**Warning:** {sentence}" for sentence in measured.warnings]
     parts += ["## What was measured", METHODS, _grid(head, []) + "\n" + "\n".join(measured.cases)]
+    if measured.networks:
+        parts.append(
+            _grid(["network", "version", "weights SHA-256", "runs in"], []) + "\n" + "\n".join(measured.networks)
+        )
     if measured.lpips_weights:
         weights = ", ".join(f"{name} `{digest}`" for name, digest in measured.lpips_weights.items())
         parts.append(f"LPIPS is that of AlexNet, version 0.1, by weights of SHA-256: {weights}.")

@@ -44,6 +44,8 @@ IMAGE_METRICS: dict[str, Callable[[Array, Array, Window], float]] = {
 """All are taken on [0, 1] of the window, slice by slice."""
 _TILE = 32
 _TILES = 64
+_SOFT_PART = 0.9
+"""Of a square, at least; else edges and lung would speak for its noise."""
 _MIN_VOXELS = 500
 """A tissue of fewer voxels has no mean worth a row."""
 
@@ -76,10 +78,6 @@ def case_means(rows: Iterable[Row], metric: str) -> list[float]:
     return [float(np.mean(found)) for found in cases.values()]
 
 
-MIN_SOFT_PART = 0.9
-"""Part of a square that must be soft tissue, or edges and lung would speak for its noise."""
-
-
 @dataclass(frozen=True, slots=True)
 class Result:
     """The rows of one pipeline on one trial, and what pictures need of it."""
@@ -99,7 +97,7 @@ def soft_tiles(trial: Trial) -> list[tuple[int, int, int]]:
         rows, columns = (n // _TILE * _TILE for n in mask.shape)
         parts = mask[:rows, :columns].reshape(rows // _TILE, _TILE, columns // _TILE, _TILE).mean(axis=(1, 3))
         found += [
-            (-float(part), z, y * _TILE, x * _TILE) for (y, x), part in np.ndenumerate(parts) if part >= MIN_SOFT_PART
+            (-float(part), z, y * _TILE, x * _TILE) for (y, x), part in np.ndenumerate(parts) if part >= _SOFT_PART
         ]
     return [(z, y, x) for _, z, y, x in sorted(found)[:_TILES]]
 
@@ -173,7 +171,7 @@ def score(
     if pipeline is not None:
         computed = depended_on(pipeline, trial)
         rows.append(row("seconds per slice", seconds / (computed.stop - computed.start)))
-    return Result(rows, out[len(out) // 2], nps)
+    return Result(rows, out[len(out) // 2].copy(), nps)  # a copy, or all slices would stay in memory with it
 
 
 def rod_rows(quality: Quality, before: Quality, dose: float, name: str) -> list[Row]:
