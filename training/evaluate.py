@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,9 +67,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--strength", type=float, default=1.0, help="how much is denoised, 1 as trained (default: 1)")
     add(
         "--precision",
+        nargs="+",
         choices=("auto", "int8", "bf16", "fp32"),
-        default="fp32",
-        help="number format of the networks (default: fp32; a node takes the fastest of its machine, auto)",
+        default=["fp32"],
+        help="number formats, in each of which every network is measured (default: fp32; a node takes the fastest of "
+        "its machine, auto)",
     )
     add("--slices", type=int, default=12, help="slices of each series, from its middle (default: %(default)s)")
     add("--out", type=Path, default=Path("evaluation"), help="folder of the report (default: %(default)s)")
@@ -90,7 +91,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def _trials(args: argparse.Namespace) -> Iterator[Trial]:
     if args.phantom or args.bar or not (args.series or args.pairs):
         yield from phantom_trials(args.doses, args.slices)
-    yield from chain.from_iterable(simulated_trials(folder, args.doses, args.slices) for folder in args.series)
+    for folder in args.series:
+        yield from simulated_trials(folder.resolve(), args.doses, args.slices)
     if args.pairs:
         yield from pair_trials(args.pairs, args.slices)
 
@@ -124,8 +126,14 @@ def _networks(args: argparse.Namespace) -> list[_Entrant]:
         raise SystemExit(
             f"{args.weights} holds no network {' or '.join(args.pipelines)}: give a folder of `train --out`"
         )
-    execution = Execution(precision=args.precision)
-    loaded = [(name, _pipeline(name, args.weights, execution)) for name in args.pipelines]
+    loaded = [
+        (
+            name if precision == args.precision[0] else f"{name}, {precision}",
+            _pipeline(name, args.weights, Execution(precision=precision)),
+        )
+        for name in args.pipelines
+        for precision in args.precision
+    ]
     for _, pipeline in loaded:
         check_options(pipeline.card, options)
     return [_Entrant(INPUT, None, Options()), *(_Entrant(name, pipeline, options) for name, pipeline in loaded)]
@@ -156,17 +164,22 @@ def measure(args: argparse.Namespace) -> Measurement:
     """Run everything that `args` names."""
     if args.bar and bar.OPPONENT not in args.classical:
         args.classical = [*args.classical, bar.OPPONENT]
+    if len({folder.resolve().name for folder in args.series}) < len(args.series):
+        raise SystemExit("two series have folders of one name, which their results are kept under: rename one")
     networks = _networks(args)
-    filters: dict[float, list[_Entrant]] = {}
     measured = Measurement(command_line(args), args.title)
+    measured.networks += [
+        f"| {name} | {card.version} | `{card.weights_sha256[:16]}` | {card.precision} |"
+        for name, card in ((name, pipeline.card) for name, pipeline, _ in networks if pipeline is not None)
+    ]
     perceptual = None
     if args.lpips is not None:
         perceptual = partial(lpips, window=LUNG, weights=args.lpips)
         measured.lpips_weights = digests(args.lpips)
+    with_rods: set[float] = set()
     for trial in _trials(args):
         measured.begin(trial)
         own = list(_filters(args, trial, measured))
-        filters.setdefault(trial.dose, own)
         oracles = []
         if args.bar and trial.kind != "pair":
             oracles = [
@@ -175,9 +188,7 @@ def measure(args: argparse.Namespace) -> Measurement:
             ]
         for name, pipeline, options in (*networks, *own, *oracles):
             measured.add(trial, name, score(trial, name, pipeline, options, perceptual))
-            told = None
-            if pipeline is not None and not isinstance(pipeline, Oracle):
-                told = seen.warning(pipeline.card.name, trial, args.weights)
+            told = None if pipeline is None else seen.warning(pipeline.card.name, trial, args.weights)
             if told and told not in measured.warnings:  # once, whatever the doses
                 measured.warnings.append(told)
             print(f"{trial.case} at {trial.dose:g}: {name}", flush=True)
@@ -187,8 +198,9 @@ def measure(args: argparse.Namespace) -> Measurement:
                 for name, pipeline, options in networks
                 if pipeline is not None
             }
-    for dose in measured.doses:
-        _rods(measured, [*networks, *filters[dose]], dose, args.slices)
+        if trial.dose not in with_rods:
+            _rods(measured, [*networks, *own], trial.dose, args.slices)
+            with_rods.add(trial.dose)
     return measured
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from untrained import install
 
-from pipelines.base import OptionRefused, Options, Pipeline
+from pipelines.base import Execution, OptionRefused, Options, Pipeline
 from pipelines.ffdnet import FFDNet
 from training import evaluate
 from training.measuring import model_page, seen
@@ -85,6 +86,7 @@ def test_a_network_that_has_seen_a_series_is_told_of(
             yield replace(trial, kind="simulated", case=folder.name)
 
     monkeypatch.setattr(evaluate, "simulated_trials", trials)
+    monkeypatch.setattr(evaluate, "_rods", lambda *args: None)
     out = tmp_path / "out"
     args = _parsed(
         "soft", "--series", "a/theirs", "a/others", "--doses", "0.25", "0.1", "--slices", "1", "--out", str(out)
@@ -138,14 +140,41 @@ def test_a_network_is_measured_before_it_is_installed(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Measurement, "add", lambda *args: None)
     words = ("--doses", "0.25", "--slices", "1", "--weights", str(tmp_path / "run"))
     args = _parsed("fast-2.5d", "soft", *words)
-    evaluate.measure(args)
+    report = evaluate.measure(args)
     assert measured == [(INPUT, ""), ("fast-2.5d", "1"), ("soft", Classical("gaussian", 1.2).card.version)]
+    digest = hashlib.sha256((tmp_path / "run" / "fast-2.5d.safetensors").read_bytes()).hexdigest()
+    assert report.networks[0] == f"| fast-2.5d | 1 | `{digest[:16]}` | fp32 |"
     assert "--weights run" in evaluate.command_line(args)
     with pytest.raises(SystemExit, match="holds no network st3d: give a folder of `train --out`"):
         evaluate.measure(_parsed("st3d", *words))
     args = _parsed("fast-2.5d", "--card", *words)
     with pytest.raises(SystemExit, match="training export FOLDER"):
         args.run(args)
+
+
+def test_each_precision_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, execution: Execution) -> Classical:
+        made = Classical("gaussian", 1.2 if execution.precision == "fp32" else 0.6)
+        made.card = replace(made.card, precision=execution.precision)
+        return made
+
+    monkeypatch.setattr(evaluate, "load", load)
+    monkeypatch.setattr(evaluate, "_rods", lambda *args: None)
+    measured = evaluate.measure(
+        _parsed("soft", "--doses", "0.25", "--slices", "1", "--precision", "fp32", "int8", "--out", "x")
+    )
+    assert measured.pipelines == [INPUT, "soft", "soft, int8"]
+    assert [row.split(" | ")[-1] for row in measured.networks] == ["fp32 |", "int8 |"]
+    noise = {
+        row.pipeline: row.value for row in measured.rows if (row.case, row.metric) == ("phantom", "noise level (HU)")
+    }
+    assert noise["soft"] < noise["soft, int8"] < noise[INPUT]
+
+
+def test_series_of_one_name_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "simulated_trials", lambda *args: pytest.fail("measured already"))
+    with pytest.raises(SystemExit, match="folders of one name"):
+        evaluate.measure(_parsed("soft", "--series", "a/x", "b/x"))
 
 
 @pytest.mark.parametrize("dose", ["0", "1", "1.5", "-0.1"])
