@@ -87,7 +87,7 @@ class Nodule:
     box: Box
     """Where in the volume `mask` lies."""
     mask: Mask
-    """(z, y, x) of `box`: voxels of which the nodule fills half or more."""
+    """(z, y, x) of `box`: voxels of which the nodule fills half or more, or half of what it fills of any."""
 
 
 class Surface:
@@ -223,7 +223,10 @@ def _draw(
     cut = tuple(slice(max(-a, 0), min(b, n) - a) for a, b, n in zip(first, stop, shape, strict=True))
     box = tuple(slice(a + c.start, a + c.stop) for a, c in zip(first, cut, strict=True))
     return _Drawn(
-        (box[0], box[1], box[2]), solid[cut], (as_scanned(of_all) - solid)[cut], np.asarray(filled >= 0.5)[cut]
+        (box[0], box[1], box[2]),
+        solid[cut],
+        (as_scanned(of_all) - solid)[cut],
+        np.asarray(filled >= 0.5 * filled.max())[cut],  # a small one between two thick slices fills half of none
     )
 
 

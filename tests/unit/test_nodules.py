@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from training import nodules
 from training.nodules import Nodule, insert
+from training.simulate import F50
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -70,6 +71,15 @@ def test_mask_has_the_volume_of_the_ball(placed: tuple[Array, tuple[Nodule, ...]
         assert np.count_nonzero(one.mask) * VOXEL_MM3 == pytest.approx(
             volume_mm3, abs=0.03 * volume_mm3 + 4 * VOXEL_MM3
         )
+
+
+def test_a_small_nodule_between_two_thick_slices_has_a_mask() -> None:
+    """Each holds a half ball of 2 mm in 6 mm of slice."""
+    plan = nodules._plan(4.0, np.random.default_rng(0))
+    drawn = nodules._draw(plan, (3.5, 16.0, 16.0), (6.0, 0.7, 0.7), 6.0, F50, (8, 32, 32))
+    inside = np.argwhere(drawn.mask) + [part.start for part in drawn.box]
+    assert set(inside[:, 0]) == {3, 4}
+    assert 2 * 0.7 * np.hypot(*(inside[:, 1:] - 16).T).max() == pytest.approx(4, abs=1.5)
 
 
 def test_centre_of_the_mask_is_the_centre(placed: tuple[Array, tuple[Nodule, ...]]) -> None:
