@@ -36,7 +36,7 @@ from dicomnode.config import Derivation
 from dicomnode.derive import SeriesWriter
 from dicomnode.derived_header import Making
 from dicomnode.proof import Meant
-from dicomnode.spool import sync_folder
+from dicomnode.spool import sync_folder, write_durably
 from pipelines import ct_slice, element_index
 from pipelines.base import Options, load
 from pipelines.ct_slice import CTSlice, read_slice
@@ -231,7 +231,7 @@ def write_round(volume: Volume, datasets: list[Dataset], made: Making, folder: P
 
 def _write(writer: SeriesWriter, path: Path, uid: str, source: ElementIndex | None, meant: Meant, target: Path) -> None:
     parts, _ = writer._encode(path, source, [uid], meant)
-    derive._write_durably(target, parts)
+    write_durably(target, parts)
 
 
 def _no_sync(handle: int) -> None:

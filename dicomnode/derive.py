@@ -7,7 +7,6 @@ Here are the files and the order of things; what is in them is said in `dicomnod
 from __future__ import annotations
 
 import io
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from dicomnode.encoding import LOSSY_METHODS
 from dicomnode.errors import DerivationError
 from dicomnode.header_template import HeaderTemplate
 from dicomnode.proof import BROKEN, DerivedInstance, Meant, prove, prove_by_pydicom
-from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, sync_folder
+from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, sync_folder, write_durably
 from dicomnode.uids import derived_uid
 from pipelines.ct_slice import CTSlice, plain_slice, read_slice
 from pipelines.element_index import ElementIndex, HandedOver, index_file
@@ -192,7 +191,7 @@ class SeriesWriter:
             # no message of a library: it may quote the header
             raise DerivationError(f"{series.slice_uids[k]} cannot be derived from ({type(error).__name__})") from error
         path = self._out_dir / f"{meant.sop_instance_uid}.dcm"
-        _write_durably(path, parts)
+        write_durably(path, parts)
         content = path.read_bytes()
         if not _holds(content, parts):
             size = sum(map(len, parts))
@@ -268,22 +267,6 @@ def _encode(header: Dataset) -> bytes:
     buffer = io.BytesIO()
     dcmwrite(buffer, header, enforce_file_format=True)
     return buffer.getvalue()
-
-
-def _write_durably(path: Path, parts: Sequence[bytes]) -> None:
-    """Write and sync. The name stands for half a file meanwhile: the folder is what appears whole."""
-    rest = [memoryview(one) for one in parts]
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        while rest:  # a call may write less than it was asked to
-            written = os.writev(descriptor, rest)
-            while rest and written >= len(rest[0]):
-                written -= len(rest.pop(0))
-            if rest:
-                rest[0] = rest[0][written:]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _holds(content: bytes, parts: Sequence[bytes]) -> bool:

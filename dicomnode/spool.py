@@ -22,7 +22,7 @@ import shutil
 import struct
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -304,24 +304,27 @@ def _file_meta(incoming: Incoming) -> bytes:
 def _write_part(folder: Path, header: bytes, data: memoryview) -> Path:
     part = folder / f"{uuid.uuid4().hex}{PART_SUFFIX}"
     try:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
-        try:
-            _write_all(descriptor, header, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_durably(part, (header, data))
     except OSError:
         part.unlink(missing_ok=True)
         raise
     return part
 
 
-def _write_all(descriptor: int, *buffers: bytes | memoryview) -> None:
-    # write() may stop short at the end of the disk without an error; a short file must never be acknowledged.
-    for buffer in buffers:
-        rest = memoryview(buffer)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+def write_durably(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Write and sync a file; until then its name stands for half of it."""
+    rest = [memoryview(part) for part in parts]
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+    try:
+        while rest:  # may stop short at the end of the disk without an error; a short file must never count
+            written = os.writev(descriptor, rest)
+            while rest and written >= len(rest[0]):
+                written -= len(rest.pop(0))
+            if rest:
+                rest[0] = rest[0][written:]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

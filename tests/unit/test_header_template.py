@@ -279,12 +279,12 @@ def test_pixels_of_another_slice_do_not_pass(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "out").mkdir()
     volume = read_volume(write_series(tmp_path, phantom(3, 16)))
     made = Making(CARD, Options(), "cafe", "f00d", Derivation(), CREATED_AT)
-    write = module._write_durably
+    write = module.write_durably
 
     def exchanged(path: Path, parts: tuple[bytes, ...]) -> None:
         write(path, (*parts[:-1], parts[-1][::-1]))
 
-    monkeypatch.setattr(module, "_write_durably", exchanged)
+    monkeypatch.setattr(module, "write_durably", exchanged)
     monkeypatch.setattr(module, "_holds", lambda content, parts: True)
     with pytest.raises(DerivationError, match=r"cannot be read back|in PixelData"):
         write_all(volume, volume.hu, made, tmp_path / "out")

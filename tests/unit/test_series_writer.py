@@ -33,7 +33,7 @@ def test_each_slice_is_written_once(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_loses_bytes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_write_durably", lambda path, parts: path.write_bytes(b"".join(parts)[:-100]))
+    monkeypatch.setattr(module, "write_durably", lambda path, parts: path.write_bytes(b"".join(parts)[:-100]))
     volume = read_volume(write_series(tmp_path, phantom(1, 16)))
     with pytest.raises(DerivationError, match="read back"):
         write_all(volume, volume.hu, making(), tmp_path)
@@ -60,15 +60,6 @@ def test_each_file_is_synced_and_the_folder_last(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("os.fsync", watch)
     made = derive(write_series(tmp_path, phantom(2, 16)), tmp_path / "out")
     assert synced == [f"{one.sop_instance_uid}.dcm" for one in made] + ["out"]
-
-
-def test_a_system_that_writes_little_at_once_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it may (POSIX writev): here a hundred bytes, which ends inside of parts and between them."""
-    paths = write_series(tmp_path / "in", phantom(2, 16))
-    at_once = derive(paths, tmp_path / "once")
-    monkeypatch.setattr("os.writev", lambda handle, parts: os.write(handle, parts[0][:100]))
-    bit_by_bit = derive(paths, tmp_path / "bits")
-    assert [one.path.read_bytes() for one in bit_by_bit] == [one.path.read_bytes() for one in at_once]
 
 
 def writers() -> list[threading.Thread]:
@@ -111,13 +102,13 @@ def test_leaving_early_ends_the_thread(tmp_path: Path) -> None:
 
 def test_the_caller_waits_rather_than_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     let_go, handed = threading.Event(), 0
-    write = module._write_durably
+    write = module.write_durably
 
     def slow(path: Path, parts: Sequence[bytes]) -> None:
         assert let_go.wait(20)
         write(path, parts)
 
-    monkeypatch.setattr(module, "_write_durably", slow)
+    monkeypatch.setattr(module, "write_durably", slow)
     volume = read_volume(write_series(tmp_path / "in", phantom(12, 16)))
     (tmp_path / "out").mkdir()
     with SeriesWriter(volume, making(), tmp_path / "out") as writer:

@@ -222,15 +222,14 @@ def test_the_same_uid_from_eight_threads_at_once(spool: Spool, data_set: bytes) 
 
 
 def test_short_writes_are_gone_on_with(spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = os.write
-    monkeypatch.setattr(module.os, "write", lambda descriptor, data: write(descriptor, data[:7]))
+    monkeypatch.setattr(module.os, "writev", lambda descriptor, parts: os.write(descriptor, b"".join(parts)[:700]))
     _, instance = spool.store(incoming(), memoryview(data_set))
     monkeypatch.undo()
     assert dataset_digest(instance.path) == hashlib.sha256(data_set).hexdigest()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("call", ["write", "fsync", "open"])
+@pytest.mark.parametrize("call", ["writev", "fsync", "open"])
 def test_a_full_disk_leaves_nothing(
     spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
@@ -240,8 +239,8 @@ def test_a_full_disk_leaves_nothing(
         calls.append(arguments)
         if call == "open" and not str(arguments[0]).endswith(".part"):
             return real(*arguments, **options)
-        if call == "write" and len(calls) == 1:
-            return real(arguments[0], arguments[1][:100])
+        if call == "writev" and len(calls) == 1:
+            return real(arguments[0], [arguments[1][0][:100]])
         raise OSError(number, os.strerror(number))
 
     (spool.instances / SERIES).mkdir()
@@ -309,7 +308,8 @@ def _traced(folder: Path, how: str) -> list[list[str]]:
     """System calls of each of two `store` calls, with the paths of descriptors as strace resolves them."""
     require_peer("strace")
     log = folder / "strace"
-    command = ["strace", "-f", "-y", "-o", log, "-e", "trace=write,fsync,fdatasync,rename,renameat,renameat2,mkdir"]
+    calls_traced = "write,writev,fsync,fdatasync,rename,renameat,renameat2,mkdir"
+    command = ["strace", "-f", "-y", "-o", log, "-e", f"trace={calls_traced}"]
     done = subprocess.run(
         [*command, sys.executable, "-c", _STORE, folder / "spool", how], timeout=60, text=True, capture_output=True
     )
@@ -334,7 +334,7 @@ def _traced(folder: Path, how: str) -> list[list[str]]:
 def test_written_synced_renamed_and_the_folder_synced_before_store_returns(tmp_path: Path) -> None:
     first, second = _traced(tmp_path, "alone")
     part, final = "/instances/1.2.3/PART", "/instances/1.2.3/1.2.3.{}.dcm"
-    kept = [f"write {part}", f"write {part}", f"fsync {part}"]
+    kept = [f"writev {part}", f"fsync {part}"]
     assert first == [
         "mkdir /instances/1.2.3",
         "fsync /instances",
