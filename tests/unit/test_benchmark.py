@@ -160,7 +160,7 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
     monkeypatch.setattr(os, "getloadavg", lambda: (8.5, 0.0, 0.0))
     long_name = "a name that is longer than its column"
-    rows = [
+    rows: list[Measured | NotMeasured] = [
         Measured("st3d", run_of(16, 11.0, start_s=4.25), run_of(64, 35.0)),
         Measured(long_name, run_of(16, 11.0), run_of(64, 35.0, reason="")),
         NotMeasured("other", "failed: " + "ValueError: a fault of which there is much to say " * 4),
