@@ -103,11 +103,11 @@ class Node:
                 raise SystemExit(f"{words}\nwaited in vain for {what}")
             time.sleep(_POLL_S)
 
-    def query(self, sql: str) -> list[tuple[object, ...]]:
+    def query(self, sql: str, *values: str) -> list[tuple[object, ...]]:
         """Rows of its database, which is only looked at."""
         connection = sqlite3.connect(f"file:{self.folder / 'node.db'}?mode=ro", uri=True, timeout=60)
         try:
-            return connection.execute(sql).fetchall()
+            return connection.execute(sql, values).fetchall()
         finally:
             connection.close()
 
@@ -130,13 +130,13 @@ class Node:
 
     def settle(self) -> None:
         """Wait until nothing that was received is still judged: each round begins on the same ground."""
-        opened = f"SELECT 1 FROM series WHERE state != '{SeriesState.CLOSED}'"
-        self.wait(lambda: not self.query(opened), _START_S, "the series to be closed")
+        opened = "SELECT 1 FROM series WHERE state = ?"
+        self.wait(lambda: not self.query(opened, SeriesState.OPEN), _START_S, "the series to be closed")
 
     @property
     def denoises(self) -> bool:
         """Does the job run, and do slices come out of it?"""
-        return bool(self.query(f"SELECT 1 FROM jobs WHERE state = '{JobState.RUNNING}' AND progress > 0"))
+        return bool(self.query("SELECT 1 FROM jobs WHERE state = ? AND progress > 0", JobState.RUNNING))
 
     def load(self, command: str) -> None:
         """``cancel`` the job of the load, or ``retry`` it; returns when it is at rest, or gives slices."""
@@ -149,8 +149,8 @@ class Node:
         if command == "retry":
             self.wait(lambda: self.denoises, _RUNNING_S, "the first denoised slice")
         else:
-            at_rest = f"SELECT 1 FROM jobs WHERE state = '{JobState.CANCELLED}'"
-            self.wait(lambda: self.query(at_rest), _START_S, "the job to be cancelled")
+            at_rest = "SELECT 1 FROM jobs WHERE state = ?"
+            self.wait(lambda: self.query(at_rest, JobState.CANCELLED), _START_S, "the job to be cancelled")
 
 
 def round_of(node: Node, busy: bool, files: Path, count: int) -> Sent:
