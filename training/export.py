@@ -55,27 +55,33 @@ def export(training: Path, weights: Path, logs: Path) -> str:
     shutil.copy(training / f"{name}.safetensors", weights)
     shutil.copy(card, weights)
     shutil.copy(training / "log.jsonl", logs / f"{name}.jsonl")
+    _remove_int8(name, weights)
     write_graph(name, weights)
     return name
+
+
+def _remove_int8(name: str, weights: Path) -> None:
+    """Remove what was made of other weights or of another graph."""
+    for old in weights.glob(f"{name}.int8.*"):
+        old.unlink()
 
 
 def write_graph(name: str, weights: Path) -> bool:
     """Write ``NAME.xml`` beside the weights and its digest into the card; False if the network is run without one.
 
-    What was quantised before belongs to other weights or another graph, and goes.
+    What was quantised before belongs to another graph, and goes.
 
     Raises
     ------
     training.ir.NotConvertible, pipelines.base.WeightsMissing, pipelines.base.WeightsDamaged
         As `training.ir.graph`.
     """
-    for old in weights.glob(f"{name}.int8.*"):
-        old.unlink()
     card = read_card(name, weights)
     factory = next((point.load() for point in entry_points(group=ENTRY_POINT_GROUP, name=name)), None)
     if card.input == "volume" or not isinstance(factory, Factory):
         return False
     content = graph(factory.network(), card, weights, noise_map_stride=factory.noise_map_stride)
+    _remove_int8(name, weights)
     (weights / f"{name}.xml").write_bytes(content)
     path = weights / f"{name}.json"
     full = json.loads(path.read_text(encoding="utf-8"))

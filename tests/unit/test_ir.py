@@ -192,13 +192,17 @@ def test_the_command_makes_the_graph_of_installed_weights(tmp_path: Path, capsys
     before = json.loads((tmp_path / "drl.json").read_text())
     path = tmp_path / "drl.json"
     path.write_text(json.dumps({**before, "files_sha256": {"int8.xml": "old"}, "int8_loss_db": 0.05}))
-    (tmp_path / "drl.int8.xml").write_bytes(b"of other weights")
+    (tmp_path / "drl.int8.xml").write_bytes(b"of another graph")
+    (tmp_path / "st3d.int8.ranges").write_bytes(b"of no graph")
+    untouched = (tmp_path / "st3d.json").read_bytes()
     for _ in range(2):
         main(["export", "--graph", "drl", "st3d", "--weights", str(tmp_path)])
         digest = hashlib.sha256((tmp_path / "drl.xml").read_bytes()).hexdigest()
         assert json.loads(path.read_text()) == {**before, "files_sha256": {"xml": digest}}
     assert not (tmp_path / "drl.int8.xml").exists()
     assert not (tmp_path / "st3d.xml").exists()
+    assert (tmp_path / "st3d.int8.ranges").exists()
+    assert (tmp_path / "st3d.json").read_bytes() == untouched
     assert capsys.readouterr().out.splitlines()[-1] == "st3d is run without a graph"
 
 

@@ -295,7 +295,10 @@ def test_export_installs_what_belongs_together(tmp_path: Path, store: str) -> No
     out = tmp_path / "run"
     words = ["--out", str(out), "--steps", "1", "--phantoms", "1", "--seed", "7", "--store", store]
     main(["train", "fast-2.5d", *words, "--z-target-mm", "1"])
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "fast-2.5d.int8.bin").write_bytes(b"of other weights")
     main(["export", str(out), "--weights", str(tmp_path / "weights"), "--logs", str(tmp_path / "logs")])
+    assert not list((tmp_path / "weights").glob("*.int8.*"))
     load_network(FFDNet(), read_card("fast-2.5d", tmp_path / "weights"), tmp_path / "weights")
     assert (tmp_path / "logs" / "fast-2.5d.jsonl").read_bytes() == (out / "log.jsonl").read_bytes()
     (out / "fast-2.5d.safetensors").write_bytes(b"something else")
