@@ -30,7 +30,7 @@ from dicomnode.header_template import HeaderTemplate
 from dicomnode.proof import BROKEN, DerivedInstance, Meant, prove, prove_by_pydicom
 from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, sync_folder, write_durably
 from dicomnode.uids import derived_uid
-from pipelines.ct_slice import CTSlice, plain_slice, read_slice
+from pipelines.ct_slice import CTSlice, SeriesRefused, plain_slice, read_slice
 from pipelines.element_index import ElementIndex, HandedOver, index_file
 from pipelines.volume import Plane, Series
 
@@ -187,6 +187,8 @@ class SeriesWriter:
         try:
             source, meant = self._meant(source_path, sources[0], plane, hu)
             parts, long_way = self._encode(source_path, source, sources, meant)
+        except SeriesRefused as error:
+            raise DerivationError(f"the file of {series.slice_uids[k]} was changed meanwhile: {error}") from error
         except BROKEN as error:
             # no message of a library: it may quote the header
             raise DerivationError(f"{series.slice_uids[k]} cannot be derived from ({type(error).__name__})") from error

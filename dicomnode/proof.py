@@ -22,12 +22,12 @@ from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian
 
 from dicomnode.errors import DerivationError
-from pipelines.ct_slice import OWN_MANUFACTURER, SeriesRefused
+from pipelines.ct_slice import OWN_MANUFACTURER
 from pipelines.element_index import EXPLICIT_LITTLE, PIXEL_DATA, Element, ElementIndex, HandedOver, index_file, items
 
 BROKEN = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, InvalidDicomError, LookupError, MemoryError),
-    *(NotImplementedError, RuntimeError, SeriesRefused, TypeError, ValueError),
+    *(NotImplementedError, RuntimeError, TypeError, ValueError),
 )
 """What reading, decoding or encoding a damaged object raises; OSError is not among them: the disk may recover."""
 

@@ -249,7 +249,7 @@ class _Child:
             return Outcome("failed", f"{error.filename} is gone; restore it from a backup and retry the job")
         except OSError as error:
             return Outcome("no-infrastructure", f"{type(error).__name__}: {error}")
-        except UnknownPipeline as error:
+        except (NodeError, UnknownPipeline) as error:  # without what caused it, which may quote the header
             return Outcome("failed", str(error))
         except Exception as error:  # a fault in a pipeline must end as a visible outcome of this job, with its place
             traceback.print_exc(file=sys.stderr)

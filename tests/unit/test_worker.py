@@ -53,6 +53,15 @@ class Unloadable(Identity):
         raise RuntimeError("no weights here")
 
 
+class Quoting(Identity):
+    def denoise(self, series, options):
+        from dicomnode.errors import DerivationError
+        try:
+            int("Phantom^Synthetic")
+        except ValueError as error:
+            raise DerivationError("1.2.3 cannot be derived from") from error
+
+
 class Untrained(Identity):
     def __init__(self, execution=None):
         from pipelines.runtime import read_card
@@ -71,6 +80,7 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (info / "entry_points.txt").write_text(
         "[dicomnode.pipelines]\ntest-talkative = talkative:Talkative\ntest-unloadable = talkative:Unloadable\n"
         "test-absent = no_such_module:Pipeline\ntest-untrained = talkative:Untrained\n"
+        "test-quoting = talkative:Quoting\n"
     )
     return folder
 
@@ -351,6 +361,15 @@ def test_each_end_has_its_outcome(
     assert outcome.detail
     assert (outcome.figures is not None) == (kind == "withheld")
     assert list((controls / "derived").iterdir()) == []
+
+
+def test_what_caused_an_error_of_ours_is_not_told(
+    worker: Worker, request_for: Callable[..., Request], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is a library's, and may quote the header."""
+    outcome = worker.run(request_for("test-quoting"), ignore)
+    assert outcome == Outcome("failed", "1.2.3 cannot be derived from")
+    assert "Phantom" not in capfd.readouterr().err
 
 
 def test_a_series_that_the_gate_refuses(
