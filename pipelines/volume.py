@@ -9,17 +9,14 @@ certain pipeline was not validated for (tilt, gaps, spacing) is decided in `pipe
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
-import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,8 +26,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.ct_slice import CTSlice, SeriesRefused, read_slice
+from pipelines.silence import pydicom_silent
 
-__all__ = ["FileSeries", "Geometry", "Plane", "Series", "SeriesRefused", "Volume", "open_series", "read_volume"]
+__all__ = [
+    "FileSeries",
+    "Geometry",
+    "Plane",
+    "Series",
+    "SeriesRefused",
+    "Volume",
+    "open_series",
+    "pydicom_silent",
+    "read_volume",
+]
 
 MAX_VOXELS = 2**31
 """Largest volume, 8 GiB of HU: 2048 slices of 1024²."""
@@ -276,20 +284,6 @@ def read_volume(paths: Sequence[Path]) -> Volume:
             hu=hu,
             padding=padding,
         )
-
-
-@contextmanager
-def pydicom_silent() -> Iterator[None]:
-    """Keep pydicom's remarks out of the log: they quote values, which may be names. What matters is checked here."""
-    logger = logging.getLogger("pydicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _refuse_mixture(slices: Sequence[CTSlice]) -> None:

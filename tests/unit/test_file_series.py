@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,15 @@ from pipelines.base import Envelope, Options, denoise, load
 from pipelines.ct_slice import CTSlice
 from pipelines.gate import check
 from pipelines.identity import Identity
-from pipelines.volume import PLANES_AHEAD, PLANES_KEPT, FileSeries, SeriesRefused, open_series, read_volume
+from pipelines.volume import (
+    PLANES_AHEAD,
+    PLANES_KEPT,
+    FileSeries,
+    SeriesRefused,
+    open_series,
+    pydicom_silent,
+    read_volume,
+)
 
 
 @pytest.fixture
@@ -203,6 +213,23 @@ def test_closing_ends_the_thread_and_what_was_to_be_read(tmp_path: Path, monkeyp
         go_on.set()
         closing.result(10)
     assert begun == [0, 1]
+
+
+def test_pydicom_is_silent_until_the_last_of_several_threads_is_through(caplog: pytest.LogCaptureFixture) -> None:
+    """Two series are read at once: the one that ends first must not let the values of the other into the log."""
+    logger, filters, show = logging.getLogger("pydicom"), list(warnings.filters), warnings.showwarning
+    level = logger.level
+    first, second = pydicom_silent(), pydicom_silent()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    logger.error("a name")
+    warnings.warn("a name", stacklevel=1)  # pytest makes an error of it
+    assert caplog.text == ""
+    second.__exit__(None, None, None)
+    assert (logger.level, warnings.filters, warnings.showwarning) == (level, filters, show)
+    with pytest.raises(UserWarning, match="now heard"):
+        warnings.warn("now heard", stacklevel=1)
 
 
 def _cut(path: Path) -> None:
