@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -24,7 +25,7 @@ from pipelines.runtime import WEIGHTS, Choice, ExecutionRefused, choose, plane_e
 from pipelines.stresnet import STResNet
 from pipelines.torch_engine import TorchPlanes, TorchStream, load_network
 
-NAMES = sorted(card.stem for card in WEIGHTS.glob("*.json") if not card.stem.endswith(".int8"))
+NAMES = sorted(card.stem for card in WEIGHTS.glob("*.json"))
 """All networks whose weights ship."""
 
 
@@ -71,6 +72,14 @@ def test_a_graph_that_is_not_that_of_its_card_is_refused(tmp_path: Path) -> None
         plane_engine(card, PlainCNN, choice, tmp_path)
     (tmp_path / "drl.xml").write_bytes(graph)
     assert isinstance(plane_engine(card, PlainCNN, choice, tmp_path), OpenVINOPlanes)
+
+
+@pytest.mark.parametrize(("stated", "missing"), [("int8.xml", "int8.bin"), ("int8.ranges", "int8.xml")])
+def test_a_card_that_lacks_a_file_of_its_int8_is_refused(tmp_path: Path, stated: str, missing: str) -> None:
+    (tmp_path / f"drl.{stated}").write_bytes(b"any")
+    card = replace(read_card("drl"), files_sha256={stated: hashlib.sha256(b"any").hexdigest()})
+    with pytest.raises(WeightsDamaged, match=rf"card of 'drl' .* says nothing of drl\.{missing}: install"):
+        plane_engine(card, PlainCNN, Choice("openvino", "cpu", "int8", 1, ""), tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"name": "st3d"', b"[]", b"{}", b"\xff", b'{"patch_zyx": 3}'])
