@@ -45,7 +45,7 @@ class Factory:
         bound = made.card.int8_bound_hu
         if made.card.precision != "int8" or bound is None:
             return made
-        exact = self._made(replace(execution, precision="fp32"), folder)
+        exact = self._made(replace(execution, device="cpu", precision="fp32"), folder)
         found = deviation(made, exact)
         if found.within(Deviation(*bound)):
             return made

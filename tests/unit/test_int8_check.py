@@ -20,7 +20,8 @@ BOUND = (6.0, 1.5)
 class Made:
     """What a factory makes, as far as it is looked at."""
 
-    def __init__(self, precision: str, bound: tuple[float, float] | None) -> None:
+    def __init__(self, precision: str, device: str, bound: tuple[float, float] | None) -> None:
+        self.device = device
         self.card = replace(read_card("fast-2.5d"), precision=precision, reason="as chosen", int8_bound_hu=bound)
 
 
@@ -29,17 +30,19 @@ def factory(monkeypatch: pytest.MonkeyPatch) -> Factory:
     """Its INT8 is chosen by ``auto`` and vouched for up to `BOUND`."""
 
     def made(self: Factory, execution: Execution, folder: Path) -> Made:
-        return Made("int8" if execution.precision in ("auto", "int8") else execution.precision, BOUND)
+        precision = "int8" if execution.precision in ("auto", "int8") else execution.precision
+        return Made(precision, execution.device, BOUND)
 
     monkeypatch.setattr(Factory, "_made", made)
     return Factory("fast-2.5d", "ffdnet.FFDNet")
 
 
-def deviates(monkeypatch: pytest.MonkeyPatch, found: Deviation) -> list[tuple[str, str]]:
-    compared: list[tuple[str, str]] = []
+def deviates(monkeypatch: pytest.MonkeyPatch, found: Deviation) -> list[tuple[str, str, str]]:
+    """Precision of the one, precision and device of the other that it was compared with, each time."""
+    compared: list[tuple[str, str, str]] = []
 
     def deviation(one: Made, other: Made) -> Deviation:
-        compared.append((one.card.precision, other.card.precision))
+        compared.append((one.card.precision, other.card.precision, other.device))
         return found
 
     monkeypatch.setattr(shipped, "deviation", deviation)
@@ -50,7 +53,7 @@ def test_within_its_bound_it_runs(factory: Factory, monkeypatch: pytest.MonkeyPa
     compared = deviates(monkeypatch, Deviation(*BOUND))
     for precision in ("auto", "int8"):
         assert factory(Execution(precision=precision)).card.precision == "int8"  # type: ignore[arg-type]  # both are one
-    assert compared == [("int8", "fp32")] * 2
+    assert compared == [("int8", "fp32", "cpu")] * 2  # not on a GPU, which ``auto`` would take for fp32
 
 
 @pytest.mark.parametrize("found", [Deviation(6.1, 1.0), Deviation(5.0, 1.6), Deviation(float("nan"), 1.0)])
