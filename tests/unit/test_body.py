@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -53,9 +55,16 @@ def test_air_alone_and_padding_are_outside() -> None:
     assert not inside(network_input(Plane(hu, np.ones(hu.shape, np.bool_))), PIXEL_MM).any()
 
 
-def test_emphysema_at_the_rim_of_a_small_field_of_view_is_the_worst_that_is_missed() -> None:
-    """A field of view within the lung: parenchyma counts, holes in it do so between others."""
-    assert inside(np.full((SIZE, SIZE), -850.0, np.float32), PIXEL_MM).all()
+def test_of_a_field_of_view_within_the_lung_only_emphysema_at_its_rim_is_outside() -> None:
+    """The rim of a hole of 5 by 5 blocks in the corner counts as body: a block that opening gives, and the margin."""
+    hu = np.full((SIZE, SIZE), -850.0, np.float32)
+    hu[disc(120, 128, 40)] = -960.0
+    assert inside(hu, PIXEL_MM).all()
+    hu[: 5 * BLOCK_PX, : 5 * BLOCK_PX] = -960.0
+    missed = 5 - math.ceil(MARGIN_MM / (BLOCK_PX * PIXEL_MM))
+    expected = np.ones((SIZE, SIZE), np.bool_)
+    expected[: missed * BLOCK_PX, : missed * BLOCK_PX] = False
+    assert np.array_equal(inside(hu, PIXEL_MM), expected)
 
 
 def test_any_shape_agrees_with_scipy() -> None:
