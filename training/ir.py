@@ -87,7 +87,9 @@ def graph(network: nn.Module, card: ModelCard, folder: Path, *, noise_map_stride
 def _converted(network: nn.Module, example: tuple[torch.Tensor, ...]) -> Any:
     """The `openvino.Model` as the frontend makes it, nothing folded."""
     with warnings.catch_warnings():
-        # OpenVINO traces, which PyTorch wants to be done by export some day
+        # OpenVINO traces, which PyTorch wants to be done by export some day. Graphs by `torch.export` compute the same
+        # to the last bit, but OpenVINO 2026.4 logs tracebacks over decompositions that PyTorch 2.13 no longer has, and
+        # every graph that ships would get another digest, and so every derived object another UID, for nothing.
         warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", DeprecationWarning)
         decoder = TorchScriptPythonDecoder(network, example_input=example)  # must outlive the model made of it
     frontend = FrontEndManager().load_by_framework("pytorch")
