@@ -24,6 +24,7 @@ from pydicom.uid import (
 )
 
 from dicomnode.errors import UnsendableFile
+from pipelines.element_index import LONG_VRS
 
 UNCOMPRESSED: tuple[str, ...] = (str(ExplicitVRLittleEndian), str(ImplicitVRLittleEndian))
 """What every file can be rewritten to, the preferred first."""
@@ -36,8 +37,6 @@ LOSSY_METHODS = {
 """Transfer syntaxes that are always lossy → LossyImageCompressionMethod (PS3.3 C.7.6.1.1.5.1)."""
 
 _META_OFFSET = 132
-_LONG_VRS = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
-"""VRs with a four-byte length after two reserved bytes (PS3.5 table 7.1-1)."""
 _SOP_INSTANCE_UID = 0x0003
 _TRANSFER_SYNTAX_UID = 0x0010
 _WORD_BYTES = {"OW": 2, "OL": 4, "OF": 4, "OD": 8, "OV": 8}
@@ -107,7 +106,7 @@ def _file_meta(content: bytes) -> tuple[dict[int, str], int]:
         try:
             number, vr, length = struct.unpack_from("<2xH2sH", content, offset)
             offset += 8
-            if vr in _LONG_VRS:
+            if vr in LONG_VRS:
                 (length,) = struct.unpack_from("<L", content, offset)
                 offset += 4
         except struct.error:

@@ -124,9 +124,7 @@ class StorageServer:
 
     def __init__(self, config: Config, spool: Spool, keywords: Collection[str], stored: Stored) -> None:
         self._reception = config.reception
-        self._called = {config.node.ae_title, *config.reception.called_ae_titles}
-        if config.reception.called_ae_titles:
-            self._called = set(config.reception.called_ae_titles)
+        self._called = set(config.reception.called_ae_titles or (config.node.ae_title,))
         self._calling = set(config.reception.calling_ae_titles)
         self._address = (config.node.address, config.node.port)
         self._ae_title = config.node.ae_title
