@@ -37,11 +37,6 @@ def derived_pixels(one: CTSlice, before: NDArray[Any], plane: Plane, hu: NDArray
     strangers = int(np.count_nonzero((now.hu != plane.hu) | (now.padding != plane.padding)))
     if strangers:
         raise DerivationError(f"{one.sop_instance_uid}: {strangers} voxels of its file are not those of the volume")
-    low, high = one.limits
-    if before.min() < low or before.max() > high:
-        # a padding value may use bits above BitsStored; of a measured voxel they are no part (PS3.5 8.1.1)
-        unused = 8 * before.itemsize - (high - low).bit_length()
-        before = np.where(plane.padding, before, before << unused >> unused)
     stored = np.empty(one.matrix, before.dtype.newbyteorder("<"))
     for begin in range(0, one.matrix[0], _ROWS):
         rows = slice(begin, begin + _ROWS)
