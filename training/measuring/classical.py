@@ -141,11 +141,11 @@ def tuned(name: str, trial: Trial, window: Window = SOFT_TISSUE) -> Classical:
     MethodMissing
         As `Classical`.
     """
-    low = of_slices(trial.low, trial.scored)
-    places = np.unique(np.linspace(0, len(low.hu) - 1, _SEARCH_SLICES + 2).round().astype(int))
+    given = of_slices(trial.low, trial.scored)
+    places = np.unique(np.linspace(0, len(given.hu) - 1, _SEARCH_SLICES + 2).round().astype(int))
     planes = places[1:-1] if len(places) > 2 else places
-    sigma = np.float32(series_noise_level(low) or 1.0)
-    images = [network_input(low.plane(int(k))) for k in planes]
+    sigma = np.float32(series_noise_level(given) or 1.0)
+    images = [network_input(given.plane(int(k))) for k in planes]
     truth, method = trial.truth[trial.scored][planes], METHODS[name]
     Classical(name, 1.0)
 

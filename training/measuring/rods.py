@@ -89,7 +89,7 @@ def phantom(dose: float, slices: int) -> Phantom:
         noise = unit_noise(clean, PIXEL_MM, seed)
         scans.append(clean + noise * np.float32(NOISE_HU / noise[:, middle, middle].std() / math.sqrt(dose)))
     rods_all = np.repeat(gaussian_filter(rods, sigma_px)[None], slices, axis=0).astype(np.float32)
-    return Phantom(*scans, rods_all)
+    return Phantom(scans[0], scans[1], rods_all)
 
 
 def _tiles(image: Array) -> Array:
