@@ -76,7 +76,7 @@ def ours(port: int, items: Sequence[Outgoing]) -> None:
     """The same with our SCU; every response must be there and be a success."""
     answers: list[Answer | Refused] = []
     store(Peer("target", "ANY", HOST, port, "BENCHMARK"), items, answers.append, lambda: False)
-    if answers != [Answer(item.sop_instance_uid, 0, "") for item in items]:
+    if answers != [Answer(item.sop_instance_uid, 0) for item in items]:
         raise SystemExit("a response is missing or is no success")
 
 

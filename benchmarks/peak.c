@@ -1,6 +1,7 @@
 /* What this machine multiplies and adds at most, from registers to registers: 12 independent chains of one instruction
- * per thread. Prints for 1 and for as many threads as are asked for: fp32, bf16 and int8, in GMAC/s; 0 where the
- * processor has no such instruction.  cc -O2 -pthread peak.c -o peak && ./peak THREADS  */
+ * per thread. Prints a line for each number of threads that is asked for: the threads, then fp32, bf16 and int8 in
+ * GMAC/s in the best turn, then the same over all turns together, which falls when others take the processor; 0 where
+ * it has no such instruction.  cc -O2 -pthread peak.c -o peak && ./peak THREADS...  */
 #include <immintrin.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -8,15 +9,15 @@
 #include <time.h>
 
 #define CHAINS 12
-#define TURNS 4000000L
-#define ROUNDS 5
+#define PASSES 4000000L
+#define TURNS 5
 #define WIDE __attribute__((target("avx512f,avx512bw,avx512vnni,avx512bf16")))
 #define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
 #define CHAIN(NAME, INSTRUCTION)                                                                      \
     WIDE static void *NAME(void *result) {                                                            \
         __m512 sum[CHAINS], x = _mm512_set1_ps(1e-9f), y = x;                                          \
         _Pragma("GCC unroll 12") for (int i = 0; i < CHAINS; i++) sum[i] = _mm512_setzero_ps();       \
-        for (long turn = 0; turn < TURNS; turn++) {                                                   \
+        for (long pass = 0; pass < PASSES; pass++) {                                                   \
             EACH(INSTRUCTION)                                                                         \
         }                                                                                             \
         _Pragma("GCC unroll 12") for (int i = 1; i < CHAINS; i++) sum[0] = _mm512_add_ps(sum[0], sum[i]); \
@@ -36,29 +37,38 @@ static double seconds(void) {
     return now.tv_sec + 1e-9 * now.tv_nsec;
 }
 
-static double gmacs(void *(*chain)(void *), int products, int threads) {
+struct rate {
+    double best, all;
+};
+
+static struct rate gmacs(void *(*chain)(void *), int products, int threads) {
     pthread_t *thread = malloc(threads * sizeof *thread);
     float *result = malloc(threads * sizeof *result);
-    double best = 1e9;
-    for (int round = 0; round < ROUNDS; round++) {
+    double best = 1e9, all = 0, work = 1e-9 * products * CHAINS * PASSES * threads;
+    for (int turn = 0; turn < TURNS; turn++) {
         double start = seconds();
         for (int i = 0; i < threads; i++) pthread_create(&thread[i], NULL, chain, &result[i]);
         for (int i = 0; i < threads; i++) pthread_join(thread[i], NULL);
         double taken = seconds() - start;
+        all += taken;
         if (taken < best) best = taken;
     }
     free(thread);
     free(result);
-    return 1e-9 * products * CHAINS * TURNS * threads / best;
+    return (struct rate){work / best, TURNS * work / all};
 }
 
 int main(int count, char **words) {
-    int most = count > 1 ? atoi(words[1]) : 1;
+    struct rate none = {0, 0};
     __builtin_cpu_init();
     int wide = __builtin_cpu_supports("avx512f");
-    for (int threads = 1; threads <= most; threads += most > 1 ? most - 1 : 1)
-        printf("%d %.1f %.1f %.1f\n", threads, wide ? gmacs(fp32, 16, threads) : 0,
-               wide && __builtin_cpu_supports("avx512bf16") ? gmacs(bf16, 32, threads) : 0,
-               wide && __builtin_cpu_supports("avx512vnni") ? gmacs(int8, 64, threads) : 0);
+    for (int k = 1; k < count; k++) {
+        int threads = atoi(words[k]);
+        if (threads < 1) return 2;
+        struct rate f = wide ? gmacs(fp32, 16, threads) : none;
+        struct rate b = wide && __builtin_cpu_supports("avx512bf16") ? gmacs(bf16, 32, threads) : none;
+        struct rate i = wide && __builtin_cpu_supports("avx512vnni") ? gmacs(int8, 64, threads) : none;
+        printf("%d %.1f %.1f %.1f %.1f %.1f %.1f\n", threads, f.best, b.best, i.best, f.all, b.all, i.all);
+    }
     return 0;
 }

@@ -1,0 +1,248 @@
+"""A series from files to files, as a node denoises it: seconds, where they go, memory, and the least they could be.
+
+    python benchmarks/series.py PIPELINE... [--precisions int8 fp32] [--slices 300] [--voxels all body]
+    python benchmarks/series.py PIPELINE... --slices 50 100 200 400 800 1500       does it stay linear?
+    python benchmarks/series.py PIPELINE... --cores 1 2                            what does a core bring?
+
+Each turn is a process of its own, whose pipeline is loaded when the clock starts; compiling for the size of the images
+counts. The series is a chest phantom, or with --series a real one, to and fro up to the number of slices. "body"
+leaves the air around it out, as a node does; "all" computes every voxel. The stages work side by side; their seconds
+are those at work, as a job's row has them. The floor is the network's own products over the peak of the cores in that
+type. Linux only (/proc).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+from alone import answer, ask
+from ct_files import body_part, phantom, repeated
+from machine import TYPES, Machine, arguments, command, interleaved, median, own_cores, table
+from memory import megabytes
+from operations import factory, of_slice
+
+from dicomnode.config import Derivation
+from dicomnode.denoise import STAGES, denoise_series
+from pipelines.base import Execution, Options, WeightsMissing
+from pipelines.body import Box
+from pipelines.body import box as real_box
+from pipelines.network import NetworkPipeline
+from pipelines.openvino_core import Precision
+from pipelines.runtime import WEIGHTS, ExecutionRefused, choose, read_card
+from pipelines.volume import Series
+from training.measuring.uninstalled import load_from
+
+BUSY = {stage: name for stage, name in STAGES.items() if stage != "wall"}
+FITTED = 3
+"""Numbers of slices from which on a line through them says something."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is measured."""
+
+    pipeline: str
+    precision: Precision
+    voxels: Literal["all", "body"]
+    slices: int
+    cores: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one turn was."""
+
+    stages_s: dict[str, float]
+    """By `dicomnode.denoise.STAGES`."""
+    peak_mb: float
+    matrix: tuple[int, int]
+    computed: tuple[int, int]
+    """Rows and columns of what the network was given of each slice."""
+
+    @property
+    def seconds(self) -> float:
+        """From files to files."""
+        return self.stages_s["wall"]
+
+
+@contextmanager
+def watched(voxels: str) -> Iterator[list[tuple[Box, tuple[int, int]]]]:
+    """Take what a pipeline finds to be the body, and of what size slices are; with ``all`` it finds that all is."""
+    found: list[tuple[Box, tuple[int, int]]] = []
+
+    def box(series: Series) -> Box:
+        rows, columns = series.shape[1:]
+        body = real_box(series) if voxels == "body" else (slice(0, rows), slice(0, columns))
+        found.append((body, (rows, columns)))
+        return body
+
+    with mock.patch("pipelines.network.box", box):
+        yield found
+
+
+def child(case: Case, paths: Sequence[Path], out: Path, weights: Path) -> Measured:
+    """Denoise `paths` into `out` and measure it; for a process of its own."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: case.cores])
+    pipeline = load_from(weights, case.pipeline, Execution("cpu", case.precision))
+    assert isinstance(pipeline, NetworkPipeline)
+    with watched(case.voxels) as found:
+        manifest = denoise_series(
+            paths,
+            out,
+            pipeline=pipeline,
+            options=Options(),
+            fingerprint="benchmark",
+            settings=Derivation(),
+            created_at=datetime.now(UTC),
+            report=lambda progress: None,
+        )
+    if len(manifest.instances) != case.slices or pipeline.card.precision != case.precision:
+        raise SystemExit(f"{case}: {len(manifest.instances)} slices in {pipeline.card.precision} were written")
+    ((body, matrix),) = found
+    rows, columns = (part.stop - part.start for part in pipeline._seen(body, matrix))
+    return Measured(manifest.seconds, megabytes("VmHWM"), matrix, (rows, columns))
+
+
+def run(case: Case, paths: Sequence[Path], weights: Path) -> Measured:
+    """One turn of `case` on the first of `paths`, in a process of its own.
+
+    Raises
+    ------
+    SystemExit
+        If it failed.
+    """
+    with tempfile.TemporaryDirectory(dir=paths[0].parent.parent) as scratch:
+        told = {"case": asdict(case), "paths": [str(path) for path in paths[: case.slices]]}
+        return Measured(**ask(__file__, {**told, "out": str(Path(scratch) / "out"), "weights": str(weights)}))
+
+
+def alone(told: Any) -> dict[str, Any]:
+    """The other side of `run`."""
+    paths = [Path(path) for path in told["paths"]]
+    return asdict(child(Case(**told["case"]), paths, Path(told["out"]), Path(told["weights"])))
+
+
+def runnable(name: str, precision: Precision, weights: Path) -> bool:
+    """Whether `name` is here and runs in `precision`; if not, says why."""
+    try:
+        choose(read_card(name, weights), Execution("cpu", precision))
+    except (WeightsMissing, ExecutionRefused) as error:
+        print(f"left out, {name} in {precision}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def floor_s(case: Case, one: Measured, machine: Machine, weights: Path) -> float:
+    """The least that the network's products could take, s."""
+    each = of_slice(factory(case.pipeline), read_card(case.pipeline, weights), *one.computed)
+    return each * case.slices / (machine.peak[case.precision] * 1e9 * case.cores / machine.cores)
+
+
+HEAD = (
+    *("pipeline", "type", "voxels", "slices", "cores", "seconds", "ms a slice"),
+    *(f"{name} (s)" for name in BUSY.values()),
+    *("peak memory (MB)", "computed", "floor (s)", "floor of seconds"),
+)
+
+
+def row(case: Case, turns: Sequence[Measured], floor: float) -> list[str]:
+    """One line of the table; `floor` in seconds."""
+    taken, one = [turn.seconds for turn in turns], turns[0]
+    middle = statistics.median(taken)
+    return [
+        *(case.pipeline, case.precision, case.voxels, str(case.slices), str(case.cores), median(taken, 1)),
+        f"{1000 * middle / case.slices:.0f}",
+        *(f"{statistics.median(turn.stages_s[stage] for turn in turns):.1f}" for stage in BUSY),
+        f"{max(turn.peak_mb for turn in turns):.0f}",
+        f"{one.computed[0] * one.computed[1] / (one.matrix[0] * one.matrix[1]):.0%}",
+        f"{floor:.1f}",
+        f"{floor / middle:.0%}",
+    ]
+
+
+def line(slices: Sequence[int], seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Seconds at the start and for each slice, by least squares of what each is off in parts, and the largest of it."""
+    n, t = np.array(slices, float), np.array(seconds, float)
+    (start, each), *_ = np.linalg.lstsq(np.stack([1 / t, n / t], 1), np.ones(len(t)), rcond=None)
+    return float(start), float(each), float(np.abs((start + each * n) / t - 1).max())
+
+
+def findings(measured: Mapping[Case, Sequence[Measured]]) -> list[str]:
+    """What the table shows of linearity, memory and cores, in sentences."""
+    middles = {case: statistics.median(turn.seconds for turn in turns) for case, turns in measured.items()}
+    told = []
+    for first in dict.fromkeys(replace(case, slices=0) for case in measured):
+        cases = sorted((case for case in measured if replace(case, slices=0) == first), key=lambda case: case.slices)
+        if len(cases) >= FITTED:
+            start, each, off = line([case.slices for case in cases], [middles[case] for case in cases])
+            peaks = [max(turn.peak_mb for turn in measured[case]) for case in cases]
+            told.append(
+                f"{first.pipeline} in {first.precision}, {first.voxels}, {first.cores} cores: {start:.1f} s and "
+                f"{1000 * each:.1f} ms a slice; no time is farther than {off:.0%} from that. Memory "
+                f"{min(peaks):.0f} to {max(peaks):.0f} MB."
+            )
+    for case, taken in middles.items():
+        fewer = [other for other in middles if other.cores < case.cores and replace(other, cores=case.cores) == case]
+        told += [
+            f"{case.pipeline} in {case.precision}, {case.voxels}, {case.slices} slices: {case.cores} cores are "
+            f"{middles[other] / taken:.2f} times as fast as {other.cores}."
+            for other in fewer
+        ]
+    return told
+
+
+def main() -> None:
+    """Print the table."""
+    parser = arguments(__doc__, rounds=3)
+    parser.add_argument("pipelines", nargs="+", metavar="PIPELINE")
+    parser.add_argument("--precisions", nargs="+", default=["int8"], choices=TYPES)
+    parser.add_argument("--voxels", nargs="+", default=["all", "body"], choices=("all", "body"))
+    parser.add_argument("--slices", type=int, nargs="+", default=[300])
+    parser.add_argument("--cores", type=int, nargs="+", default=[own_cores()])
+    parser.add_argument("--series", type=Path, help="folder of a real series to repeat (default: a phantom)")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights and cards")
+    parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    options = parser.parse_args()
+    cases = [
+        Case(name, precision, voxels, slices, cores)
+        for name, precision in product(options.pipelines, options.precisions)
+        if runnable(name, precision, options.weights)
+        for voxels, slices, cores in product(options.voxels, options.slices, options.cores)
+    ]
+    if not cases:
+        raise SystemExit("nothing is left to measure")
+    with Machine(max(options.cores)) as machine, tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        source, most = Path(scratch) / "source", max(options.slices)
+        paths = repeated(options.series, source, most) if options.series else phantom(source, most)
+        turns = {case: partial(run, case, paths, options.weights) for case in cases}
+        rounds = interleaved(machine, turns, options.rounds, options.quiet)
+        what = f"{options.series.name}, to and fro" if options.series else "a chest phantom at low dose"
+        print(command([options.series, options.weights, options.folder]))
+        print(f"{machine.describe()}\n{rounds.describe()}")
+        print(f"Series: {what}, {body_part(paths[:300]):.0%} body.\n")
+        measured = {case: rounds.of(case) for case in cases}
+        print(
+            table(
+                HEAD,
+                [row(case, many, floor_s(case, many[0], machine, options.weights)) for case, many in measured.items()],
+            )
+        )
+        for sentence in findings(measured):
+            print(f"\n{sentence}")
+
+
+if __name__ == "__main__":
+    answer(alone, main)

@@ -1,0 +1,289 @@
+"""The arithmetic of the benchmarks: operations, rounds that count, tables, and that what is timed is what it says."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ct_builder import phantom, write_series
+
+from pipelines.base import ModelCard
+from pipelines.ffdnet import FFDNet
+from pipelines.openvino_core import cpu_supports
+from pipelines.redcnn import REDCNN
+from pipelines.shipped import fast_2p5d, st3d
+from pipelines.stresnet import SRResNet3D, STResNet
+from pipelines.volume import read_volume
+from training.metrics import LUNG, SOFT_TISSUE
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # they are scripts, not a package
+alone, ct_files, images, machine, operations, papers, series, table1, versus = map(
+    importlib.import_module,
+    ("alone", "ct_files", "images", "machine", "operations", "papers", "series", "table1", "versus"),
+)
+
+
+# operations
+
+
+@pytest.mark.parametrize(("features", "blocks"), [(64, 8), (5, 3)])
+def test_operations_of_the_networks_for_volumes(features: int, blocks: int) -> None:
+    voxels, inner = 4 * 6 * 10, 2 * blocks + 1
+    whole = 27 * features + inner * 27 * features**2 + 27 * features
+    parted = (9 + 3 * features) * features + inner * (9 + 3) * features**2 + 9 * features + 3
+    shape = (1, 1, 4, 6, 10)
+    assert operations.products(SRResNet3D(features, blocks), shape) == voxels * whole
+    assert operations.products(STResNet(features, blocks), shape) == voxels * parted
+
+
+def test_operations_of_a_slice() -> None:
+    def card(given: str, *, noise_map: bool = False) -> Any:
+        return SimpleNamespace(input=given, noise_map=noise_map)
+
+    # 13 → 64 → … → 64 → 4 channels at half the resolution; 101 columns are brought up to 102
+    at_half = 9 * (13 * 64 + 8 * 64 * 64 + 64 * 4)
+    assert operations.of_slice(fast_2p5d, card("slab3", noise_map=True), 64, 101) == 32 * 51 * at_half
+    assert operations.of_slice(st3d, card("volume"), 7, 9) == operations.products(STResNet(), (1, 1, 5, 7, 9)) // 5
+
+
+def test_operations_of_convolutions_without_padding_and_of_transposed_ones() -> None:
+    sizes = [30 - 4 * k for k in range(1, 6)]  # of the results of the convolutions
+    convolved = sum(size**2 * 25 * (96 if k else 1) * 96 for k, size in enumerate(sizes))
+    # each pixel of its input is multiplied with all weights of a transposed one
+    transposed = sum(size**2 * 25 * 96 * (96 if k < 4 else 1) for k, size in enumerate(reversed(sizes)))
+    assert operations.products(REDCNN(), (1, 1, 30, 30)) == convolved + transposed
+    assert operations.products(FFDNet(4, 2), (1, 3, 8, 8), (1, 1, 4, 4)) == 16 * 9 * (13 * 4 + 4 * 4)
+
+
+# the machine
+
+
+class Clock:
+    """A machine whose looks are given; it is as fast as the best of them."""
+
+    def __init__(self, looks: list[float]) -> None:
+        self._looks: Iterator[float] = iter(looks)
+        self.best = 0.0
+
+    def look(self) -> Mapping[str, float]:
+        now = next(self._looks)
+        self.best = max(self.best, now)
+        return {"fp32": now / 4, "int8": now}
+
+    def part(self, rates: Mapping[str, float]) -> float:
+        return min(rates["fp32"] * 4, rates["int8"]) / self.best
+
+
+def rounds(looks: list[float], wanted: int) -> Any:
+    count = iter(range(100))
+    return machine.interleaved(Clock(looks), {"a": lambda: next(count), "b": lambda: next(count)}, wanted, 0.9)
+
+
+def test_a_round_counts_if_the_machine_was_quiet_before_and_after_every_turn() -> None:
+    # three looks a round; the second round is disturbed in its middle, the third at its end
+    done = rounds([100, 95, 97, 99, 60, 99, 99, 98, 89, 100, 100, 91], 2)
+    assert done.of("a") == [0, 6]
+    assert done.of("b") == [1, 7]
+    assert "2 interleaved rounds, medians; 2 thrown away" in done.describe()
+
+
+def test_a_round_is_judged_by_the_best_that_is_known_in_the_end() -> None:
+    done = rounds([80, 80, 80, 100, 100, 100, 95, 95, 95], 2)  # the first was slow, which nobody could know then
+    assert done.of("a") == [2, 4]
+
+
+def test_a_machine_that_is_never_quiet_gives_no_table() -> None:
+    with pytest.raises(SystemExit, match="in none of 6 rounds"):
+        rounds([100, 50, 50] * 6, 2)
+    assert rounds([100, 50, 50] * 5 + [95, 95, 95], 2).of("a") == [10]  # fewer than wanted, and the table says so
+
+
+def test_the_peak_is_that_of_the_best_turn_and_grows_with_the_cores() -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    with machine.Machine(1) as here:
+        rates = here.rates(1)
+        assert all(rates.all[kind] <= rates.best[kind] for kind in machine.TYPES)
+        assert all((rates.best[kind] > 0) == cpu_supports(kind) for kind in ("bf16", "int8"))
+        if rates.best["int8"] and rates.best["fp32"]:
+            assert rates.best["int8"] > 1.5 * rates.best["fp32"]
+            assert f"{here.peak['int8']:.0f} in int8" in here.describe()
+        assert here.part(here.peak) == 1
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match="install gcc"):
+        machine.Machine(1)
+
+
+def test_tables() -> None:
+    assert machine.table(["a", "b"], [["1", "2"], ["3", "4"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 | 4 |"
+    with pytest.raises(ValueError, match="row"):
+        machine.table(["a", "b"], [["1"]])
+    assert machine.median([3.0, 1.0, 2.04], 1) == "2.0 [1.0-3.0]"
+    assert machine.number(None, 2) == "-"
+
+
+def test_a_turn_in_a_process_of_its_own(tmp_path: Path) -> None:
+    program = tmp_path / "double.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(alone.__file__).parent)!r})\nfrom alone import answer\n"
+        "def work(told):\n    print('on the way')\n    return 2 * told['x']\nanswer(work, lambda: None)\n"
+    )
+    assert alone.ask(str(program), {"x": 21}) == 42
+    with pytest.raises(SystemExit, match="KeyError: 'x'"):
+        alone.ask(str(program), {})
+
+
+# images
+
+
+def test_quality_is_the_mean_over_slices_and_over_series() -> None:
+    truth = np.zeros((2, 16, 16), np.float32)
+    off = truth.copy()
+    off[0] += 40  # a tenth of 400 HU: 20 dB
+    off[1] += 4
+    one = images.Quality.of(off, truth)
+    assert images.WINDOWS == (SOFT_TISSUE, LUNG)
+    assert one.psnr_db == pytest.approx((30, 30 + 20 * np.log10(1400 / 400)))
+    both = images.Quality.mean([one, images.Quality((32.0, 50.0), (1.0, 1.0))])
+    assert both.psnr_db == pytest.approx((31, (one.psnr_db[1] + 50) / 2))
+    assert both.lpips is None
+    assert images.loss(both, one) == pytest.approx([1, (50 - one.psnr_db[1]) / 2])
+
+
+def test_a_series_to_and_fro(tmp_path: Path) -> None:
+    hu = phantom(4, 96)
+    source = tmp_path / "source"
+    write_series(source, hu, spacing_mm=(2.5, 0.7, 0.7))
+    paths = ct_files.repeated(source, tmp_path / "long", 9)
+    made = read_volume(paths)
+    np.testing.assert_array_equal(made.hu, hu[[0, 1, 2, 3, 2, 1, 0, 1, 2]])
+    np.testing.assert_allclose(np.diff(made.positions_mm), 2.5, atol=1e-6)
+    assert len(set(made.slice_uids)) == 9
+    assert made.slice_paths == tuple(paths)
+    assert read_volume(paths[:5]).hu.shape == (5, 96, 96)
+    assert 0.3 < ct_files.body_part(paths) <= 1
+
+
+# tables
+
+
+def test_a_row_of_table_1() -> None:
+    one = SimpleNamespace(label="net", products=150_000_000_000)
+    quality = {"fp32": images.Quality((40.0, 50.0), (0.9, 0.95)), "int8": images.Quality((39.95, 49.9), (0.9, 0.95))}
+    # 494 GMAC take the eager network 8 s here, and 6.587 s at 75 GMAC/s
+    cells = table1.row(one, ("OpenVINO", "int8"), [0.5, 0.4, 0.6], (8.0, 494_000_000_000), 600.0, quality)
+    row = dict(zip(table1.HEAD, cells, strict=True))
+    assert row["seconds"] == "0.500 [0.400-0.600]"
+    assert (row["× eager SRResNet3D"], row["× the same at 75 GMAC/s"]) == ("16.00", "13.17")
+    assert (row["GMAC/s"], row["% of peak"]) == ("300", "50")
+    assert (row["PSNR (dB)"], row["loss (dB)"]) == ("39.95 / 49.90", "0.050 / 0.100")
+    assert table1.row(one, ("OpenVINO", "int8"), [0.5], (8.0, 1), 0.0, {})[-5:] == ["-"] * 5
+
+
+def test_a_row_of_the_papers() -> None:
+    measured = {
+        papers.Turn("net", "fp32"): [papers.Measured(2.0, 100.0)],
+        papers.Turn("net", "int8"): [
+            papers.Measured(0.5, 90.0),
+            papers.Measured(0.4, 95.0),
+            papers.Measured(0.6, 80.0),
+        ],
+    }
+    cells = papers.row(papers.Turn("net", "int8"), 60_000_000_000, measured, 480.0, {})
+    row = dict(zip(papers.HEAD, cells, strict=True))
+    assert (row["GMAC a slice"], row["× fp32"], row["% of peak"], row["peak memory (MB)"]) == (
+        "60.0",
+        "4.00",
+        "25",
+        "95",
+    )
+    assert row["loss (dB)"] == "-"
+
+
+def test_a_line_through_times_finds_a_knee() -> None:
+    counts = [50, 100, 400, 1500]
+    assert series.line(counts, [2 + 0.1 * n for n in counts]) == pytest.approx((2, 0.1, 0), abs=1e-9)
+    assert series.line(counts, [2 + 0.1 * n + 0.1 * max(n - 400, 0) for n in counts])[2] > 0.05
+
+
+def measured(seconds: float, peak_mb: float = 100.0) -> Any:
+    stages = {"read": 1.0, "network": seconds - 1, "guard": 1.0, "write": 2.0, "wall": seconds}
+    return series.Measured(stages, peak_mb, (512, 512), (256, 512))
+
+
+def test_what_slices_and_cores_cost() -> None:
+    def case(slices: int, cores: int) -> Any:
+        return series.Case("net", "int8", "body", slices, cores)
+
+    told = series.findings(
+        {
+            case(50, 2): [measured(6.0, 100)],
+            case(100, 2): [measured(11.0, 110)],
+            case(200, 2): [measured(21.0, 105)],
+            case(200, 1): [measured(40.0)],
+        }
+    )
+    assert told == [
+        "net in int8, body, 2 cores: 1.0 s and 100.0 ms a slice; no time is farther than 0% from that. "
+        "Memory 100 to 110 MB.",
+        "net in int8, body, 200 slices: 2 cores are 1.90 times as fast as 1.",
+    ]
+    row = dict(zip(series.HEAD, series.row(case(200, 2), [measured(20), measured(22), measured(21)], 7.0), strict=True))
+    assert (row["seconds"], row["ms a slice"], row["network (s)"]) == ("21.0 [20.0-22.0]", "105", "20.0")
+    assert (row["computed"], row["floor of seconds"]) == ("50%", "33%")
+
+
+def test_slow_opponents_are_scaled_and_marked() -> None:
+    ours, theirs, nlm = versus.Way("net", True, "int8"), versus.Way("net", False), versus.Way("nlm", False)
+    rows = versus.rows({ours: [30.0, 32.0, 28.0], theirs: [16.0], nlm: [8.0]}, 300, 16, {ours: (40.0, 50.0)})
+    assert rows == [
+        ["ours, net, int8", "30.0 [28.0-32.0]", "300 slices", "1.0", "40.00 / 50.00"],
+        ["net, eager PyTorch and pydicom", "300.0 [300.0-300.0]", "16 slices, scaled to 300", "10.0", "-"],
+        ["non-local means, scikit-image", "150.0 [150.0-150.0]", "16 slices, scaled to 300", "5.0 (the quickest)", "-"],
+    ]
+
+
+# what is timed is what it says
+
+
+@pytest.mark.parametrize("kind", [SRResNet3D, STResNet])
+def test_a_tile_at_once_is_what_a_node_streams(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table1, "TILE", (4, 12, 16))
+    monkeypatch.setattr(table1, "FEATURES", 8)
+    monkeypatch.setattr(table1, "BLOCKS", 1)
+    tile = np.random.default_rng(0).normal(0, 0.1, table1.TILE).astype(np.float32)
+    (one,) = (one for one in table1.found([], Path(), tile, 1) if one.kind is kind)
+    exact = table1.eager(one, tile)()
+    changed = float(np.abs(exact - tile).max())
+    for precision, within in (("fp32", 1e-5), ("int8", 0.05)):
+        whole = table1.whole(one, precision, tile, 1)()
+        streamed = table1.streamed(one, precision, tile, 1)()
+        assert np.abs(whole - exact).max() < within * changed
+        assert np.abs(streamed - whole).max() < within * changed
+
+
+def test_the_eager_opponent_computes_the_network_slice_by_slice() -> None:
+    card = ModelCard(
+        "fast-2.5d", "1", "", "", "slab3", (1, 64, 64), (1, 21, 21), (-1024.0, 4000.0), "fp32", "", noise_map=True
+    )
+    torch.manual_seed(0)
+    network = FFDNet(4, 3).eval()
+    hu = phantom(3, 21).astype(np.float32)  # an odd size is brought up to the stride
+    with torch.inference_mode():
+        made = versus.by_eager("fast-2.5d", network, card)(hu, 0.7)
+        padded = torch.from_numpy(np.pad(hu, ((0, 0), (0, 1), (0, 1)), mode="symmetric") / 1000)
+        level = float(versus.noise_level(hu, np.zeros(hu.shape, np.bool_), 0.7)) / 1000
+        last = network(padded[[1, 2, 2]][None], torch.full((1, 1, 11, 11), level))[0, 0, :21, :21].numpy() * 1000
+    assert made.shape == hu.shape
+    np.testing.assert_allclose(made[2], last, atol=1e-3)
