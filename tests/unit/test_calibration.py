@@ -79,13 +79,13 @@ def test_a_simulator_that_is_off_misses_the_bar(scan: Array, monkeypatch: pytest
 
     def missed(low: Callable[[Volume, float, int, Calibration], Array]) -> list[str]:
         monkeypatch.setattr(checking, "simulate", low)
-        return check(volume, found).missed
+        return check(volume, found, 3).missed
 
     assert missed(lambda part, *how: simulate(part, *how) + np.float32(0.7)) == ["water"]
     # √(1 + 3·1.2²) = 2.3
     assert missed(lambda part, *how: part.hu + np.float32(1.2) * (simulate(part, *how) - part.hu)) == ["noise"]
-    softer = replace(found, kernel=Kernel(0.3))
-    assert "frequency" in missed(lambda part, dose, seed, scanner: simulate(part, dose, seed, softer))
+    soft = replace(found, kernel=Kernel(0.3), current=(1.0,) * 3)
+    assert "frequency" in missed(lambda part, dose, seed, _: simulate(part, dose, seed, soft))
     assert Check(math.nan, math.nan, math.nan, math.nan).missed == ["noise", "frequency", "water"]
 
 
