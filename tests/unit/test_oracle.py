@@ -50,6 +50,16 @@ def test_of_noise_there_stays_what_rails_and_blend_keep(per_mm: float, blend: fl
         assert left.mean() / whole == pytest.approx(expected, abs=0.01)
 
 
+def test_a_strength_above_one_takes_no_more_than_the_noise() -> None:
+    trial = trial_of(sine(0.3, 30), sine(0.3, -20))
+    part = volume_of(trial.low.hu[1:2], PIXEL_MM, 2.5)
+    whole, more, half = (
+        denoise_volume(Oracle(trial, sees_lesions=True), part, Options(strength=strength)) for strength in (1, 1.5, 0.5)
+    )
+    assert np.array_equal(whole, more)
+    assert not np.array_equal(whole, half)
+
+
 @pytest.mark.parametrize(("sees", "blend"), [(True, 1.0), (True, 0.6), (False, 1.0), (False, 0.6)])
 def test_a_lesion_comes_back_whole_or_as_far_as_the_rails_pass_it(sees: bool, blend: float) -> None:
     per_mm = 0.1

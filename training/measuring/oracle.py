@@ -45,7 +45,7 @@ class Oracle(Identity):
     def denoise(self, series: Series, options: Options) -> Iterator[Array]:
         """The truth of the measured slices, with what was inserted into the trial's image, behind the rails."""
         trial, pixel_mm = self._trial, series.geometry.spacing_mm[1]
-        rail = Rail(pixel_mm, options.blend * options.strength)
+        rail = Rail(pixel_mm, options.blend * min(options.strength, 1.0))  # there is no more noise than all
         for k in range(series.shape[0]):
             plane, place = series.plane(k), trial.scored.start + k
             given = network_input(plane)
