@@ -119,10 +119,12 @@ def _run(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: asked.set())
     node.start()
     print(f"dicomnode: ready as {config.node.ae_title} on {config.node.address}:{node.port}", flush=True)
-    # Awake now and then: a signal that the kernel gave to another thread is only seen when this one runs.
-    while not asked.wait(_LOOK_EVERY_S):
-        pass
-    node.stop()
+    try:
+        # Awake now and then: a signal that the kernel gave to another thread is only seen when this one runs.
+        while not asked.wait(_LOOK_EVERY_S):
+            node.check()
+    finally:
+        node.stop()
     return OK
 
 

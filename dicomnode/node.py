@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -19,7 +20,7 @@ from dicomnode.db import open_database
 from dicomnode.delivery import Delivery
 from dicomnode.dispatcher import Dispatcher
 from dicomnode.engine import Engine
-from dicomnode.errors import ConfigError
+from dicomnode.errors import ConfigError, NodeError
 from dicomnode.intake import Intake
 from dicomnode.scp import StorageServer
 from dicomnode.spool import Spool, hold
@@ -29,6 +30,8 @@ from pipelines.base import Options
 log = logging.getLogger(__name__)
 
 _STOP_WAIT_S = 10
+_THREADS = ("listener", "intake", "dispatcher", "liveness")
+"""Without any of these the node would take images and do nothing with them."""
 
 
 class Node:
@@ -71,6 +74,19 @@ class Node:
         self._dispatcher.start()
         self._intake.start()
         self._server.start()
+
+    def check(self) -> None:
+        """See that the node is still whole.
+
+        Raises
+        ------
+        NodeError
+            If a fault ended one of its threads. Nothing acknowledged is lost: a new process goes on with it.
+        """
+        running = {thread.name for thread in threading.enumerate()}
+        ended = [name for name in _THREADS if name not in running]
+        if ended:
+            raise NodeError(f"a fault ended the thread {', '.join(ended)}, see the log; start the node again")
 
     def stop(self) -> None:
         """Stop listening, write down what is queued, give work back; nothing acknowledged is only in memory."""
