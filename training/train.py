@@ -356,14 +356,18 @@ def run(args: argparse.Namespace) -> None:
         return
     left_out = subjects_of(case.subject for case in cases)
     starts = first_stages(how.begins_with, args.start, left_out) if how.start else dict.fromkeys(left_out, args.start)
+    preparation = _preparation(args)
     rows: list[Fold] = []
     for subject in left_out:
         out = args.out / subject
         teach, check = divided(cases, [subject])
+        held = scans_of(preparation, check)
+        if not held:
+            print(f"{subject}: not left out, as none of its series can be measured")
+            continue
         _train(args, how, starts[subject], teach, check, out)
-        pipeline, preparation = load_from(out, args.recipe), _preparation(args)
-        for case, scan in scans_of(preparation, check).items():
-            rows.append(measured(pipeline, scan, preparation.spacing(case)))
+        pipeline = load_from(out, args.recipe)
+        rows += [measured(pipeline, scan, preparation.spacing(case)) for case, scan in held.items()]
     if not rows:
         raise SystemExit("no series could be read of any subject, so none was measured")
     text = table(rows)

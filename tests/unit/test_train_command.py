@@ -119,7 +119,9 @@ def test_a_user_with_real_pairs_gets_a_trained_model(
 
 
 def test_leave_one_out_trains_once_without_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = _pairs(tmp_path / "data", ["L010", "L011", "L012"])
+    root = _pairs(tmp_path / "data", ["L010", "L011", "L012", "L013"])
+    for path in (root / "L013" / "quarter_3mm").iterdir():
+        edit(path, lambda ds: setattr(ds, "PixelSpacing", [2.0, 2.0]))
     out = tmp_path / "folds"
     main(
         [
@@ -137,7 +139,10 @@ def test_leave_one_out_trains_once_without_each(tmp_path: Path, capsys: pytest.C
         ]
     )
     text = (out / "folds.md").read_text(encoding="utf-8")
-    assert text in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert text in said
+    assert "L013: not left out, as none of its series can be measured\n" in said
+    assert not (out / "L013").exists()
     assert "| **mean ± SD of 3 subjects** |" in text
     for subject in ("L010", "L011", "L012"):
         assert f"| {subject} | {subject} STANDARD 2 mm | 4 |" in text
