@@ -37,6 +37,7 @@ CHANNELS_LAST = (0, 2, 3, 4, 1)
 SIGNED_ZERO = 128
 """Code of 0 in a tensor of both signs."""
 LEVELS = 256
+_LARGEST = float(np.finfo(np.float32).max)
 LARGEST_WEIGHT = 127
 """Code of the largest weight: −128 is left out, so that both signs have the same grid."""
 
@@ -181,6 +182,11 @@ def segment(
     if skip is not None:
         parameter, x = skip.parameter("skip", 1)
         parameters.append(parameter)
+        if window is not None and window[1].largest is None:
+            # A convolution in float is added into the memory of the skip. That is not the model's to write to, so
+            # OpenVINO copies it, to where each model would keep a plane for good; the result of an operation, which
+            # here changes nothing, goes where `release_memory` reaches.
+            x = op.clamp(x, -_LARGEST, _LARGEST)
         terms.append(x)
     y = terms[0] if len(terms) == 1 else op.add(*terms)
     if relu:
