@@ -4,7 +4,8 @@
 2. The spectrum of the noise in quiet soft tissue says which kernel it went through. It is taken from differences of
    slices that share no layer of tissue, where they exist: anatomy that runs through both is no noise.
 3. The photons are those with which a virtual scan has the noise of the series, place by place and slice by slice; the
-   tube current in the headers is where that starts from.
+   tube current in the headers is where that starts from. In all they are as many as make the noise index double at a
+   quarter of the dose.
 """
 
 from __future__ import annotations
@@ -248,6 +249,8 @@ def _with_photons(found: Calibration, volume: Volume, pixel_mm: float, seed: int
             missing.append((simulated / own) ** 2)
         photons = float(np.median(missing))
         beam = replace(beam, n0=float(f"{beam.n0 * photons:.3g}"))
+    excess = _excess(hu, noise / np.float32(math.sqrt(photons)), volume.padding[looked_at], pixel_mm)
+    beam = replace(beam, n0=float(f"{beam.n0 * excess:.3g}"))
     along = np.argsort(looked_at)
     contradiction = np.clip(np.log(np.array(missing)[along] / photons), -_MOST_CONTRADICTION, _MOST_CONTRADICTION)
     relative = np.exp(convolve1d(contradiction, (0.25, 0.5, 0.25), mode="nearest"))
@@ -255,6 +258,20 @@ def _with_photons(found: Calibration, volume: Volume, pixel_mm: float, seed: int
     return replace(
         found, beam=beam, current=tuple(round(float(a * b), 3) for a, b in zip(current, factor, strict=True))
     )
+
+
+def _excess(hu: Array, noise: Array, padding: NDArray[np.bool_], pixel_mm: float) -> float:
+    """Variance that `noise`, of the full dose, brings into the noise index of slices, over the one it should bring.
+
+    At a quarter of the dose three times the variance of the full dose is added, and the index doubles.
+    """
+    ratios = []
+    for image, one, mask in zip(hu, noise, padding, strict=True):
+        quarter = image + np.float32(math.sqrt(3)) * one
+        before, after = (noise_level(what[None], mask[None], pixel_mm) for what in (image, quarter))
+        if before > 0:
+            ratios.append(after / before)
+    return (float(np.median(ratios)) ** 2 - 1) / 3 if ratios else 1.0
 
 
 def _windows(volume: Volume, pixel_mm: float) -> tuple[list[int], NDArray[np.bool_]]:
