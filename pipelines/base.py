@@ -213,7 +213,7 @@ def load(name: str, execution: Execution | None = None) -> Pipeline:
     raise UnknownPipeline(f"no pipeline {name!r}; there are: {', '.join(names())}")
 
 
-VOXEL_REVISION = 3
+VOXEL_REVISION = 4
 """Revision of the code that every voxel passes, from the file that came to the file that goes: HU and padding of the
 source, safety rails, noise level, units, streaming, stored values. Raise it with any change there that moves a voxel by
 more than float rounding; tests/contract/test_golden_output.py fails until then."""

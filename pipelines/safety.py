@@ -9,6 +9,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.ct_slice import PADDING_BELOW_HU
 from pipelines.volume import Plane, Volume
 
 Array = NDArray[np.float32]
@@ -16,7 +17,8 @@ Mask = NDArray[np.bool_]
 
 AIR_HU = -1000.0
 LOWEST_HU = -1024.0
-"""Nothing that was measured is lower; below lies padding that no tag declares."""
+"""No network sees anything lower, here and in training: the end of 12 bits with the usual intercept. Where a scanner
+stores more, noise in air and lung goes below."""
 METAL_HU = 3071.0
 """Highest value of 12 bits with the usual intercept: above it, and `METAL_MARGIN_PX` around, voxels pass unchanged."""
 METAL_MARGIN_PX = 3
@@ -26,9 +28,9 @@ what is wider than 15 mm. Wider Gaussians kept organs at their HU and let lesion
 
 
 def network_input(given: Plane | Volume) -> Array:
-    """HU with air for padding, declared or not; as many dimensions as `given`."""
+    """HU with air for padding; as many dimensions as `given`."""
     hu = np.maximum(given.hu, np.float32(LOWEST_HU))
-    hu[given.padding | (given.hu < LOWEST_HU)] = AIR_HU
+    hu[given.padding] = AIR_HU
     return hu
 
 
@@ -95,8 +97,8 @@ class Rail:
 
 
 def _untouchable(plane: Plane) -> Mask:
-    """Padding, and metal with its margin."""
-    fixed = plane.padding | (plane.hu < LOWEST_HU)
+    """Padding, specks below any measurement, and metal with its margin."""
+    fixed = plane.padding | (plane.hu < PADDING_BELOW_HU)
     metal = plane.hu > METAL_HU
     if metal.any():
         for axis in (0, 1):

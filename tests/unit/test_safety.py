@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, maximum_filter
 
-from pipelines.safety import AIR_HU, LOW_FREQUENCY_MM, METAL_HU, METAL_MARGIN_PX, Rail, network_input
+from pipelines.safety import AIR_HU, LOW_FREQUENCY_MM, LOWEST_HU, METAL_HU, METAL_MARGIN_PX, Rail, network_input
 from pipelines.testing import water_volume
 from pipelines.volume import Plane
 
@@ -26,9 +26,22 @@ def _out(plane: Plane, denoised: Array, part: float = 1.0, pixel_mm: float = PIX
 
 
 def test_network_never_sees_padding() -> None:
-    hu = np.array([[40, -2000, -3024, 5000, -1010]], np.float32)
-    padding = np.array([[False, True, False, False, False]])
-    assert network_input(_plane(hu, padding)).tolist() == [[40, AIR_HU, AIR_HU, 5000, -1010]]
+    hu = np.array([[40, -2000, 5000, -1010]], np.float32)
+    padding = np.array([[False, True, False, False]])
+    assert network_input(_plane(hu, padding)).tolist() == [[40, AIR_HU, 5000, -1010]]
+
+
+def test_noise_below_the_lowest_hu_of_a_training_is_cut_off_there_and_denoised() -> None:
+    hu = np.array([[-1010, -1030, -1090, -3024]], np.float32)
+    plane = _plane(hu)
+    assert network_input(plane).tolist() == [[-1010, LOWEST_HU, LOWEST_HU, LOWEST_HU]]
+    rail = Rail(PIXEL_MM, 1.0)
+    change = np.array([[10.0, -10.0, 20.0, 30.0]], np.float32)
+    where = np.array([[True, True, True, False]])
+    made = rail(plane, network_input(plane), network_input(plane) + change, np.ones(hu.shape, np.bool_)) - hu
+    expected = np.where(where, change - rail.low_frequencies(change, where), 0)
+    np.testing.assert_allclose(made, expected, atol=1e-3)
+    assert np.abs(expected[0, :3]).min() > 1
 
 
 def test_a_volume_is_given_as_its_slices_are() -> None:
