@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from untrained import install
 
-from pipelines.base import Execution, OptionRefused, Options, Pipeline
+from pipelines.base import Execution, OptionRefused, Options, Pipeline, UnknownPipeline
 from pipelines.ffdnet import FFDNet
 from training import evaluate
 from training.measuring import model_page, seen
@@ -147,6 +147,9 @@ def test_a_network_is_measured_before_it_is_installed(tmp_path: Path, monkeypatc
     assert "--weights run" in evaluate.command_line(args)
     with pytest.raises(SystemExit, match="holds no network st3d: give a folder of `train --out`"):
         evaluate.measure(_parsed("st3d", *words))
+    (tmp_path / "run" / "nobody.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UnknownPipeline, match="nobody is no network that a node can be told to run"):
+        evaluate.measure(_parsed("nobody", *words))
     args = _parsed("fast-2.5d", "--card", *words)
     with pytest.raises(SystemExit, match="training export FOLDER"):
         args.run(args)
