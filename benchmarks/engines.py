@@ -172,9 +172,12 @@ def by_onnxruntime(one: Job, precision: Precision) -> Run:
         torch.onnx.export(one.network, given, str(path), dynamo=False, opset_version=OPSET, input_names=names)
         if precision == "int8":
             tools = import_module("onnxruntime.quantization")
-            exact, path = path, Path(scratch) / "int8.onnx"
+            ready, path = Path(scratch) / "ready.onnx", Path(scratch) / "int8.onnx"
+            import_module("onnxruntime.quantization.shape_inference").quant_pre_process(
+                str(Path(scratch) / "fp32.onnx"), str(ready), skip_symbolic_shape=True
+            )
             tools.quantize_static(
-                str(exact),
+                str(ready),
                 str(path),
                 _once(tools, feed),
                 quant_format=tools.QuantFormat.QDQ,

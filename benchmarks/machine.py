@@ -45,8 +45,8 @@ class Rates:
 
     best: Mapping[str, float]
     """In the best turn."""
-    all: Mapping[str, float]
-    """Over all turns: less, when others take the processor meanwhile."""
+    middle: Mapping[str, float]
+    """In the middle one: less, when others take the processor meanwhile."""
 
 
 class Machine:
@@ -90,7 +90,7 @@ class Machine:
         """What it makes now, GMAC/s by type."""
         rates = self.rates(self.cores)
         self._best = {kind: max(self._best[kind], rates.best[kind]) for kind in TYPES}
-        return rates.all
+        return rates.middle
 
     @property
     def peak(self) -> Mapping[str, float]:

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,25 +140,23 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=4, help="slices of each of them (default %(default)s)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights and cards")
     options = parser.parse_args()
-    pairs = product(options.pipelines or ours(), options.precisions)
-    turns = [Turn(*pair) for pair in pairs if runnable(*pair, options.weights)]
-    if not turns:
-        raise SystemExit("nothing is left to measure")
+    names, weights = options.pipelines or ours(), options.weights
+    turns = [Turn(*pair) for pair in runnable(names, options.precisions, weights)]
 
     def ran(turn: Turn) -> Measured:
-        told = {**turn._asdict(), "slices": options.slices, "weights": str(options.weights)}
+        told = {**turn._asdict(), "slices": options.slices, "weights": str(weights)}
         return Measured(*ask(__file__, told))
 
     with Machine(own_cores()) as machine:
         rounds = interleaved(machine, {turn: partial(ran, turn) for turn in turns}, options.rounds, options.quiet)
         description, peak = machine.describe(), machine.peak
-    quality = qualities(turns, options.series, options.scored, options.weights)
+    quality = qualities(turns, options.series, options.scored, weights)
     products = {
-        name: of_slice(factory(name), read_card(name, options.weights), SIZE, SIZE)
+        name: of_slice(factory(name), read_card(name, weights), SIZE, SIZE)
         for name in {turn.pipeline for turn in turns}
     }
     measured = {turn: rounds.of(turn) for turn in turns}
-    print(command([options.weights, *options.series]))
+    print(command([weights, *options.series]))
     print(f"{description}\n{rounds.describe()}")
     if options.series:
         print(described([folder.name for folder in options.series], options.scored))

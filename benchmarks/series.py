@@ -135,14 +135,20 @@ def alone(told: Any) -> dict[str, Any]:
     return asdict(child(Case(**told["case"]), paths, Path(told["out"]), Path(told["weights"])))
 
 
-def runnable(name: str, precision: Precision, weights: Path) -> bool:
-    """Whether `name` is here and runs in `precision`; if not, says why."""
-    try:
-        choose(read_card(name, weights), Execution("cpu", precision))
-    except (WeightsMissing, ExecutionRefused) as error:
-        print(f"left out, {name} in {precision}: {error}", file=sys.stderr)
-        return False
-    return True
+def runnable(pipelines: Sequence[str], precisions: Sequence[Precision], weights: Path) -> list[tuple[str, Precision]]:
+    """Those pairs that are here and run on this machine; says which do not, and why."""
+    pairs, left_out = [], {}
+    for name, precision in product(pipelines, precisions):
+        try:
+            choose(read_card(name, weights), Execution("cpu", precision))
+            pairs.append((name, precision))
+        except (WeightsMissing, ExecutionRefused) as error:
+            left_out[str(error)] = name
+    for why, name in left_out.items():
+        print(f"left out, {name}: {why}", file=sys.stderr)
+    if not pairs:
+        raise SystemExit("nothing is left to measure")
+    return pairs
 
 
 def floor_s(case: Case, one: Measured, machine: Machine, weights: Path) -> float:
@@ -218,12 +224,9 @@ def main() -> None:
     options = parser.parse_args()
     cases = [
         Case(name, precision, voxels, slices, cores)
-        for name, precision in product(options.pipelines, options.precisions)
-        if runnable(name, precision, options.weights)
+        for name, precision in runnable(options.pipelines, options.precisions, options.weights)
         for voxels, slices, cores in product(options.voxels, options.slices, options.cores)
     ]
-    if not cases:
-        raise SystemExit("nothing is left to measure")
     with Machine(max(options.cores)) as machine, tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         source, most = Path(scratch) / "source", max(options.slices)
         paths = repeated(options.series, source, most) if options.series else phantom(source, most)

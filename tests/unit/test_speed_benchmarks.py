@@ -111,7 +111,7 @@ def test_the_peak_is_that_of_the_best_turn_and_grows_with_the_cores() -> None:
         pytest.skip("no C compiler")
     with machine.Machine(1) as here:
         rates = here.rates(1)
-        assert all(rates.all[kind] <= rates.best[kind] for kind in machine.TYPES)
+        assert all(0 <= rates.middle[kind] <= rates.best[kind] for kind in machine.TYPES)
         assert all((rates.best[kind] > 0) == cpu_supports(kind) for kind in ("bf16", "int8"))
         if rates.best["int8"] and rates.best["fp32"]:
             assert rates.best["int8"] > 1.5 * rates.best["fp32"]
