@@ -1,18 +1,18 @@
 """Table 1 of the STResNet paper in its own form: SRResNet3D and STResNet in eager PyTorch and in OpenVINO, in tiles.
 
-    python benchmarks/table1.py [st3d-wide srresnet3d-wide ...] [--series FOLDER FOLDER FOLDER]
+    python benchmarks/table1.py [NAME...] [--series FOLDER FOLDER FOLDER]
 
 Wei L., Hsu W., "Efficient and Accurate Spatial-Temporal Denoising Network for Low-dose CT Scans", MIDL 2021. Each
 network is measured in fp32, bf16 and INT8: as one graph of the whole tile, and streamed through it plane by plane, as a
-node runs it. The networks named are trained ones; of the paper's two, a network of random weights stands in for one
-that is not named, whose time is the same and whose images say nothing. INT8 weights come from `python -m training
-quantize`; without them, the ranges are those of the tile.
+node runs it. For one of the paper's two that has no weights, random ones stand in: the time is the same, the images say
+nothing. INT8 weights come from `python -m training quantize`; without them, the ranges are those of the tile.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ from training.recipes import volume
 
 TILE = (16, 128, 128)
 FEATURES, BLOCKS = 64, 8
+PAPER = ("srresnet3d-wide", "st3d-wide")
 BASELINE_GMACS = 75.0
 """Of an eager SRResNet3D on an undisturbed machine of ours. How fast eager PyTorch is depends on tile, memory and
 version by more than a factor of two; a ratio to a slow one flatters."""
@@ -112,14 +113,13 @@ def trained(name: str, folder: Path, tile: Array, cores: int) -> Contestant:
 
     Raises
     ------
+    pipelines.base.WeightsMissing
+        If there are none.
     SystemExit
-        If there is none, or it is another kind of network.
+        If it is another kind of network.
     """
-    try:
-        card = read_card(name, folder)
-        weights = load(read_weights(card, folder))
-    except WeightsMissing as error:
-        raise SystemExit(f"{error}; left out of the command, random weights are timed in its place") from error
+    card = read_card(name, folder)
+    weights = load(read_weights(card, folder))
     kind = STResNet if "head.0.weight" in weights else SRResNet3D
     if kind is SRResNet3D and "head.weight" not in weights:
         raise SystemExit(f"{name} is neither an SRResNet3D nor an STResNet: name one that is")
@@ -134,8 +134,13 @@ def trained(name: str, folder: Path, tile: Array, cores: int) -> Contestant:
 
 
 def found(names: Sequence[str], folder: Path, tile: Array, cores: int) -> list[Contestant]:
-    """The networks named, and those of the paper that none of them is; SRResNet3D before STResNet."""
-    made = [trained(name, folder, tile, cores) for name in names]
+    """Those of `names` that are trained, and those of the paper that none of them is; SRResNet3D before STResNet."""
+    made = []
+    for name in names:
+        try:
+            made.append(trained(name, folder, tile, cores))
+        except WeightsMissing as error:
+            print(f"left out: {error}", file=sys.stderr)
     for kind in (SRResNet3D, STResNet):
         if not any(one.kind is kind and one.size == (FEATURES, BLOCKS) for one in made):
             weights = random_weights(kind)
@@ -295,7 +300,13 @@ def row(
 def main() -> None:
     """Print the table."""
     parser = arguments(__doc__, rounds=5)
-    parser.add_argument("networks", nargs="*", metavar="NAME", help="trained networks of one of the two kinds")
+    parser.add_argument(
+        "networks",
+        nargs="*",
+        metavar="NAME",
+        default=list(PAPER),
+        help=f"networks of one of the two kinds (default: {' '.join(PAPER)})",
+    )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of weights and cards")
     parser.add_argument(
         "--series", type=Path, nargs="*", default=[], help="CT series that taught nobody: image quality"

@@ -211,7 +211,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("pipelines", nargs="*", metavar="PIPELINE", default=["fast-2.5d", "quality-2.5d", "st3d"])
     parser.add_argument("--slices", type=int, default=300, help="of the series (default %(default)s)")
-    parser.add_argument("--timed", type=int, default=32, help="of these, for the others (default %(default)s)")
+    parser.add_argument("--timed", type=int, default=16, help="of these, for the others (default %(default)s)")
     parser.add_argument(
         "--series", type=Path, nargs="*", default=[], help="CT series that taught nobody: image quality"
     )
