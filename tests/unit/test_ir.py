@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from safetensors.numpy import load as load_tensors
 from torch import nn
 from untrained import install
 
-from pipelines.base import ModelCard
+from pipelines.base import ENTRY_POINT_GROUP, ModelCard
 from pipelines.cascade import DRL, Cascade, WuCNN10
 from pipelines.dcscn import DCSCN, PlainCNN
 from pipelines.ffdnet import FFDNet
@@ -29,6 +30,7 @@ from pipelines.openvino_planes import OWN, OpenVINOPlanes, read_graph
 from pipelines.redcnn import REDCNN
 from pipelines.resunet import ResUNet
 from pipelines.runtime import WEIGHTS, read_card, read_file, read_weights
+from pipelines.shipped import Factory
 from pipelines.torch_engine import TorchPlanes
 from training import ir
 from training.__main__ import main
@@ -84,10 +86,11 @@ def _inputs(
     return slices, rng.uniform(0, 0.1, (1, *(length // map_stride for length in shape))).astype(np.float32)
 
 
-def _worst_error_hu(card: ModelCard, folder: Path, xml: bytes, *shapes: tuple[int, int]) -> tuple[float, float]:
+def _worst_error_hu(
+    network: nn.Module, map_stride: int, card: ModelCard, folder: Path, xml: bytes, *shapes: tuple[int, int]
+) -> tuple[float, float]:
     """Largest difference between the graph and PyTorch, and what the network changes, root mean square; both HU."""
-    make, map_stride, _, _ = NETWORKS[card.name]
-    ours, reference = OpenVINOPlanes(xml, read_weights(card, folder), "fp32", 1), TorchPlanes(make(), card, folder)
+    ours, reference = OpenVINOPlanes(xml, read_weights(card, folder), "fp32", 1), TorchPlanes(network, card, folder)
     worst, change = 0.0, 0.0
     for seed, shape in enumerate(shapes):
         slices, noise_map = _inputs(card, map_stride, shape, seed)
@@ -103,15 +106,20 @@ def test_a_graph_computes_what_pytorch_computes(tmp_path: Path, name: str) -> No
     card = _installed(tmp_path, name)
     xml = graph(make(), card, tmp_path, noise_map_stride=map_stride or 1)
     rows, columns = (stride * count for count in size)
-    error, change = _worst_error_hu(card, tmp_path, xml, (rows, columns), (columns, rows + stride), (rows, columns))
+    shapes = (rows, columns), (columns, rows + stride), (rows, columns)
+    error, change = _worst_error_hu(make(), map_stride, card, tmp_path, xml, *shapes)
     assert change > 100
     assert error <= MAX_ERROR_HU
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted(WEIGHTS.glob("*.xml")) if path.stem in NETWORKS])
+@pytest.mark.parametrize("name", [path.stem for path in sorted(WEIGHTS.glob("*.xml"))])
 def test_a_graph_that_ships_computes_what_pytorch_computes(name: str) -> None:
     card = read_card(name)
-    error, _ = _worst_error_hu(card, WEIGHTS, read_file(card, "xml"), (48, 64), (100, 36))
+    (point,) = entry_points(group=ENTRY_POINT_GROUP, name=name)
+    factory: Factory = point.load()
+    map_stride = factory.noise_map_stride if card.noise_map else 0
+    shapes = (48, 64), (112, 32)  # multiples of every stride
+    error, _ = _worst_error_hu(factory.network(), map_stride, card, WEIGHTS, read_file(card, "xml"), *shapes)
     assert error <= MAX_ERROR_HU
 
 
