@@ -123,7 +123,7 @@ def test_the_caller_waits_rather_than_fill_the_memory(tmp_path: Path, monkeypatc
         caller.start()
         deadline = time.monotonic() + 20
         while handed < 4 and time.monotonic() < deadline:
-            time.sleep(0.001)
+            time.sleep(0.001)  # the thread is watched from outside: it sets nothing that could be waited for
         caller.join(0.05)
         assert 4 <= handed <= 5  # four in the queue, one in hand
         let_go.set()
