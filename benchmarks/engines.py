@@ -130,9 +130,7 @@ def _quantised_by_torch(network: nn.Module, given: tuple[torch.Tensor, ...]) -> 
             prepared(*given)
             made: nn.Module = fx.convert_fx(prepared)
             made(*given)
-    except (
-        Exception
-    ) as error:  # FX tells what it cannot do by errors of every kind; a peer that fails is said in the table
+    except Exception as error:  # FX tells what it cannot do by errors of every kind; the table says which
         raise Refused(f"PyTorch cannot quantise it: {type(error).__name__}: {error}") from error
     return made
 

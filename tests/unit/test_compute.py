@@ -16,7 +16,7 @@ from attempts import COUNT, UIDS, Scripted, compute_with, config_with_route, mak
 from ct_builder import phantom, write_series
 from node_process import PLUGINS
 from peers import wait_for
-from tables import add_job, add_series, config_of, database_in, events, row, rows
+from tables import add_job, add_series, config_of, events, row, rows
 
 from dicomnode import compute as module
 from dicomnode.config import Config
@@ -38,11 +38,6 @@ def controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(PLUGINS))
     monkeypatch.setenv("TEST_PIPELINES", str(tmp_path))
     return tmp_path
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> sa.Engine:
-    return database_in(tmp_path)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from tables import add_series, database_in
+from tables import add_series
 
 from dicomnode.db import OURS, alembic_config, metadata, migrate, now, open_database
 
@@ -33,11 +33,6 @@ REVIEWED = {
 }
 """Every column was looked at: none takes a name, number or date of a patient. A new one is added here after the same
 look."""
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> sa.Engine:
-    return database_in(tmp_path)
 
 
 def test_the_migrations_make_exactly_these_tables(database: sa.Engine) -> None:

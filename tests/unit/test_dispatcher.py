@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from peers import wait_for
-from tables import CT, EXPLICIT, add_job, database_in, row
+from tables import CT, EXPLICIT, add_job, row
 
 from dicomnode import dispatcher as module
 from dicomnode import jobs as job_table
@@ -54,11 +54,6 @@ class Worker:
     def cancel(self, job_id: str) -> bool:
         self.cancelled.append((job_id, row(self.database, "jobs", id=job_id)["state"]))
         return True
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> sa.Engine:
-    return database_in(tmp_path)
 
 
 @pytest.fixture

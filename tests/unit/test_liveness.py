@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from peers import wait_for
-from tables import database_in, rows
+from tables import rows
 
 from dicomnode import liveness as module
 from dicomnode.db import workers
@@ -46,11 +45,6 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     made = Work()
     monkeypatch.setattr(module, "DBOS", made)
     return made
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> sa.Engine:
-    return database_in(tmp_path)
 
 
 def alive(database: sa.Engine, me: str = "me", active: set[str] | None = None) -> Liveness:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from attempts import Scripted, compute_with, config_with_route, make_job
 from ct_builder import phantom, write_series
 from numpy.typing import NDArray
-from tables import database_in, events, row
+from tables import events, row
 
 from dicomnode import compute as module
 from dicomnode import denoise, derive
@@ -33,11 +33,6 @@ from pipelines.identity import Identity
 from pipelines.volume import FileSeries, Series
 
 COUNT = 5
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> sa.Engine:
-    return database_in(tmp_path)
 
 
 @pytest.fixture
