@@ -87,6 +87,7 @@ def test_lpips_is_its_definition(weights: Path, pair: tuple[Float64, Float64], w
     assert slices[0] > 0.01
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torchvision, on the way the package calls it
 def test_lpips_is_that_of_the_package(weights: Path, pair: tuple[Float64, Float64]) -> None:
     reference = pytest.importorskip("lpips").LPIPS(pretrained=False, pnet_rand=True, verbose=False)
     state, heads = (torch.load(weights / name, weights_only=True) for name in (BACKBONE_FILE, HEADS_FILE))
