@@ -13,6 +13,9 @@ from dicomnode.errors import PeerAborted, PeerTimedOut, PeerUnreachable, Protoco
 
 log = logging.getLogger(__name__)
 
+_FIRST_BUFFER_BYTES = 4096
+_FAREWELL_S = 1.0
+"""Longest wait for a peer to close the connection after it was told that it is over."""
 _GATHER = 256
 """Buffers per sendmsg; Linux takes 1024."""
 _NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
@@ -20,33 +23,25 @@ _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 
 
 class Connection:
-    """An open TCP connection to a peer, drained and filled in whole PDUs; not used again after an error."""
+    """An open TCP connection to a peer, drained and filled in whole PDUs; not used again after an error.
 
-    def __init__(self, peer: str, host: str, port: int, *, connect_timeout_s: float, stall_timeout_s: float) -> None:
-        """Connect.
+    Parameters
+    ----------
+    connected
+        Belongs to this object from now on.
+    peer
+        What errors call it.
+    stall_timeout_s
+        Longest time in which the peer may take nothing of what is sent.
+    """
 
-        Parameters
-        ----------
-        peer
-            What errors call it.
-        host, port
-        connect_timeout_s
-            For each address that the name of the host stands for.
-        stall_timeout_s
-            Longest time in which the peer may take nothing of what is sent.
-
-        Raises
-        ------
-        PeerUnreachable
-        """
+    def __init__(self, connected: socket.socket, peer: str, *, stall_timeout_s: float) -> None:
+        self._socket = connected
         self._peer = peer
         self._stall_timeout_s = stall_timeout_s
-        self._received = bytearray()
-        try:
-            self._socket = socket.create_connection((host, port), timeout=connect_timeout_s)
-        except (OSError, UnicodeError) as error:  # UnicodeError: a host name that IDNA cannot encode
-            why = getattr(error, "strerror", None) or error
-            raise PeerUnreachable(f"no connection to {peer}: {why}; is it running, and its address right?") from error
+        self._buffer = bytearray(_FIRST_BUFFER_BYTES)
+        self._begin = self._end = 0
+        """Where in the buffer lies what came and was not asked for yet."""
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, pieces: Iterable[pdu.Buffer], deadline: float, what: str) -> None:
@@ -72,34 +67,50 @@ class Connection:
                     window[0] = memoryview(window[0])[sent:]
                     sent = 0
 
-    def receive(self, deadline: float, max_length: int, what: str) -> tuple[int, bytes]:
-        """Type and bytes, header included, of the next PDU, complete by `deadline` (of `time.monotonic`)."""
+    def receive(self, deadline: float, max_length: int, what: str) -> tuple[int, memoryview]:
+        """Type and bytes, header included, of the next PDU, complete by `deadline` (of `time.monotonic`).
+
+        The bytes stay as they are until the next call. The buffer grows with the PDUs that come, not with those that
+        are announced to come, and only up to what holds `max_length`.
+        """
         self._fill(pdu.HEADER_BYTES, deadline, what)
-        kind, length = pdu.read_header(bytes(self._received[: pdu.HEADER_BYTES]))
+        header = memoryview(self._buffer)[self._begin : self._begin + pdu.HEADER_BYTES]
+        kind, length = pdu.read_header(header)
         if length > max_length:
             raise ProtocolViolation(f"{self._peer} announces a PDU of {length} bytes, {max_length} are allowed")
-        end = pdu.HEADER_BYTES + length
-        self._fill(end, deadline, what)
-        whole = bytes(self._received[:end])
-        del self._received[:end]
+        size = pdu.HEADER_BYTES + length
+        self._fill(size, deadline, what)
+        whole = memoryview(self._buffer)[self._begin : self._begin + size]
+        self._begin += size
         return kind, whole
 
     def _fill(self, size: int, deadline: float, what: str) -> None:
-        while len(self._received) < size:
+        while self._end - self._begin < size:
+            if self._begin + size > len(self._buffer):
+                self._make_room()
             self._socket.settimeout(self._left(deadline, what))
             try:
                 if _QUICKACK is not None:
                     # Not sticky, so before every wait. A peer that writes header and body apart waits for our ACK
                     # before it writes the body (Nagle), which the kernel would otherwise delay by 40 ms.
                     self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
-                chunk = self._socket.recv(65536)
+                count = self._socket.recv_into(memoryview(self._buffer)[self._end :])
             except TimeoutError:
                 raise self._late(what) from None
             except OSError as error:
                 raise self._gone(error) from error
-            if not chunk:
+            if not count:
                 raise PeerAborted(f"{self._peer} closed the connection before {what}")
-            self._received += chunk
+            self._end += count
+
+    def _make_room(self) -> None:
+        """Bring what is held to the front of the buffer, and double that once it is full."""
+        held = self._end - self._begin
+        if self._begin:
+            self._buffer[:held] = self._buffer[self._begin : self._end]
+            self._begin, self._end = 0, held
+        if held == len(self._buffer):
+            self._buffer = self._buffer + bytes(held)
 
     def send_last(self, pdu_bytes: bytes) -> None:
         """Send as much of a farewell as the socket takes at once; whether it arrives makes no difference."""
@@ -108,6 +119,23 @@ class Connection:
             self._socket.send(pdu_bytes, _NO_SIGPIPE)
         except OSError as error:
             log.debug("%s: no farewell: %s", self._peer, error)
+
+    def part(self, pdu_bytes: bytes) -> None:
+        """Send a farewell that shall arrive, give the peer a moment to close the connection, and close it.
+
+        With unread bytes in it a closed socket resets the connection, and the peer may never see what was sent last.
+        """
+        self.send_last(pdu_bytes)
+        until = time.monotonic() + _FAREWELL_S
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+            while (left := until - time.monotonic()) > 0:
+                self._socket.settimeout(left)
+                if not self._socket.recv_into(self._buffer):
+                    break
+        except OSError as error:
+            log.debug("%s: gone without a farewell: %s", self._peer, error)
+        self._socket.close()
 
     def close(self) -> None:
         """Close the connection."""
@@ -124,3 +152,26 @@ class Connection:
 
     def _gone(self, error: OSError) -> PeerAborted:
         return PeerAborted(f"{self._peer} closed the connection ({error.strerror or error})")
+
+
+def connect(peer: str, host: str, port: int, *, connect_timeout_s: float, stall_timeout_s: float) -> Connection:
+    """A connection to a peer that is called `peer` in errors.
+
+    Parameters
+    ----------
+    peer, host, port
+    connect_timeout_s
+        For each address that the name of the host stands for.
+    stall_timeout_s
+        As for `Connection`.
+
+    Raises
+    ------
+    PeerUnreachable
+    """
+    try:
+        connected = socket.create_connection((host, port), timeout=connect_timeout_s)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host name that IDNA cannot encode
+        why = getattr(error, "strerror", None) or error
+        raise PeerUnreachable(f"no connection to {peer}: {why}; is it running, and its address right?") from error
+    return Connection(connected, peer, stall_timeout_s=stall_timeout_s)

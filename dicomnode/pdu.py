@@ -58,6 +58,25 @@ ABORT = struct.pack(">BxL2xBB", PduType.ABORT, 4, 0, 0)
 """A-ABORT by the service user (PS3.8 section 9.3.8)."""
 
 
+class AbortReason(IntEnum):
+    """Why the service provider aborts (PS3.8 table 9-26)."""
+
+    NOT_SPECIFIED = 0
+    UNRECOGNIZED_PDU = 1
+    UNEXPECTED_PDU = 2
+    INVALID_PARAMETER = 6
+
+
+def provider_abort(reason: AbortReason) -> bytes:
+    """A-ABORT by the service provider."""
+    return struct.pack(">BxL2xBB", PduType.ABORT, 4, 2, reason)
+
+
+def associate_rj(result: int, source: int, reason: int) -> bytes:
+    """A-ASSOCIATE-RJ (PS3.8 table 9-21)."""
+    return struct.pack(">BxLxBBB", PduType.ASSOCIATE_RJ, 4, result, source, reason)
+
+
 class Element(IntEnum):
     """Element numbers of command group 0000 (PS3.7 annex E)."""
 
@@ -123,6 +142,26 @@ def c_echo_rq(message_id: int) -> bytes:
     )
 
 
+def response(request: Mapping[int, bytes], status: int) -> bytes:
+    """Command set that answers a C-STORE or C-ECHO request with `status` (PS3.7 sections 9.3.1.2 and 9.3.5.2).
+
+    Raises
+    ------
+    MalformedPdu
+        If the request lacks what an answer has to name.
+    """
+    repeated = (Element.AFFECTED_SOP_CLASS_UID, Element.AFFECTED_SOP_INSTANCE_UID)
+    return command_set(
+        {
+            **{number: request[number] for number in repeated if number in request},
+            Element.COMMAND_FIELD: us(read_us(request, Element.COMMAND_FIELD) | RESPONSE),
+            Element.MESSAGE_ID_RESPONDED_TO: us(read_us(request, Element.MESSAGE_ID)),
+            Element.DATA_SET_TYPE: us(NO_DATA_SET),
+            Element.STATUS: us(status),
+        }
+    )
+
+
 def read_command_set(data: Buffer) -> dict[int, bytes]:
     """Element number → value.
 
@@ -153,6 +192,11 @@ def read_us(elements: Mapping[int, bytes], number: Element) -> int:
     if len(value) != 2:
         raise MalformedPdu(f"command set without a valid {number.name} (0000,{number:04X})")
     return int.from_bytes(value, "little")
+
+
+def read_ui(elements: Mapping[int, bytes], number: Element) -> str:
+    """Value of a UID without its padding, whatever it is: empty if it is absent, U+FFFD for what is not ASCII."""
+    return elements.get(number, b"").decode("ascii", "replace").rstrip("\0 ")
 
 
 def p_data(context_id: int, message: Buffer, *, command: bool, max_pdu: int) -> Iterator[Buffer]:

@@ -22,7 +22,7 @@ from typing import Self
 from pydicom.uid import UID
 
 from dicomnode import pdu
-from dicomnode.connection import Connection
+from dicomnode.connection import connect
 from dicomnode.encoding import UNCOMPRESSED, data_set
 from dicomnode.errors import (
     AssociationRejected,
@@ -199,7 +199,7 @@ class _Association:
 
     def __enter__(self) -> Self:
         peer = self._peer
-        self._wire = Connection(
+        self._wire = connect(
             str(peer),
             peer.host,
             peer.port,
@@ -257,7 +257,7 @@ class _Association:
         if kind != PduType.ASSOCIATE_AC:
             raise self._unexpected(kind, answer)
         with _Naming(peer):
-            return pdu.read_associate_ac(answer)
+            return pdu.read_associate_ac(bytes(answer))
 
     def store(self, item: Outgoing, on_request: Callable[[str], None]) -> Answer | Refused:
         """Send one instance and wait for the answer to it."""
@@ -341,7 +341,7 @@ class _Association:
             # Both asked at once: the requestor of the association answers first (PS3.8 section 7.2.2.2).
             self._wire.send([pdu.RELEASE_RP], deadline, "taking the release response")
 
-    def _unexpected(self, kind: int, answer: bytes) -> PeerError:
+    def _unexpected(self, kind: int, answer: memoryview) -> PeerError:
         if kind == PduType.ABORT:
             by, reason = (answer[-2], answer[-1]) if len(answer) == pdu.HEADER_BYTES + 4 else (0, 0)
             return PeerAborted(f"{self._peer} aborted the association (A-ABORT, source {by}, reason {reason})")
@@ -350,7 +350,7 @@ class _Association:
             return PeerAborted(f"{self._peer} released the association before it answered")
         return ProtocolViolation(f"{self._peer} sent an unexpected PDU of type {kind}")
 
-    def _rejection(self, answer: bytes) -> PeerError:
+    def _rejection(self, answer: memoryview) -> PeerError:
         if len(answer) != pdu.HEADER_BYTES + 4:
             return ProtocolViolation(f"{self._peer} sent an A-ASSOCIATE-RJ of {len(answer)} bytes")
         result, source, reason = answer[-3:]
