@@ -241,7 +241,9 @@ class Pdv:
 
 
 def pdvs(body: Buffer) -> Iterator[Pdv]:
-    """Items of a P-DATA-TF PDU from its variable part; MalformedPdu if they do not fill it exactly."""
+    """Items of a P-DATA-TF PDU from its variable part; MalformedPdu if they do not fill it, or there is none."""
+    if not body:
+        raise MalformedPdu("P-DATA without an item")
     offset = 0
     while offset < len(body):
         if offset + _PDV_OVERHEAD > len(body):

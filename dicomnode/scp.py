@@ -1,15 +1,14 @@
-"""The storage SCP: Verification and every standard storage class, raw bytes to the spool, answered when they are safe.
+"""The storage SCP: what the node does with an object. Every standard storage class, raw bytes to the spool, answered
+when they are safe.
 
-pynetdicom 3.0.4 speaks the protocol. Its server is subclassed through the public seam `make_server(server_class=)`:
-peers are filtered by address before a thread exists for them, and the list of supported contexts is shared instead of
-copied deeply for every association (80 to 100 ms each with all storage classes).
+`transport` and `association` bring each object whole, as its bytes and what the command says of them.
 
 ================ ====================================================================================
 status           when (PS3.4 table B.2-1, PS3.7 annex C)
 ================ ====================================================================================
 0x0000           the object is on disk, synced; or the same bytes were already
 0xA700           no space, or the object is larger than allowed; nothing is kept, the sender tries again
-0xA900           its UIDs are none, or differ from those in the command
+0xA900           its UIDs are none, or differ from those in the command, or its class from the context's
 0xC000           no data, data that cannot be parsed, or no SOP class or instance UID in it
 0x0110           the spool cannot be written for another reason
 0x0111           same UID with other bytes, where the site refuses those
@@ -18,18 +17,13 @@ status           when (PS3.4 table B.2-1, PS3.7 annex C)
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 import threading
-import time
 import traceback
 import zlib
-from collections import Counter
 from collections.abc import Callable, Collection
 from io import BytesIO
-from socketserver import BaseServer
-from typing import Any, cast
 
 from pydicom import Dataset
 from pydicom.filereader import read_dataset
@@ -42,38 +36,24 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
 )
-from pynetdicom import AE, AllStoragePresentationContexts, _config, build_context, evt
-from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.events import Event
-from pynetdicom.pdu import P_DATA_TF
-from pynetdicom.pdu_primitives import A_ASSOCIATE
-from pynetdicom.presentation import PresentationContext
+from pynetdicom import AllStoragePresentationContexts, build_context
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import time
-from pynetdicom.transport import ThreadedAssociationServer
 
+from dicomnode.association import MAX_PDU_BYTES, Association, StoreRequest
 from dicomnode.config import Config
 from dicomnode.errors import BadIdentifier, SpoolError, SpoolFull
+from dicomnode.negotiation import Negotiator, Rejection, Request
 from dicomnode.router import header_values
 from dicomnode.series import Header
-from dicomnode.spool import (
-    IMPLEMENTATION_CLASS_UID,
-    IMPLEMENTATION_VERSION_NAME,
-    Incoming,
-    Instance,
-    Kept,
-    Spool,
-    valid_uid,
-)
+from dicomnode.services import Services
+from dicomnode.spool import Incoming, Instance, Kept, Spool, valid_uid
+from dicomnode.transport import Listener
 
 log = logging.getLogger(__name__)
 
-MAX_PDU_BYTES = 131_072
 _MEGABYTE = 1_000_000
-_COMMAND_BYTES = 65_536
-"""More than any command set that comes with an object."""
 _DEFLATED_HEADER_BYTES = 16 * _MEGABYTE
 """Of an inflated data set this much is looked at for its header; 0.4 MB could inflate to 400."""
-_LISTEN_BACKLOG = 128
 _NATIVE_SYNTAXES = (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -132,17 +112,15 @@ class StorageServer:
         self._keywords = frozenset(keywords)
         self._stored = stored
         self._lock = threading.Lock()
-        self._series_of: dict[object, set[str]] = {}
+        self._series_of: dict[Association, set[str]] = {}
         """Established association → UIDs of the series it brought something of."""
-        self._arrived: dict[object, int] = {}
-        """Association → bytes of the message that it is sending."""
-        self._server: _Server | None = None
+        self._listener: Listener | None = None
 
     @property
     def port(self) -> int:
         """The port that is listened on."""
-        assert self._server is not None
-        return int(self._server.server_address[1])
+        assert self._listener is not None
+        return self._listener.port
 
     def open_associations(self, series_uid: str) -> int:
         """Number of open associations that brought instances of this series."""
@@ -157,169 +135,104 @@ class StorageServer:
         OSError
             If the address cannot be bound.
         """
-        # Its handlers format every PDU for a log that nobody reads (10 % of the time).
-        _config.LOG_HANDLER_LEVEL = "none"
-        entity = AE(self._ae_title)
-        entity.implementation_class_uid = UID(IMPLEMENTATION_CLASS_UID)
-        entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-        entity.maximum_pdu_size = MAX_PDU_BYTES
-        entity.acse_timeout = self._reception.acse_timeout_s
-        entity.dimse_timeout = self._reception.dimse_timeout_s
-        entity.network_timeout = self._reception.network_timeout_s
-        # Counts threads, silent connections among them; our own limit is on established associations.
-        entity.maximum_associations = 100_000
         syntaxes = transfer_syntaxes()
         known = [str(context.abstract_syntax) for context in AllStoragePresentationContexts]
         contexts = [build_context(uid, syntaxes) for uid in self._reception.sop_classes or known]
         contexts.append(build_context(Verification, list(_NATIVE_SYNTAXES[:2])))
-        server = entity.make_server(
-            self._address,
-            contexts=contexts,
-            evt_handlers=[
-                (evt.EVT_REQUESTED, self._on_requested),
-                (evt.EVT_ESTABLISHED, self._on_established),
-                (evt.EVT_CONN_CLOSE, self._on_closed),
-                (evt.EVT_PDU_RECV, self._on_pdu),
-                (evt.EVT_C_ECHO, lambda event: SUCCESS),
-                (evt.EVT_C_STORE, self._on_store),
-            ],
-            server_class=_Server,
-            networks=self._reception.networks,
-            max_per_peer=self._reception.max_associations_per_peer,
-        )
-        self._server = cast(_Server, server)
-        threading.Thread(target=server.serve_forever, name="listener", daemon=True).start()
+        negotiator = Negotiator(contexts, MAX_PDU_BYTES)
+        services = Services({})
+
+        def associate(connected: socket.socket, address: str) -> Association:
+            return Association(connected, address, self._reception, negotiator, services, self)
+
+        self._listener = Listener(*self._address, self._reception, associate)
         log.info("listening as %s on %s:%d", self._ae_title, self._address[0], self.port)
 
     def stop(self, timeout_s: float) -> None:
         """Accept nobody new, let open associations end for up to `timeout_s`, then abort them."""
-        if self._server is None:
-            return
-        self._server.shutdown()
-        deadline = time.monotonic() + timeout_s
-        for association in self._server.active_associations:
-            association.join(max(deadline - time.monotonic(), 0))
-            if association.is_alive():
-                association.abort()
+        if self._listener is not None:
+            self._listener.stop(timeout_s)
 
-    def _on_requested(self, event: Event) -> None:
-        request = cast(A_ASSOCIATE, event.assoc.requestor.primitive)
-        peer = f"{request.calling_ae_title!r} at {event.assoc.requestor.address}"
-        rejection: tuple[int, int, int] | None = None
-        if request.called_ae_title.strip() not in self._called:
-            rejection = (_REJECTED_PERMANENT, _BY_USER, _CALLED_TITLE_UNKNOWN)
+    def admit(self, association: Association, request: Request) -> Rejection | None:
+        """Whether its titles are allowed, and whether there is room for it."""
+        if request.called_ae_title not in self._called:
             why = f"called {request.called_ae_title!r}, which is not in reception.called_ae_titles"
-        elif self._calling and request.calling_ae_title.strip() not in self._calling:
-            rejection = (_REJECTED_PERMANENT, _BY_USER, _CALLING_TITLE_UNKNOWN)
+            return Rejection(_REJECTED_PERMANENT, _BY_USER, _CALLED_TITLE_UNKNOWN, why)
+        if self._calling and request.calling_ae_title not in self._calling:
             why = "its AE title is not in reception.calling_ae_titles"
-        elif len(self._series_of) >= self._reception.max_associations:
-            rejection = (_REJECTED_TRANSIENT, _BY_PRESENTATION, _LOCAL_LIMIT)
-            why = f"{self._reception.max_associations} associations are open (reception.max_associations)"
-        if rejection is not None:
-            log.warning("association of %s rejected: %s", peer, why)
-            event.assoc.acse.send_reject(*rejection)
-            # Waits until the answer is out: the library closes the connection as soon as this handler returns.
-            event.assoc.kill()
-
-    def _on_established(self, event: Event) -> None:
+            return Rejection(_REJECTED_PERMANENT, _BY_USER, _CALLING_TITLE_UNKNOWN, why)
         with self._lock:
-            self._series_of[event.assoc] = set()
+            if len(self._series_of) >= self._reception.max_associations:
+                why = f"{self._reception.max_associations} associations are open (reception.max_associations)"
+                return Rejection(_REJECTED_TRANSIENT, _BY_PRESENTATION, _LOCAL_LIMIT, why)
+            self._series_of[association] = set()
+        return None
 
-    def _on_closed(self, event: Event) -> None:
+    def ended(self, association: Association) -> None:
+        """Nothing more comes over it."""
         with self._lock:
-            self._series_of.pop(event.assoc, None)
-            self._arrived.pop(event.assoc, None)
+            del self._series_of[association]
 
-    def _on_pdu(self, event: Event) -> None:
-        """Count what a message brings while it arrives: the library would keep an endless one in memory."""
-        if not isinstance(event.pdu, P_DATA_TF):
-            return
-        brought = sum(len(item) for item in event.pdu.presentation_data_value_items)
-        with self._lock:
-            arrived = self._arrived[event.assoc] = self._arrived.get(event.assoc, 0) + brought
-        limit = self._reception.max_object_mb * _MEGABYTE + _COMMAND_BYTES
-        if arrived - brought <= limit < arrived:
-            log.warning(
-                "association of %s aborted: its message is larger than reception.max_object_mb",
-                event.assoc.requestor.address,
-            )
-            # Not in this thread, which is the one that has to carry the abort out.
-            threading.Thread(target=event.assoc.abort, name="abort", daemon=True).start()
-
-    def _on_store(self, event: Event) -> int:
-        request = cast(C_STORE, event.request)
+    def store(self, association: Association, request: StoreRequest) -> int:
+        """Check, store; the status that answers."""
         try:
-            return self._receive(
-                request.DataSet.getbuffer() if request.DataSet is not None else memoryview(b""),
-                sop_class_uid=str(request.AffectedSOPClassUID),
-                sop_instance_uid=str(request.AffectedSOPInstanceUID),
-                syntax=event.context.transfer_syntax,
-                association=event.assoc,
-            )
+            return self._receive(association, request)
         except BadIdentifier as error:
-            return self._refuse(event, DOES_NOT_MATCH, str(error))
+            status, why = DOES_NOT_MATCH, str(error)
         except SpoolFull as error:
-            return self._refuse(event, OUT_OF_RESOURCES, str(error))
+            status, why = OUT_OF_RESOURCES, str(error)
         except SpoolError as error:
-            return self._refuse(event, PROCESSING_FAILURE, str(error))
+            status, why = PROCESSING_FAILURE, str(error)
         except _Refusal as refusal:
-            return self._refuse(event, refusal.status, str(refusal))
+            status, why = refusal.status, str(refusal)
         except Exception as error:  # a fault of ours: the sender keeps its copy, and the log says where to look
             place = traceback.extract_tb(error.__traceback__)[-1]
             # Not its words: they may quote the header.
-            return self._refuse(event, PROCESSING_FAILURE, f"{type(error).__name__} at {place.name}:{place.lineno}")
-        finally:
-            with self._lock:
-                self._arrived.pop(event.assoc, None)
+            status, why = PROCESSING_FAILURE, f"{type(error).__name__} at {place.name}:{place.lineno}"
+        uid = request.sop_instance_uid
+        log.warning("0x%04X to %s: %s (SOP instance %.64r)", status, association.address, why, uid)
+        return status
 
-    def _receive(
-        self, data: memoryview, *, sop_class_uid: str, sop_instance_uid: str, syntax: str, association: Any
-    ) -> int:
+    def _receive(self, association: Association, request: StoreRequest) -> int:
+        data = request.data
         if not data:
             raise _Refusal(CANNOT_UNDERSTAND, "no data set came")
         if len(data) > self._reception.max_object_mb * _MEGABYTE:
             raise _Refusal(OUT_OF_RESOURCES, f"{len(data)} bytes are more than reception.max_object_mb")
         if self._spool.free_bytes() - len(data) < self._reception.min_free_mb * _MEGABYTE:
             raise SpoolFull(f"less than {self._reception.min_free_mb} MB would be left in {self._spool.root}")
-        valid_uid(sop_instance_uid)
-        header = _parse(data, UID(syntax))
+        valid_uid(request.sop_instance_uid)
+        if request.sop_class_uid != request.context_class_uid:
+            # Else a class that is not accepted could come in the context of one that is.
+            raise _Refusal(DOES_NOT_MATCH, "SOP class of the command differs from that of its presentation context")
+        header = _parse(data, UID(request.transfer_syntax_uid))
         identity = {
             keyword: str(header.get(keyword, ""))
             for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
         }
         if not identity["SOPClassUID"] or not identity["SOPInstanceUID"]:
             raise _Refusal(CANNOT_UNDERSTAND, "the data set has no SOP class or instance UID")
-        if identity["SOPInstanceUID"] != sop_instance_uid or identity["SOPClassUID"] != sop_class_uid:
+        named = (request.sop_class_uid, request.sop_instance_uid)
+        if (identity["SOPClassUID"], identity["SOPInstanceUID"]) != named:
             raise _Refusal(DOES_NOT_MATCH, "SOP class or instance UID of the data set differs from the command's")
         incoming = Incoming(
-            sop_instance_uid=sop_instance_uid,
-            sop_class_uid=valid_uid(sop_class_uid),
+            sop_instance_uid=request.sop_instance_uid,
+            sop_class_uid=valid_uid(request.sop_class_uid),
             series_uid=valid_uid(identity["SeriesInstanceUID"]),
             study_uid=valid_uid(identity["StudyInstanceUID"]),
-            transfer_syntax_uid=syntax,
-            calling_ae=association.requestor.ae_title.strip(),
-            called_ae=association.requestor.primitive.called_ae_title.strip(),
+            transfer_syntax_uid=request.transfer_syntax_uid,
+            calling_ae=association.request.calling_ae_title,
+            called_ae=association.request.called_ae_title,
         )
         values = header_values(header, self._keywords)
         # Noted before the object is stored: assembly must not close the series while this association may bring more.
         with self._lock:
-            if association in self._series_of:  # else it is gone already, and nobody would strike it out again
-                self._series_of[association].add(incoming.series_uid)
+            self._series_of[association].add(incoming.series_uid)
         kept, instance = self._spool.store(incoming, data, keep_conflict=self._reception.different_duplicate == "keep")
         if kept is Kept.REFUSED:
             raise _Refusal(DUPLICATE, "this UID is here with other bytes, and reception.different_duplicate is refuse")
         self._stored(kept, instance, values)
         return SUCCESS
-
-    def _refuse(self, event: Event, status: int, why: str) -> int:
-        log.warning(
-            "0x%04X to %s: %s (SOP instance %.64r)",
-            status,
-            event.assoc.requestor.address,
-            why,
-            str(cast(C_STORE, event.request).AffectedSOPInstanceUID),
-        )
-        return status
 
 
 class _Refusal(Exception):
@@ -351,47 +264,3 @@ def _parse(data: memoryview, syntax: UID) -> Dataset:
 
 
 _PIXEL_TAGS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
-
-
-class _SharedContexts(list[PresentationContext]):
-    """Supported contexts, the same objects for all associations: negotiation reads them and makes new ones."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> list[PresentationContext]:
-        return list(self)
-
-
-class _Server(ThreadedAssociationServer):
-    request_queue_size = _LISTEN_BACKLOG
-    daemon_threads = True
-
-    def __init__(self, *args: Any, networks: Collection[Any], max_per_peer: int, **kwargs: Any) -> None:
-        self._networks = networks
-        self._max_per_peer = max_per_peer
-        super().__init__(*args, **kwargs)
-        self.contexts = _SharedContexts(self.contexts)
-
-    def shutdown(self) -> None:
-        """Stop accepting and close the socket; the library's own expects a server that `start_server` made."""
-        BaseServer.shutdown(self)
-        self.server_close()
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Drop strangers before anything is spent on them."""
-        address = ipaddress.ip_address(client_address[0])
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-            address = address.ipv4_mapped
-        if not any(address in network for network in self._networks if network.version == address.version):
-            log.warning("connection from %s refused: not in reception.networks", address)
-            return False
-        open_here = Counter(association.requestor.address for association in self.active_associations)
-        if open_here[str(client_address[0])] >= self._max_per_peer:
-            log.warning("connection from %s refused: it has %d already", address, self._max_per_peer)
-            return False
-        return True
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Answers go out at once: a delayed response costs the sender 40 ms for each image."""
-        connection, address = super().get_request()
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return connection, address

@@ -59,10 +59,9 @@ def test_an_association_that_ends_while_its_image_is_stored_is_not_open_for_ever
     assert len(server._series_of) == 1
     association.abort()
     sender.join(10)
-    wait_for(lambda: not server._series_of, what="the end of the association to be noticed")
     spool.go.set()
     assert stored.wait(10)
-    assert server._series_of == {}
+    wait_for(lambda: not server._series_of, what="the end of the association to be noticed")
     assert server.open_associations(uid("series")) == 0
     server.stop(1)
     spool.close()

@@ -1,0 +1,292 @@
+"""One association as its acceptor, in a thread of its own: PDUs in, messages out of them, an answer to each.
+
+Negotiation is pynetdicom's (`negotiation`), and so are all services but two (`services`); C-ECHO is answered here, and
+C-STORE by what stands behind it (`Node`). Whatever comes is hostile until it is understood, so every wait has a
+deadline and everything that grows has a limit:
+
+===================== ======================================= ======================================================
+                      at most                                 time
+===================== ======================================= ======================================================
+association request   128 KiB                                 whole within `acse_timeout_s` of the connection
+next message                                                  its first PDU within `dimse_timeout_s`
+each PDU              what we announced, and a little         whole within `network_timeout_s` of the one before
+command set           64 KiB, counted while it comes
+data set              `max_object_mb`, counted while it comes
+===================== ======================================= ======================================================
+
+Who breaks a rule is aborted, and the log says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pynetdicom.presentation import PresentationContext
+
+from dicomnode import pdu
+from dicomnode.config import Reception
+from dicomnode.connection import Connection
+from dicomnode.errors import MalformedPdu, PeerAborted, PeerError, PeerTimedOut
+from dicomnode.negotiation import PROTOCOL_VERSION, Negotiator, Rejection, Request
+from dicomnode.pdu import AbortReason, Element, PduType
+from dicomnode.services import Services
+
+log = logging.getLogger(__name__)
+
+MAX_PDU_BYTES = 131_072
+"""Announced to peers: largest P-DATA-TF."""
+_PDU_SLACK_BYTES = 1024
+"""A PDU may be longer than announced by so much: some senders leave headers out of their count."""
+_MAX_REQUEST_BYTES = 131_072
+_MAX_COMMAND_BYTES = 65_536
+_MEGABYTE = 1_000_000
+_SUCCESS = 0x0000
+_UNSUPPORTED_VERSION = Rejection(1, 2, 2, "it speaks another version of the protocol")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRequest:
+    """A C-STORE-RQ that came whole; nothing it says is checked."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    context_class_uid: str
+    """Abstract syntax of the presentation context that it came in."""
+    transfer_syntax_uid: str
+    data: memoryview
+    """Empty if no data set came."""
+
+
+class Node(Protocol):
+    """What stands behind an association; called in its thread."""
+
+    def admit(self, association: Association, request: Request) -> Rejection | None:
+        """May it be? Who is admitted is reported `ended` later."""
+
+    def store(self, association: Association, request: StoreRequest) -> int:
+        """Status that answers a C-STORE."""
+
+    def ended(self, association: Association) -> None:
+        """One that was admitted is over."""
+
+
+class Association:
+    """A connection and, once it is admitted, the association on it; begins with its `thread`."""
+
+    def __init__(
+        self,
+        connected: socket.socket,
+        address: str,
+        limits: Reception,
+        negotiator: Negotiator,
+        services: Services,
+        node: Node,
+    ) -> None:
+        self.address = address
+        self.admitted = False
+        self.request: Request
+        """Set before it is admitted."""
+        self.thread = threading.Thread(target=self._run, name=f"association of {address}", daemon=True)
+        self._socket = connected
+        self._limits = limits
+        self._negotiator = negotiator
+        self._services = services
+        self._node = node
+        self._closed: Callable[[Association], None] = lambda association: None
+        self._ending = False
+
+    def when_closed(self, told: Callable[[Association], None]) -> None:
+        """Call `told` when the connection is closed; to be said before the thread starts."""
+        self._closed = told
+
+    def end(self) -> None:
+        """Abort it once it waits for its peer; from any thread."""
+        self._ending = True
+        with suppress(OSError):  # it is closed already
+            self._socket.shutdown(socket.SHUT_RD)
+
+    def _run(self) -> None:
+        with self._socket:
+            farewell = self._live()
+            if self.admitted:
+                self._node.ended(self)
+            if farewell:
+                self._wire.part(farewell)
+        self._closed(self)
+
+    def _live(self) -> bytes:
+        """From the first byte to the end, whatever brings it; what is to be said last."""
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._wire = Connection(self._socket, self.address, stall_timeout_s=self._limits.network_timeout_s)
+            return self._converse()
+        except PeerTimedOut as error:
+            log.warning("%s", error)
+            return pdu.provider_abort(AbortReason.NOT_SPECIFIED) if self.admitted else b""
+        except PeerAborted as error:
+            # Who connects and says nothing looks whether somebody listens, which is nothing to write home about.
+            log.log(logging.INFO if self.admitted else logging.DEBUG, "%s", error)
+            return pdu.ABORT if self._ending else b""
+        except _Abort as error:
+            log.warning("association of %s aborted: %s", self.address, error)
+            return pdu.provider_abort(error.reason)
+        except (PeerError, MalformedPdu) as error:
+            log.warning("association of %s aborted: %s", self.address, error)
+            return pdu.provider_abort(AbortReason.INVALID_PARAMETER)
+        except Exception as error:  # a fault of ours: this association ends, and the log says where to look
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            # Not its words: they may quote what came.
+            log.error(
+                "association of %s aborted: %s at %s:%d", self.address, type(error).__name__, place.name, place.lineno
+            )
+            return pdu.ABORT
+
+    def _converse(self) -> bytes:
+        """From the request to the release; what is to be said last."""
+        deadline = time.monotonic() + self._limits.acse_timeout_s
+        # The place for a TLS handshake: in this thread and by this deadline, so that a silent client holds nobody else.
+        kind, whole = self._wire.receive(deadline, _MAX_REQUEST_BYTES, "its association request")
+        if kind != PduType.ASSOCIATE_RQ:
+            raise self._unexpected(kind)
+        self.request = self._negotiator.read(bytes(whole))
+        rejection = (
+            _UNSUPPORTED_VERSION
+            if self.request.protocol_version != PROTOCOL_VERSION
+            else self._node.admit(self, self.request)
+        )
+        if rejection is not None:
+            log.warning(
+                "association of %r at %s rejected: %s", self.request.calling_ae_title, self.address, rejection.why
+            )
+            return pdu.associate_rj(rejection.result, rejection.source, rejection.reason)
+        self.admitted = True
+        self._wire.send([self.request.acceptance], deadline, "taking the answer to its association request")
+        while self._serve_message():
+            pass
+        return pdu.RELEASE_RP
+
+    def _serve_message(self) -> bool:
+        """Wait for a message and answer it; False for a release."""
+        message = self._message()
+        if message is None:
+            return False
+        context, elements = message.context, message.elements
+        command = pdu.read_us(elements, Element.COMMAND_FIELD)
+        pdu.read_us(elements, Element.MESSAGE_ID)  # nothing is done for who could not be answered
+        if command == pdu.C_ECHO_RQ:
+            self._send(self._response(message, _SUCCESS))
+        elif command == pdu.C_STORE_RQ:
+            request = StoreRequest(
+                sop_class_uid=pdu.read_ui(elements, Element.AFFECTED_SOP_CLASS_UID),
+                sop_instance_uid=pdu.read_ui(elements, Element.AFFECTED_SOP_INSTANCE_UID),
+                context_class_uid=str(context.abstract_syntax),
+                transfer_syntax_uid=str(context.transfer_syntax[0]),
+                data=memoryview(message.data),
+            )
+            self._send(self._response(message, self._node.store(self, request)))
+        else:
+            answer = self._services.answer(
+                context,
+                bytes(message.command),
+                bytes(message.data) if message.has_data else None,
+                calling_ae_title=self.request.calling_ae_title,
+                address=self.address,
+                max_pdu=self.request.max_pdu,
+            )
+            self._send([answer])
+        return True
+
+    def _response(self, message: _Message, status: int) -> Iterable[pdu.Buffer]:
+        command = pdu.response(message.elements, status)
+        return pdu.p_data(message.context_id, command, command=True, max_pdu=self.request.max_pdu)
+
+    def _send(self, answer: Iterable[pdu.Buffer]) -> None:
+        self._wire.send(answer, time.monotonic() + self._limits.network_timeout_s, "taking an answer")
+
+    def _message(self) -> _Message | None:
+        """The next message, whole; None for a release."""
+        limits = self._limits
+        message: _Message | None = None
+        deadline = time.monotonic() + min(limits.dimse_timeout_s, limits.network_timeout_s)
+        while True:
+            kind, whole = self._wire.receive(deadline, MAX_PDU_BYTES + _PDU_SLACK_BYTES, "its next PDU")
+            if self._ending:
+                raise PeerAborted(f"{self.address} had to be aborted: the node stops")
+            if kind == PduType.RELEASE_RQ:
+                return None
+            if kind != PduType.P_DATA:
+                raise self._unexpected(kind)
+            items = pdu.pdvs(whole[pdu.HEADER_BYTES :])
+            for item in items:
+                if message is None:
+                    message = self._begin(item.context_id)
+                if message.add(item):
+                    if next(items, None) is not None:
+                        raise MalformedPdu("data behind the end of a message")
+                    return message
+            deadline = time.monotonic() + limits.network_timeout_s
+
+    def _begin(self, context_id: int) -> _Message:
+        context = self.request.contexts.get(context_id)
+        if context is None:
+            raise MalformedPdu(f"a message in the presentation context {context_id}, which is not accepted")
+        return _Message(context_id, context, self._limits.max_object_mb * _MEGABYTE)
+
+    def _unexpected(self, kind: int) -> Exception:
+        if kind == PduType.ABORT:
+            return PeerAborted(f"{self.address} aborted its association")
+        known = kind in set(PduType)
+        reason = AbortReason.UNEXPECTED_PDU if known else AbortReason.UNRECOGNIZED_PDU
+        return _Abort(reason, f"it sent a PDU of type {kind} where none may come")
+
+
+class _Abort(Exception):
+    def __init__(self, reason: AbortReason, why: str) -> None:
+        super().__init__(why)
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class _Message:
+    """A command set and the data set that it announces, while they come (PS3.7 section 6.3, PS3.8 annex E)."""
+
+    context_id: int
+    context: PresentationContext
+    max_data_bytes: int
+    command: bytearray = field(default_factory=bytearray)
+    elements: dict[int, bytes] = field(default_factory=dict)
+    """Of the command set; empty until it is whole."""
+    data: bytearray = field(default_factory=bytearray)
+
+    @property
+    def has_data(self) -> bool:
+        """Does the command announce a data set?"""
+        return pdu.read_us(self.elements, Element.DATA_SET_TYPE) != pdu.NO_DATA_SET
+
+    def add(self, item: pdu.Pdv) -> bool:
+        """Take the next piece; True if the message is whole."""
+        if item.context_id != self.context_id:
+            raise MalformedPdu("a message in more than one presentation context")
+        if item.command == bool(self.elements):
+            raise MalformedPdu("a data set before its command, or a command within a message")
+        if item.command:
+            self.command += item.data
+            if len(self.command) > _MAX_COMMAND_BYTES:
+                raise MalformedPdu(f"a command set of more than {_MAX_COMMAND_BYTES} bytes")
+            if not item.last:
+                return False
+            self.elements = pdu.read_command_set(bytes(self.command))
+            return not self.has_data
+        if len(self.data) + len(item.data) > self.max_data_bytes + _MAX_COMMAND_BYTES:
+            # A little more is taken and answered with a status; without an end to come nothing can be answered.
+            raise _Abort(AbortReason.NOT_SPECIFIED, "its message is larger than reception.max_object_mb")
+        self.data += item.data
+        return item.last
