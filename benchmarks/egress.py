@@ -53,7 +53,7 @@ def free_port() -> int:
 def start(command: Sequence[str], port: int, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a server; returns when it accepts connections."""
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while True:
         try:
             socket.create_connection((HOST, port), timeout=1).close()

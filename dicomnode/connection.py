@@ -14,7 +14,7 @@ from dicomnode.errors import PeerAborted, PeerTimedOut, PeerUnreachable, Protoco
 log = logging.getLogger(__name__)
 
 _FIRST_BUFFER_BYTES = 4096
-_FAREWELL_S = 1.0
+_FAREWELL_S = 0.5
 """Longest wait for a peer to close the connection after it was told that it is over."""
 _GATHER = 256
 """Buffers per sendmsg; Linux takes 1024."""

@@ -59,6 +59,9 @@ class Listener:
         self._socket.setblocking(False)
         self.port = int(self._socket.getsockname()[1])
         self._stop, self._stopped = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._socket, selectors.EVENT_READ)
+        self._selector.register(self._stopped, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._listen, name="listener", daemon=True)
         self._thread.start()
 
@@ -78,10 +81,8 @@ class Listener:
             association.thread.join(max(deadline - time.monotonic(), 0))
 
     def _listen(self) -> None:
-        with self._socket, self._stopped, selectors.DefaultSelector() as selector:
-            selector.register(self._socket, selectors.EVENT_READ)
-            selector.register(self._stopped, selectors.EVENT_READ)
-            while all(key.fileobj is self._socket for key, _ in selector.select()):
+        with self._socket, self._stopped, self._selector:
+            while all(key.fileobj is self._socket for key, _ in self._selector.select()):
                 try:
                     connected, where = self._socket.accept()
                 except BlockingIOError:
