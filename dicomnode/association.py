@@ -134,7 +134,7 @@ class Association:
         except PeerAborted as error:
             # Who connects and says nothing looks whether somebody listens, which is nothing to write home about.
             log.log(logging.INFO if self.admitted else logging.DEBUG, "%s", error)
-            return pdu.ABORT if self._ending else b""
+            return pdu.ABORT if self._ending and self.admitted else b""
         except _Abort as error:
             log.warning("association of %s aborted: %s", self.address, error)
             return pdu.provider_abort(error.reason)

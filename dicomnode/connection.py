@@ -87,7 +87,7 @@ class Connection:
     def _fill(self, size: int, deadline: float, what: str) -> None:
         while self._end - self._begin < size:
             if self._begin + size > len(self._buffer):
-                self._make_room()
+                self._make_room(size)
             self._socket.settimeout(self._left(deadline, what))
             try:
                 if _QUICKACK is not None:
@@ -103,14 +103,14 @@ class Connection:
                 raise PeerAborted(f"{self._peer} closed the connection before {what}")
             self._end += count
 
-    def _make_room(self) -> None:
-        """Bring what is held to the front of the buffer, and double that once it is full."""
+    def _make_room(self, size: int) -> None:
+        """Bring what is held to the front of the buffer; once it is full, double that, up to `size`."""
         held = self._end - self._begin
         if self._begin:
             self._buffer[:held] = self._buffer[self._begin : self._end]
             self._begin, self._end = 0, held
         if held == len(self._buffer):
-            self._buffer = self._buffer + bytes(held)
+            self._buffer = self._buffer + bytes(min(held, size - held))
 
     def send_last(self, pdu_bytes: bytes) -> None:
         """Send as much of a farewell as the socket takes at once; whether it arrives makes no difference."""

@@ -95,6 +95,7 @@ C_STORE_RQ = 0x0001
 C_ECHO_RQ = 0x0030
 RESPONSE = 0x8000
 """Bit that makes a command field that of the response."""
+_MAX_UID_BYTES = 64
 NO_DATA_SET = 0x0101
 DATA_SET_FOLLOWS = 0x0001
 
@@ -145,15 +146,18 @@ def c_echo_rq(message_id: int) -> bytes:
 def response(request: Mapping[int, bytes], status: int) -> bytes:
     """Command set that answers a C-STORE or C-ECHO request with `status` (PS3.7 sections 9.3.1.2 and 9.3.5.2).
 
+    It repeats the UIDs of the request, unless they are longer than any UID.
+
     Raises
     ------
     MalformedPdu
         If the request lacks what an answer has to name.
     """
-    repeated = (Element.AFFECTED_SOP_CLASS_UID, Element.AFFECTED_SOP_INSTANCE_UID)
+    named = (Element.AFFECTED_SOP_CLASS_UID, Element.AFFECTED_SOP_INSTANCE_UID)
+    uids = {number: request.get(number, b"") for number in named}
     return command_set(
         {
-            **{number: request[number] for number in repeated if number in request},
+            **{number: uid for number, uid in uids.items() if 0 < len(uid) <= _MAX_UID_BYTES},
             Element.COMMAND_FIELD: us(read_us(request, Element.COMMAND_FIELD) | RESPONSE),
             Element.MESSAGE_ID_RESPONDED_TO: us(read_us(request, Element.MESSAGE_ID)),
             Element.DATA_SET_TYPE: us(NO_DATA_SET),

@@ -23,7 +23,10 @@ from pynetdicom.sop_class import uid_to_service_class
 from dicomnode.errors import MalformedPdu
 
 Handlers = Mapping[InterventionEvent, Callable[[Event], Any]]
-"""As pynetdicom's `evt_handlers`, e.g. ``{evt.EVT_N_EVENT_REPORT: handler}``; the event's `assoc` is the host below."""
+"""As pynetdicom's `evt_handlers`, e.g. ``{evt.EVT_N_EVENT_REPORT: handler}``; the event's `assoc` is the host below.
+
+pynetdicom logs the words of an exception that a handler raises; one whose words may quote a header must not get there.
+"""
 
 _LAST_OF_COMMAND, _LAST_OF_DATA_SET = b"\3", b"\2"
 """Message control headers (PS3.8 annex E.2)."""
@@ -70,7 +73,7 @@ class Services:
         request = _primitive(context, command, data_set)
         try:
             service.SCP(request, context)
-        except (NotImplementedError, ValueError) as error:  # no service of this class has such a request
+        except Exception as error:  # what handlers raise it answers itself: this request is none of this service
             name = type(request).__name__
             raise MalformedPdu(f"{name} in a context of SOP class {context.abstract_syntax}") from error
         return b"".join(host.sent)
@@ -79,7 +82,7 @@ class Services:
 def _primitive(context: PresentationContext, command: bytes, data_set: bytes | None) -> Any:
     identity = int(str(context.context_id))
     whole = P_DATA()
-    whole.presentation_data_value_list = [(identity, _LAST_OF_COMMAND + command)]
+    whole.presentation_data_value_list.append((identity, _LAST_OF_COMMAND + command))
     if data_set is not None:
         whole.presentation_data_value_list.append((identity, _LAST_OF_DATA_SET + data_set))
     try:

@@ -73,10 +73,19 @@ def store_rq(one: Image, **changes: bytes | None) -> bytes:
 
 
 class Caller:
-    """A TCP connection to the node."""
+    """A TCP connection to the node; `receive_buffer` is the room for answers that nobody reads, in bytes."""
 
-    def __init__(self, port: int, source: str = HOST) -> None:
-        self._socket = socket.create_connection((HOST, port), 20, (source, 0))
+    def __init__(self, port: int, source: str = HOST, *, receive_buffer: int | None = None) -> None:
+        self._socket = socket.socket()
+        self._socket.settimeout(20)
+        if receive_buffer is not None:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._socket.bind((source, 0))
+        try:
+            self._socket.connect((HOST, port))
+        except OSError:
+            self._socket.close()
+            raise
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._file = self._socket.makefile("rb")
 
@@ -174,7 +183,8 @@ class Reception:
     def __init__(self, folder: Path, **reception: Any) -> None:
         self.spool = Spool(folder)
         self.stored: list[Instance] = []
-        config = config_of(node={"port": free_port()}, reception={"min_free_mb": 0, **reception})
+        settings = {"min_free_mb": 0, "sop_classes": ["CTImageStorage"], **reception}
+        config = config_of(node={"port": free_port()}, reception=settings)
         self.server = StorageServer(config, self.spool, [], self._on_stored)
         self.server.start()
         self.port = self.server.port
