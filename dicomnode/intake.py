@@ -33,6 +33,28 @@ _BATCH = 256
 _LOOK_EVERY_S = 0.25
 _DATABASE_PAUSE_S = 2.0
 
+_GATHER_S = 0.05
+"""A row waits so long for others: a transaction and its sync are the same for one image and for twenty."""
+
+# Built once: to build such a statement costs more than to execute it.
+_SERIES = sa.select(series).where(series.c.series_uid == sa.bindparam("wanted"))
+_INSTANCE_COLUMNS = [column.name for column in instances.columns]
+_ROW = insert(instances)
+# The row may be there: the same bytes again, or other bytes after somebody removed the file.
+_INSTANCE = _ROW.on_conflict_do_update(
+    index_elements=list(instances.primary_key),
+    set_={column.name: _ROW.excluded[column.name] for column in instances.columns if not column.primary_key},
+)
+_COUNT = sa.select(sa.func.count()).where(instances.c.series_uid == sa.bindparam("wanted")).scalar_subquery()
+_GROWN = (
+    sa.update(series)
+    .where(series.c.series_uid == sa.bindparam("wanted"))
+    .values(
+        n_instances=_COUNT,
+        **{name: sa.bindparam(name) for name in ("state", "generation", "n_conflicts", "last_at")},
+    )
+)
+
 _Stored = tuple[Kept, Instance, Header]
 
 
@@ -134,6 +156,7 @@ class Intake:
         batch = []
         try:
             batch.append(self._queue.get(timeout=_LOOK_EVERY_S))
+            self._stopping.wait(_GATHER_S)
             while len(batch) < _BATCH:
                 batch.append(self._queue.get_nowait())
         except queue.Empty:
@@ -151,13 +174,17 @@ class Intake:
     # ── index ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _index(self, batch: Sequence[_Stored]) -> None:
-        grown: dict[str, OpenSeries] = {}
+        # The same bytes too: sent again, a series is judged again, by the routes as they are now.
+        taken: dict[str, list[Instance]] = {}
+        for kept, instance, _ in batch:
+            if kept in (Kept.NEW, Kept.SAME):
+                taken.setdefault(instance.series_uid, []).append(instance)
         headers: list[tuple[str, str, Header]] = []
         with self._database.begin() as connection:
+            grown = {series_uid: self._insert(connection, arrived) for series_uid, arrived in taken.items()}
             for kept, instance, header in batch:
                 if kept in (Kept.NEW, Kept.SAME):
-                    # The same bytes too: sent again, a series is judged again, by the routes as they are now.
-                    opened = self._insert(connection, instance, grown)
+                    opened = grown[instance.series_uid]
                     matches = self._router.match(header, instance.calling_ae, instance.called_ae)
                     opened.may_be_denoised |= any(match.action == "pipeline" for match in matches)
                     self._planning.forward_original(connection, instance, matches, opened.generation)
@@ -173,58 +200,45 @@ class Intake:
             if instance.series_uid in self._open:
                 self._open[instance.series_uid].last_activity_s = time.monotonic()
 
-    def _insert(self, connection: sa.Connection, instance: Instance, grown: dict[str, OpenSeries]) -> OpenSeries:
-        """Row of an instance; opens its series, or opens it again."""
-        row = connection.execute(sa.select(series).where(series.c.series_uid == instance.series_uid)).one_or_none()
+    def _insert(self, connection: sa.Connection, arrived: Sequence[Instance]) -> OpenSeries:
+        """Rows of instances of one series; opens the series, or opens it again."""
+        first, last = arrived[0], arrived[-1]
+        row = connection.execute(_SERIES, {"wanted": first.series_uid}).one_or_none()
         generation = 1 if row is None else row.generation + (row.state == SeriesState.CLOSED)
         if row is None:
             connection.execute(
                 sa.insert(series).values(
-                    series_uid=instance.series_uid,
-                    study_uid=instance.study_uid,
+                    series_uid=first.series_uid,
+                    study_uid=first.study_uid,
                     state=SeriesState.OPEN,
                     generation=generation,
-                    first_at=instance.received_at,
-                    last_at=instance.received_at,
+                    first_at=first.received_at,
+                    last_at=last.received_at,
                 )
             )
-        values = {
-            "sop_class_uid": instance.sop_class_uid,
-            "study_uid": instance.study_uid,
-            "transfer_syntax_uid": instance.transfer_syntax_uid,
-            "path": str(instance.path.relative_to(self._spool.root)),
-            "size_bytes": instance.size_bytes,
-            "sha256": instance.sha256,
-            "calling_ae": instance.calling_ae,
-            "called_ae": instance.called_ae,
-            "received_at": instance.received_at,
-        }
-        # The row may be there: the same bytes again, or other bytes after somebody removed the file.
         connection.execute(
-            insert(instances)
-            .values(series_uid=instance.series_uid, sop_instance_uid=instance.sop_instance_uid, **values)
-            .on_conflict_do_update(index_elements=list(instances.primary_key), set_=values)
+            _INSTANCE,
+            [
+                {column: getattr(instance, column) for column in _INSTANCE_COLUMNS}
+                | {"path": str(instance.path.relative_to(self._spool.root))}
+                for instance in arrived
+            ],
         )
-        count = sa.select(sa.func.count()).where(instances.c.series_uid == instance.series_uid).scalar_subquery()
         connection.execute(
-            sa.update(series)
-            .where(series.c.series_uid == instance.series_uid)
-            .values(
-                state=SeriesState.OPEN,
-                generation=generation,
-                n_instances=count,
-                n_conflicts=self._spool.count_conflicts(instance.series_uid),
-                last_at=instance.received_at,
-            )
+            _GROWN,
+            {
+                "wanted": first.series_uid,
+                "state": SeriesState.OPEN,
+                "generation": generation,
+                "n_conflicts": self._spool.count_conflicts(first.series_uid),
+                "last_at": last.received_at,
+            },
         )
-        opened = self._open.get(instance.series_uid) or grown.get(instance.series_uid)
+        opened = self._open.get(first.series_uid)
         if opened is None and row is not None:
-            log.info("series %s comes again or grows (generation %d)", instance.series_uid, generation)
-            opened = self._recall(connection, instance.series_uid, instance.study_uid, generation)
-        if opened is None:
-            opened = OpenSeries(instance.series_uid, instance.study_uid, generation)
-        grown[instance.series_uid] = opened
-        return opened
+            log.info("series %s comes again or grows (generation %d)", first.series_uid, generation)
+            opened = self._recall(connection, first.series_uid, first.study_uid, generation)
+        return opened or OpenSeries(first.series_uid, first.study_uid, generation)
 
     def _recall(self, connection: sa.Connection, series_uid: str, study_uid: str, generation: int) -> OpenSeries:
         """An open series with the headers of what the spool has of it."""

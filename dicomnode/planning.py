@@ -49,9 +49,12 @@ class Planning:
         A destination that these very bytes were planned for already is left out, however often they come again: else a
         PACS that routes to the node what the node forwards to it would never come to rest.
         """
-        planned = self._planned_destinations(connection, instance)
-        for match in matches:
-            wanted = (*match.route.originals_to, *(match.send_to if match.action == "forward" else ()))
+        wanted_by = [
+            (match, (*match.route.originals_to, *(match.send_to if match.action == "forward" else ())))
+            for match in matches
+        ]
+        planned = self._planned_destinations(connection, instance) if any(names for _, names in wanted_by) else set()
+        for match, wanted in wanted_by:
             targets = [name for name in wanted if name not in planned]
             if not targets:
                 continue

@@ -19,15 +19,20 @@ from __future__ import annotations
 
 import logging
 import socket
+import struct
 import threading
 import traceback
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Set
 from io import BytesIO
 
 from pydicom import Dataset
+from pydicom.charset import convert_encodings
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_dataset
 from pydicom.pixels.decoders.base import get_decoder
+from pydicom.tag import BaseTag
 from pydicom.uid import (
     UID,
     AllTransferSyntaxes,
@@ -40,6 +45,7 @@ from pynetdicom import AllStoragePresentationContexts, build_context
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import time
 
 from dicomnode.association import MAX_PDU_BYTES, Association, StoreRequest
+from dicomnode.conditions import NUMERIC_VRS, TEXT_VRS
 from dicomnode.config import Config
 from dicomnode.errors import BadIdentifier, SpoolError, SpoolFull
 from dicomnode.negotiation import Negotiator, Rejection, Request
@@ -48,6 +54,7 @@ from dicomnode.series import Header
 from dicomnode.services import Services
 from dicomnode.spool import Incoming, Instance, Kept, Spool, valid_uid
 from dicomnode.transport import Listener
+from pipelines.element_index import HandedOver, index_start
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +117,7 @@ class StorageServer:
         self._ae_title = config.node.ae_title
         self._spool = spool
         self._keywords = frozenset(keywords)
+        self._tags = frozenset(filter(None, map(tag_for_keyword, {*keywords, *_IDENTITY, *_READ_WITH_VALUES})))
         self._stored = stored
         self._lock = threading.Lock()
         self._series_of: dict[Association, set[str]] = {}
@@ -205,11 +213,8 @@ class StorageServer:
         if request.sop_class_uid != request.context_class_uid:
             # Else a class that is not accepted could come in the context of one that is.
             raise _Refusal(DOES_NOT_MATCH, "SOP class of the command differs from that of its presentation context")
-        header = _parse(data, UID(request.transfer_syntax_uid))
-        identity = {
-            keyword: str(header.get(keyword, ""))
-            for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
-        }
+        header = _header(data, UID(request.transfer_syntax_uid), self._tags)
+        identity = {keyword: str(header.get(keyword, "")) for keyword in _IDENTITY}
         if not identity["SOPClassUID"] or not identity["SOPInstanceUID"]:
             raise _Refusal(CANNOT_UNDERSTAND, "the data set has no SOP class or instance UID")
         named = (request.sop_class_uid, request.sop_instance_uid)
@@ -241,6 +246,35 @@ class _Refusal(Exception):
         self.status = status
 
 
+def _header(data: memoryview, syntax: UID, tags: Set[int]) -> Dataset:
+    """The elements `tags`, and maybe others, of a data set off the network.
+
+    A plain header is found by the strict index, several times quicker than pydicom reads it all; any other is read by
+    pydicom. Raises as `_parse`.
+    """
+    try:
+        return _plain_header(data, syntax, tags)
+    except Exception:  # whatever is not plain about it, pydicom decides what it means
+        return _parse(data, syntax)
+
+
+def _plain_header(data: memoryview, syntax: UID, tags: Set[int]) -> Dataset:
+    start = _FILE_STARTS[syntax]
+    index = index_start(start + bytes(data[:_PLAIN_HEADER_BYTES]), len(start) + len(data))
+    found: dict[BaseTag, RawDataElement] = {}
+    for tag in sorted(tags & index.elements.keys()):
+        element = index.elements[tag]
+        vr = element.vr.decode() or None
+        if (vr or dictionary_VR(tag)) not in _PLAIN_VRS:
+            raise HandedOver("a sequence or bytes are asked for")
+        value = index.content[element.value : element.end]
+        found[BaseTag(tag)] = RawDataElement(BaseTag(tag), vr, len(value), value, 0, index.implicit, True)
+    header = Dataset(found)
+    if "SpecificCharacterSet" in header:
+        header.set_original_encoding(index.implicit, True, convert_encodings(header.SpecificCharacterSet))
+    return header
+
+
 def _parse(data: memoryview, syntax: UID) -> Dataset:
     """Header of a data set off the network, pixels left out.
 
@@ -263,4 +297,18 @@ def _parse(data: memoryview, syntax: UID) -> Dataset:
         raise _Refusal(CANNOT_UNDERSTAND, f"the data set cannot be parsed ({type(error).__name__})") from error
 
 
+def _file_start(syntax: UID) -> bytes:
+    """As much of a file as the index wants to see before a data set."""
+    name = syntax.encode() + b"\0" * (len(syntax) % 2)
+    element = struct.pack("<HH2sH", 2, 0x10, b"UI", len(name)) + name
+    return bytes(128) + b"DICM" + struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(element)) + element
+
+
+_FILE_STARTS = {syntax: _file_start(syntax) for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian)}
+_PLAIN_HEADER_BYTES = 2**15
+"""A CT image's header has 2 to 10 kB; a longer one than this is read by pydicom."""
+_PLAIN_VRS = NUMERIC_VRS | TEXT_VRS
+_IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+_READ_WITH_VALUES = ("SpecificCharacterSet", "ContributingEquipmentSequence")
+"""What `header_values` looks at beside the keywords."""
 _PIXEL_TAGS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})

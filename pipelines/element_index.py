@@ -126,6 +126,19 @@ def index_head(path: Path) -> ElementIndex:
         os.close(descriptor)
 
 
+def index_start(content: bytes, size: int) -> ElementIndex:
+    """Index the elements of a file of `size` bytes up to and with PixelData, from its beginning; remembers nothing.
+
+    For bytes that nobody vouches for yet: what is remembered of a layout may be many times the size of a header.
+
+    Raises
+    ------
+    HandedOver
+        The file is not one for this scanner, or its header longer than `content`.
+    """
+    return _index(content, size, whole=False)
+
+
 def index_file(content: bytes) -> ElementIndex:
     """Index all elements of a whole file.
 
