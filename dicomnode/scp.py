@@ -29,7 +29,7 @@ from io import BytesIO
 from pydicom import Dataset
 from pydicom.charset import convert_encodings
 from pydicom.datadict import dictionary_VR, tag_for_keyword
-from pydicom.dataelem import RawDataElement
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.filereader import read_dataset
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.tag import BaseTag
@@ -261,7 +261,7 @@ def _header(data: memoryview, syntax: UID, tags: Set[int]) -> Dataset:
 def _plain_header(data: memoryview, syntax: UID, tags: Set[int]) -> Dataset:
     start = _FILE_STARTS[syntax]
     index = index_start(start + bytes(data[:_PLAIN_HEADER_BYTES]), len(start) + len(data))
-    found: dict[BaseTag, RawDataElement] = {}
+    found: dict[BaseTag, DataElement | RawDataElement] = {}
     for tag in sorted(tags & index.elements.keys()):
         element = index.elements[tag]
         vr = element.vr.decode() or None

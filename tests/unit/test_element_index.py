@@ -13,7 +13,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.sequence import Sequence
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
-from pipelines.element_index import PIXEL_DATA, HandedOver, index_file, index_head, items
+from pipelines.element_index import PIXEL_DATA, HandedOver, index_file, index_head, index_start, items
 
 
 def _nested(depth: int) -> Dataset:
@@ -51,6 +51,7 @@ def test_elements_are_where_pydicom_finds_them(tmp_path: Path, syntax: str) -> N
     index, head, ds = index_file(path.read_bytes()), index_head(path), dcmread(path)
     assert list(index.elements) == [int(tag) for tag in ds.keys()]
     assert head.elements == index.elements
+    assert index_start(path.read_bytes()[:2000], path.stat().st_size).elements == index.elements
     for tag in ds.keys():
         element = ds.get_item(tag)
         if isinstance(element, RawDataElement):
