@@ -114,13 +114,15 @@ class Association:
             self._socket.shutdown(socket.SHUT_RD)
 
     def _run(self) -> None:
-        with self._socket:
-            farewell = self._live()
-            if self.admitted:
-                self._node.ended(self)
-            if farewell:
-                self._wire.part(farewell)
-        self._closed(self)
+        try:
+            with self._socket:
+                farewell = self._live()
+                if self.admitted:
+                    self._node.ended(self)
+                if farewell:
+                    self._wire.part(farewell, deaf=self._ending)
+        finally:
+            self._closed(self)
 
     def _live(self) -> bytes:
         """From the first byte to the end, whatever brings it; what is to be said last."""

@@ -120,10 +120,16 @@ class Connection:
         except OSError as error:
             log.debug("%s: no farewell: %s", self._peer, error)
 
-    def part(self, pdu_bytes: bytes) -> None:
+    def part(self, pdu_bytes: bytes, *, deaf: bool) -> None:
         """Send a farewell that shall arrive, give the peer a moment to close the connection, and close it.
 
         With unread bytes in it a closed socket resets the connection, and the peer may never see what was sent last.
+
+        Parameters
+        ----------
+        pdu_bytes
+        deaf
+            The receiving side was shut down, so that nobody sees whether the peer closed.
         """
         self.send_last(pdu_bytes)
         until = time.monotonic() + _FAREWELL_S
@@ -131,7 +137,9 @@ class Connection:
             self._socket.shutdown(socket.SHUT_WR)
             while (left := until - time.monotonic()) > 0:
                 self._socket.settimeout(left)
-                if not self._socket.recv_into(self._buffer):
+                if deaf:
+                    time.sleep(left)
+                elif not self._socket.recv_into(self._buffer):
                     break
         except OSError as error:
             log.debug("%s: gone without a farewell: %s", self._peer, error)
