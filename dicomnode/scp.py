@@ -214,7 +214,7 @@ class StorageServer:
             # Else a class that is not accepted could come in the context of one that is.
             raise _Refusal(DOES_NOT_MATCH, "SOP class of the command differs from that of its presentation context")
         header = _header(data, UID(request.transfer_syntax_uid), self._tags)
-        identity = {keyword: str(header.get(keyword, "")) for keyword in _IDENTITY}
+        identity = {keyword: _uid(header, keyword) for keyword in _IDENTITY}
         if not identity["SOPClassUID"] or not identity["SOPInstanceUID"]:
             raise _Refusal(CANNOT_UNDERSTAND, "the data set has no SOP class or instance UID")
         named = (request.sop_class_uid, request.sop_instance_uid)
@@ -295,6 +295,14 @@ def _parse(data: memoryview, syntax: UID) -> Dataset:
         )
     except Exception as error:  # whatever the parser stumbles over, the sender learns that we cannot read it
         raise _Refusal(CANNOT_UNDERSTAND, f"the data set cannot be parsed ({type(error).__name__})") from error
+
+
+def _uid(header: Dataset, keyword: str) -> str:
+    """A UID as it is written, without its padding; empty if it is absent."""
+    tag = tag_for_keyword(keyword)
+    item = header.get_item(tag) if tag is not None and tag in header else None
+    value = None if item is None else item.value
+    return value.decode("latin-1").rstrip("\0 ") if isinstance(value, bytes) else str(value or "")
 
 
 def _file_start(syntax: UID) -> bytes:
