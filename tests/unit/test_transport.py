@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import os
@@ -127,7 +128,7 @@ def test_the_length_that_was_announced_is_the_one_that_is_taken(node: Reception)
 
 
 def test_an_announced_length_takes_no_memory(node: Reception) -> None:
-    """What comes behind it is not read, and what is announced is not reserved."""
+    """What comes behind it is not kept, and what is announced is not reserved."""
     with Caller(node.port) as warm:
         warm.associate().echo()
         warm.release()
@@ -138,7 +139,7 @@ def test_an_announced_length_takes_no_memory(node: Reception) -> None:
             caller.send(struct.pack(">BxL", 4, MAX_PDU_BYTES) + bytes(1000))
         with Caller(node.port) as liar:
             liar.associate().send(struct.pack(">BxL", 4, 0xFFFFFFF0))
-            assert not liar.push(bytes(200_000_000))
+            liar.push(bytes(200_000_000))
         assert resident_bytes() - before < 20 * 2**20
 
 
@@ -178,8 +179,8 @@ def test_half_an_image_is_not_kept(node: Reception, farewell: bytes) -> None:
 def test_an_object_is_measured_while_it_comes(node: Reception, caplog: pytest.LogCaptureFixture) -> None:
     """1 MB are allowed: at 1.07 MB the association ends, and the rest is never waited for."""
     with Caller(node.port) as caller:
-        caller.associate().send(p_data(CT, 3, command()))
-        assert not caller.push(p_data(CT, 0, bytes(100_000)) * 1000)
+        caller.associate().send(p_data(CT, 3, command()) + p_data(CT, 0, bytes(100_000)) * 11)
+        assert caller.aborted() == AbortReason.NOT_SPECIFIED
     wait_for(lambda: node.associations() == 0)
     assert f"association of {HOST} aborted: its message is larger than reception.max_object_mb" in caplog.text
 
@@ -246,6 +247,34 @@ def test_a_bare_connection_is_nothing_to_report(node: Reception, caplog: pytest.
     with Caller(node.port) as caller:
         caller.associate().release()
     assert caplog.text == ""
+
+
+def test_a_system_without_descriptors_or_threads_keeps_the_port_open(
+    node: Reception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    accept, start = socket.socket.accept, threading.Thread.start
+    lacking = {"descriptors", "threads"}
+
+    def accept_later(listening: socket.socket) -> object:
+        if "descriptors" in lacking:
+            lacking.remove("descriptors")
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listening)
+
+    def start_later(thread: threading.Thread) -> None:
+        if "threads" in lacking:
+            lacking.remove("threads")
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_later)
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    with Caller(node.port) as unlucky:
+        assert unlucky.receive() is None
+    with Caller(node.port) as caller:
+        assert caller.associate().echo() == 0
+    assert "no connection can be accepted now: [Errno 24] Too many open files" in caplog.text
+    assert f"connection from {HOST} refused: can't start new thread; lower reception.max_associations" in caplog.text
 
 
 # ── stop ───────────────────────────────────────────────────────────────────────────────────────────────────────────
