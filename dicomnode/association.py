@@ -26,15 +26,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
-
-from pynetdicom.presentation import PresentationContext
 
 from dicomnode import pdu
 from dicomnode.config import Reception
 from dicomnode.connection import Connection
 from dicomnode.errors import MalformedPdu, PeerAborted, PeerError, PeerTimedOut
+from dicomnode.message import Message
 from dicomnode.negotiation import PROTOCOL_VERSION, Negotiator, Rejection, Request
 from dicomnode.pdu import AbortReason, Element, PduType
 from dicomnode.services import Services
@@ -180,7 +179,7 @@ class Association:
         message = self._message()
         if message is None:
             return False
-        context, elements = message.context, message.elements
+        context, elements = self.request.contexts[message.context_id], message.elements
         command = pdu.read_us(elements, Element.COMMAND_FIELD)
         pdu.read_us(elements, Element.MESSAGE_ID)  # nothing is done for who could not be answered
         if command == pdu.C_ECHO_RQ:
@@ -206,17 +205,17 @@ class Association:
             self._send([answer])
         return True
 
-    def _response(self, message: _Message, status: int) -> Iterable[pdu.Buffer]:
+    def _response(self, message: Message, status: int) -> Iterable[pdu.Buffer]:
         command = pdu.response(message.elements, status)
         return pdu.p_data(message.context_id, command, command=True, max_pdu=self.request.max_pdu)
 
     def _send(self, answer: Iterable[pdu.Buffer]) -> None:
         self._wire.send(answer, time.monotonic() + self._limits.network_timeout_s, "taking an answer")
 
-    def _message(self) -> _Message | None:
+    def _message(self) -> Message | None:
         """The next message, whole; None for a release."""
         limits = self._limits
-        message: _Message | None = None
+        message: Message | None = None
         deadline = time.monotonic() + min(limits.dimse_timeout_s, limits.network_timeout_s)
         while True:
             kind, whole = self._wire.receive(deadline, MAX_PDU_BYTES + _PDU_SLACK_BYTES, "its next PDU")
@@ -230,17 +229,20 @@ class Association:
             for item in items:
                 if message is None:
                     message = self._begin(item.context_id)
-                if message.add(item):
+                whole_message = message.add(item)
+                if len(message.data) > limits.max_object_mb * _MEGABYTE + _MAX_COMMAND_BYTES:
+                    # A little more is taken and answered with a status; without an end to come nothing can be answered.
+                    raise _Abort(AbortReason.NOT_SPECIFIED, "its message is larger than reception.max_object_mb")
+                if whole_message:
                     if next(items, None) is not None:
                         raise MalformedPdu("data behind the end of a message")
                     return message
             deadline = time.monotonic() + limits.network_timeout_s
 
-    def _begin(self, context_id: int) -> _Message:
-        context = self.request.contexts.get(context_id)
-        if context is None:
+    def _begin(self, context_id: int) -> Message:
+        if context_id not in self.request.contexts:
             raise MalformedPdu(f"a message in the presentation context {context_id}, which is not accepted")
-        return _Message(context_id, context, self._limits.max_object_mb * _MEGABYTE)
+        return Message(context_id, _MAX_COMMAND_BYTES)
 
     def _unexpected(self, kind: int) -> Exception:
         if kind == PduType.ABORT:
@@ -254,41 +256,3 @@ class _Abort(Exception):
     def __init__(self, reason: AbortReason, why: str) -> None:
         super().__init__(why)
         self.reason = reason
-
-
-@dataclass(slots=True)
-class _Message:
-    """A command set and the data set that it announces, while they come (PS3.7 section 6.3, PS3.8 annex E)."""
-
-    context_id: int
-    context: PresentationContext
-    max_data_bytes: int
-    command: bytearray = field(default_factory=bytearray)
-    elements: dict[int, bytes] = field(default_factory=dict)
-    """Of the command set; empty until it is whole."""
-    data: bytearray = field(default_factory=bytearray)
-
-    @property
-    def has_data(self) -> bool:
-        """Does the command announce a data set?"""
-        return pdu.read_us(self.elements, Element.DATA_SET_TYPE) != pdu.NO_DATA_SET
-
-    def add(self, item: pdu.Pdv) -> bool:
-        """Take the next piece; True if the message is whole."""
-        if item.context_id != self.context_id:
-            raise MalformedPdu("a message in more than one presentation context")
-        if item.command == bool(self.elements):
-            raise MalformedPdu("a data set before its command, or a command within a message")
-        if item.command:
-            self.command += item.data
-            if len(self.command) > _MAX_COMMAND_BYTES:
-                raise MalformedPdu(f"a command set of more than {_MAX_COMMAND_BYTES} bytes")
-            if not item.last:
-                return False
-            self.elements = pdu.read_command_set(bytes(self.command))
-            return not self.has_data
-        if len(self.data) + len(item.data) > self.max_data_bytes + _MAX_COMMAND_BYTES:
-            # A little more is taken and answered with a status; without an end to come nothing can be answered.
-            raise _Abort(AbortReason.NOT_SPECIFIED, "its message is larger than reception.max_object_mb")
-        self.data += item.data
-        return item.last
