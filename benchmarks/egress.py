@@ -22,7 +22,8 @@ from pathlib import Path
 from pydicom import dcmread
 from pydicom.uid import generate_uid
 
-from dicomnode.scu import Answer, Outgoing, Peer, Refused, store
+from dicomnode.requestor import Peer
+from dicomnode.scu import Answer, Outgoing, Refused, store
 
 HOST = "127.0.0.1"
 NODELAY = {**os.environ, "TCP_NODELAY": "1"}

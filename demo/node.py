@@ -14,7 +14,7 @@ from demo.pacs import AE_TITLE as PACS_AE_TITLE
 from demo.processes import HOST, Program, free_port
 from dicomnode.db import JobKind, JobState, SeriesState, deliveries, job_events, jobs, series
 from dicomnode.jobs import FINAL
-from dicomnode.scu import Peer
+from dicomnode.requestor import Peer
 
 AE_TITLE = "DEMONODE"
 SCANNER_AE_TITLE = "DEMOSCANNER"

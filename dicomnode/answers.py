@@ -14,6 +14,9 @@ A7xx                    not yet: later again, without a count, until `give_up_af
 no context accepted     refused at once, the transfer syntax named
 no answer               later again; the peer may have it (the UIDs do not change, so a second copy is the same object)
 ======================= ======================================================================================
+
+Where a destination is asked for storage commitment (PS3.4 annex J), it may still say of an accepted instance that it
+does not keep it. What its failure reasons mean is decided in `judge_commitment`.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ _WARNINGS = frozenset({0xB000, 0xB006, 0xB007})
 _ACCEPTED = _WARNINGS | {0x0000}
 _REFUSED = frozenset({0x0117, 0x0122, 0x0124})
 _DUPLICATE = 0x0111
+_NEVER_COMMITTED = frozenset({0x0119, 0x0122})
+_RESOURCE_LIMITATION = 0x0213
 _WRITE_EVERY_S = 0.5
 """Answers are written in batches: a crash between two makes at most this much be sent again."""
 _CANCEL_LOOK_S = 1.0
@@ -59,6 +64,17 @@ def judge(status: int, *, unanswered_before: bool) -> Verdict:
     if status & 0xFF00 == 0xA700:
         return Verdict.LATER
     return Verdict.COUNTED
+
+
+def judge_commitment(failure_reason: int) -> Verdict:
+    """Meaning of a Failure Reason (0008,1197) of a storage commitment (PS3.3 C.14.1.1, PS3.4 J.3.3.1.1).
+
+    REFUSED: 0119 class and instance do not fit, 0122 SOP class not supported. LATER: 0213 resource limitation. COUNTED:
+    all others, above all 0112, no such object: sending it again may help.
+    """
+    if failure_reason in _NEVER_COMMITTED:
+        return Verdict.REFUSED
+    return Verdict.LATER if failure_reason == _RESOURCE_LIMITATION else Verdict.COUNTED
 
 
 class Answers:

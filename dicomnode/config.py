@@ -193,6 +193,8 @@ class Destination(_Section):
     connect_timeout_s: Seconds = 10
     acse_timeout_s: Seconds = 30
     dimse_timeout_s: Seconds = 60
+    commitment_timeout_s: Seconds | None = None
+    """Longest wait for the report of a Storage Commitment, before it is asked for again; None: it is not asked for."""
 
 
 class PipelineOptions(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import selectors
 import socket
 import time
 from collections import deque
@@ -83,6 +84,17 @@ class Connection:
         whole = memoryview(self._buffer)[self._begin : self._begin + size]
         self._begin += size
         return kind, whole
+
+    def readable(self, timeout_s: float) -> bool:
+        """Has the peer sent something that was not received yet, or does it within `timeout_s`?
+
+        That it closed the connection counts as something.
+        """
+        if self._end > self._begin:
+            return True
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._socket, selectors.EVENT_READ)
+            return bool(selector.select(timeout_s))
 
     def _fill(self, size: int, deadline: float, what: str) -> None:
         while self._end - self._begin < size:

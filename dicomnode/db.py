@@ -49,6 +49,12 @@ class DeliveryState(StrEnum):
     WAITING = "WAITING"
     SENDING = "SENDING"
     SENT = "SENT"
+    """All accepted by a destination that is not asked for storage commitment."""
+    COMMITTING = "COMMITTING"
+    """All accepted; commitment is to be asked for or its report is awaited, until `next_try_at`."""
+    REQUESTING = "REQUESTING"
+    """An attempt asks for commitment now."""
+    COMMITTED = "COMMITTED"
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
 
@@ -60,6 +66,8 @@ class TransferState(StrEnum):
     OFFERED = "OFFERED"
     """Handed to an attempt that has not ended; if its process died, the peer may or may not have it."""
     ACCEPTED = "ACCEPTED"
+    COMMITTED = "COMMITTED"
+    """The destination reported that it has taken responsibility for it (PS3.4 annex J)."""
     REFUSED = "REFUSED"
 
 
@@ -190,6 +198,19 @@ transfers = Table(
     Column("updated_at", DateTime, nullable=False),
     sa.ForeignKeyConstraint(["job_id", "destination"], ["deliveries.job_id", "deliveries.destination"]),
     Index("ix_transfers_open", "job_id", "destination", "state"),
+)
+
+commitments = Table(
+    "commitments",
+    metadata,
+    Column("transaction_uid", UID, primary_key=True),
+    Column("job_id", String(40), nullable=False),
+    Column("destination", String(64), nullable=False),
+    Column("status", Integer, comment="of the N-ACTION response; none came if empty"),
+    Column("asked_at", DateTime, nullable=False),
+    Column("reported_at", DateTime),
+    sa.ForeignKeyConstraint(["job_id", "destination"], ["deliveries.job_id", "deliveries.destination"]),
+    Index("ix_commitments_delivery", "job_id", "destination"),
 )
 
 workers = Table(

@@ -19,11 +19,21 @@ from sqlalchemy.dialects.sqlite import insert
 from dicomnode import jobs as job_table
 from dicomnode.answers import Answers
 from dicomnode.config import Config
+from dicomnode.config import Delivery as DeliverySettings
 from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
 from dicomnode.errors import AssociationRejected, NodeError, PeerError
-from dicomnode.scu import Outgoing, Peer, store
+from dicomnode.requestor import Peer
+from dicomnode.scu import Outgoing, store
 
 log = logging.getLogger(__name__)
+
+_STATE_BEFORE = {
+    DeliveryState.WAITING: DeliveryState.WAITING,
+    DeliveryState.SENDING: DeliveryState.WAITING,
+    DeliveryState.COMMITTING: DeliveryState.COMMITTING,
+    DeliveryState.REQUESTING: DeliveryState.COMMITTING,
+}
+"""State of a delivery with an attempt to come or under way → its state before that attempt."""
 
 
 def peer(config: Config, name: str) -> Peer:
@@ -86,7 +96,9 @@ def plan(
             .where(
                 deliveries.c.job_id == job_id,
                 deliveries.c.destination == destination,
-                deliveries.c.state.in_([DeliveryState.SENT, DeliveryState.FAILED]),
+                deliveries.c.state.in_(
+                    [DeliveryState.SENT, DeliveryState.COMMITTING, DeliveryState.COMMITTED, DeliveryState.FAILED]
+                ),
                 sa.exists().where(
                     transfers.c.job_id == job_id,
                     transfers.c.destination == destination,
@@ -105,10 +117,47 @@ def put_back(connection: sa.Connection, job_id: str, destination: str, attempts:
             deliveries.c.job_id == job_id,
             deliveries.c.destination == destination,
             deliveries.c.attempts == attempts,
-            deliveries.c.state.in_([DeliveryState.WAITING, DeliveryState.SENDING]),
+            deliveries.c.state.in_(_STATE_BEFORE),
         )
-        .values(state=DeliveryState.WAITING, enqueued=deliveries.c.enqueued + 1, updated_at=now())
+        .values(
+            state=sa.case(_STATE_BEFORE, value=deliveries.c.state),
+            enqueued=deliveries.c.enqueued + 1,
+            updated_at=now(),
+        )
     )
+
+
+def pause(settings: DeliverySettings, failures: int) -> timedelta:
+    """Time until the next attempt after so many in a row without progress."""
+    longest = min(settings.retry_first_s * 2.0 ** min(max(failures - 1, 0), 30), settings.retry_max_s)
+    # Jitter, so that a hundred jobs do not knock all at once on a PACS that just came back.
+    return timedelta(seconds=longest * random.uniform(0.5, 1.0))  # noqa: S311 - a pause, not a secret
+
+
+def counts(connection: sa.Connection, job_id: str, destination: str) -> dict[str, int]:
+    """Number of transfers of a delivery by their state."""
+    counted = (
+        sa.select(transfers.c.state, sa.func.count().label("n"))
+        .where(transfers.c.job_id == job_id, transfers.c.destination == destination)
+        .group_by(transfers.c.state)
+    )
+    return {row.state: row.n for row in connection.execute(counted)}
+
+
+def refusals(connection: sa.Connection, job_id: str, destination: str) -> str:
+    """What of a delivery is refused for good, in words."""
+    refused = (
+        sa.select(transfers.c.sop_instance_uid, transfers.c.detail)
+        .where(
+            transfers.c.job_id == job_id,
+            transfers.c.destination == destination,
+            transfers.c.state == TransferState.REFUSED,
+        )
+        .order_by(transfers.c.sop_instance_uid)
+    )
+    example, *others = connection.execute(refused).all()
+    total = sum(counts(connection, job_id, destination).values())
+    return f"{1 + len(others)} of {total} refused, e.g. {example.sop_instance_uid}: {example.detail}"
 
 
 class Delivery:
@@ -160,7 +209,7 @@ class Delivery:
         with self._database.begin() as connection:
             row = connection.execute(sa.select(deliveries).where(*mine)).one_or_none()
             job = job_table.get(connection, job_id)
-            if row is None or job is None or job.cancel_requested or job.state is not JobState.DISPATCHING:
+            if row is None or job is None or job.cancel_requested or job.state not in job_table.SENDING:
                 return None
             first = row.state == DeliveryState.WAITING and row.attempts == attempt
             again = row.state == DeliveryState.SENDING and row.attempts == attempt + 1
@@ -235,7 +284,7 @@ class Delivery:
                 job_table.add_event(connection, job_id, JobState.DISPATCHING, f"{destination}: {warned}")
             failures = 0 if answers.progressed else row.failures + 1
             rejections = row.rejections + 1 if rejected else 0
-            state, reason, pause = self._conclude(connection, row, ours, trouble, failures, rejections)
+            state, reason, wait = self._conclude(connection, row, ours, trouble, failures, rejections)
             connection.execute(
                 sa.update(deliveries)
                 .where(*mine)
@@ -245,14 +294,14 @@ class Delivery:
                     failures=failures,
                     rejections=rejections,
                     enqueued=0,
-                    next_try_at=now() + pause,
+                    next_try_at=now() + wait,
                     updated_at=now(),
                 )
             )
             if state is not DeliveryState.WAITING:
                 job_table.add_event(connection, job_id, JobState.DISPATCHING, f"{destination}: {reason}")
-            elif pause:
-                event = f"{destination}: {reason}; next try in {pause.total_seconds():.0f} s"
+            elif wait:
+                event = f"{destination}: {reason}; next try in {wait.total_seconds():.0f} s"
                 job_table.add_event(connection, job_id, JobState.DISPATCHING, event)
             job_table.settle(connection, job_id)
         log.info("job %s: %s: %s, %s", job_id[:12], destination, state, reason)
@@ -268,10 +317,8 @@ class Delivery:
     ) -> tuple[DeliveryState, str, timedelta]:
         """Next state of a delivery whose attempt ended, why, and the pause before its next attempt."""
         settings = self._config.delivery
-        counted = sa.select(transfers.c.state, sa.func.count().label("n")).where(*ours).group_by(transfers.c.state)
-        states: dict[str, int] = {found.state: found.n for found in connection.execute(counted)}
-        waiting, refused = states.get(TransferState.WAITING, 0), states.get(TransferState.REFUSED, 0)
-        total = sum(states.values())
+        states = counts(connection, row.job_id, row.destination)
+        waiting, total = states.get(TransferState.WAITING, 0), sum(states.values())
         if waiting:
             too_old = now() - row.created_at > timedelta(days=settings.give_up_after_days)
             too_often = rejections >= settings.failure_status_tries
@@ -280,18 +327,15 @@ class Delivery:
                 return DeliveryState.FAILED, reason, timedelta()
             # Images that came while the association was open are due at once; after trouble the peer gets a pause.
             hindered = bool(trouble) or failures > 0 or self._answered_later(connection, ours)
-            pause = self._pause(failures) if hindered else timedelta()
-            return DeliveryState.WAITING, trouble or f"{waiting} of {total} to go", pause
-        if refused:
-            example = connection.execute(
-                sa.select(transfers.c.sop_instance_uid, transfers.c.detail)
-                .where(*ours, transfers.c.state == TransferState.REFUSED)
-                .order_by(transfers.c.sop_instance_uid)
-                .limit(1)
-            ).one()
-            reason = f"{refused} of {total} refused, e.g. {example.sop_instance_uid}: {example.detail}"
-            return DeliveryState.FAILED, reason, timedelta()
-        return DeliveryState.SENT, f"all {total} accepted", timedelta()
+            wait = pause(settings, failures) if hindered else timedelta()
+            return DeliveryState.WAITING, trouble or f"{waiting} of {total} to go", wait
+        if TransferState.REFUSED in states:
+            return DeliveryState.FAILED, refusals(connection, row.job_id, row.destination), timedelta()
+        if self._config.destinations[row.destination].commitment_timeout_s is None:
+            return DeliveryState.SENT, f"all {total} accepted", timedelta()
+        if TransferState.ACCEPTED not in states:
+            return DeliveryState.COMMITTED, f"all {total} committed", timedelta()
+        return DeliveryState.COMMITTING, f"all {total} accepted, storage commitment to be asked for", timedelta()
 
     def _answered_later(self, connection: sa.Connection, ours: tuple[sa.ColumnElement[bool], ...]) -> bool:
         """Was an instance answered with something that may pass?"""
@@ -299,9 +343,3 @@ class Delivery:
             *ours, transfers.c.state == TransferState.WAITING, transfers.c.status.is_not(None)
         )
         return bool(connection.execute(sa.select(open_and_answered)).scalar_one())
-
-    def _pause(self, failures: int) -> timedelta:
-        settings = self._config.delivery
-        longest = min(settings.retry_first_s * 2.0 ** min(max(failures - 1, 0), 30), settings.retry_max_s)
-        # Jitter, so that a hundred jobs do not knock all at once on a PACS that just came back.
-        return timedelta(seconds=longest * random.uniform(0.5, 1.0))  # noqa: S311 - a pause, not a secret

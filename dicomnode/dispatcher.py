@@ -25,6 +25,9 @@ from dicomnode.worker import Worker
 
 log = logging.getLogger(__name__)
 
+_OPEN = (DeliveryState.WAITING, DeliveryState.COMMITTING)
+"""Deliveries that wait for their next attempt, to send or to ask for storage commitment."""
+_BEGUN = (DeliveryState.SENDING, DeliveryState.REQUESTING)
 _LOOK_EVERY_S = 0.5
 _CHECK_EVERY_S = 15.0
 """How often keys handed over earlier are checked for having ended without moving their row."""
@@ -95,14 +98,16 @@ class Dispatcher:
                 sa.select(deliveries, jobs.c.priority)
                 .join(jobs, jobs.c.id == deliveries.c.job_id)
                 .where(
-                    deliveries.c.state.in_([DeliveryState.WAITING, DeliveryState.SENDING]),
-                    jobs.c.state == JobState.DISPATCHING,
+                    deliveries.c.state.in_([*_OPEN, *_BEGUN]),
+                    jobs.c.state.in_(job_table.SENDING),
                     sa.not_(jobs.c.cancel_requested),
                     sa.or_(
-                        deliveries.c.state == DeliveryState.SENDING,
+                        deliveries.c.state.in_(_BEGUN),
                         deliveries.c.next_try_at.is_(None),
                         deliveries.c.next_try_at <= at,
                     ),
+                    # One request for storage commitment when all is there, instead of one for each burst of images.
+                    sa.or_(deliveries.c.state != DeliveryState.COMMITTING, sa.not_(job_table.may_grow())),
                 )
             ).all()
         return [self._compute_attempt(row) for row in computing] + [self._send_attempt(row) for row in sending]
@@ -119,7 +124,7 @@ class Dispatcher:
         )
 
     def _send_attempt(self, row: Any) -> _Attempt:
-        begun = row.state == DeliveryState.SENDING
+        begun = row.state in _BEGUN
         number = row.attempts - begun
         key = f"{row.job_id}:{row.destination}:{number}:{row.enqueued}"
         return _Attempt(

@@ -15,7 +15,8 @@ NodeError
     ├── PeerAborted        A-ABORT, early release or closed connection
     ├── PeerTimedOut       no answer or no progress in time
     ├── ProtocolViolation  an answer that is none
-    └── VerificationFailed no C-ECHO there (permanent)
+    ├── VerificationFailed no C-ECHO there (permanent)
+    └── NoStorageCommitment no Storage Commitment there (permanent)
 """
 
 
@@ -95,5 +96,11 @@ class ProtocolViolation(PeerError):
 
 class VerificationFailed(PeerError):
     """The peer accepts associations but not C-ECHO, or answered it with a failure."""
+
+    permanent = True
+
+
+class NoStorageCommitment(PeerError):
+    """The peer accepts associations but not the Storage Commitment Push Model."""
 
     permanent = True

@@ -2,7 +2,7 @@
 
 ::
 
-    scp → spool → intake → jobs ← dispatcher → engine → compute (worker) → delivery (scu)
+    scp → spool → intake → jobs ← dispatcher → engine → compute (worker) → delivery, commitment (scu)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from dicomnode.commitment import Commitment
 from dicomnode.compute import Compute
 from dicomnode.config import Config
 from dicomnode.db import open_database
@@ -52,11 +53,14 @@ class Node:
         self._database_lock = hold(Path(f"{self.database.url.database}.lock"))
         self._worker = configured_worker(config.compute)
         self._delivery = Delivery(config, self.database, self._spool.root)
-        self._engine = Engine(self.database, self._process, self._delivery.deliver)
+        self._commitment = Commitment(config, self.database)
+        self._engine = Engine(self.database, self._process, self._deliver)
         self._compute = Compute(config, self.database, self._spool.root, self._worker, self._engine.executor_id)
         hashes = pipeline_hashes(config, self._worker)
         self._intake = Intake(config, self.database, self._spool, self._open_associations, hashes)
-        self._server = StorageServer(config, self._spool, self._intake.keywords, self._intake.stored)
+        self._server = StorageServer(
+            config, self._spool, self._intake.keywords, self._intake.stored, self._commitment.report
+        )
         self._dispatcher = Dispatcher(self.database, self._engine, self._worker)
 
     @property
@@ -94,6 +98,7 @@ class Node:
         self._intake.stop()
         self._dispatcher.stop()
         self._delivery.stop()
+        self._commitment.stop()
         self._compute.stop()
         self._worker.stop()
         self._engine.stop(_STOP_WAIT_S)
@@ -103,6 +108,11 @@ class Node:
 
     def _process(self, job_id: str, run: int) -> None:
         self._compute.process(job_id, run)
+
+    def _deliver(self, job_id: str, destination: str, attempt: int) -> None:
+        # The row says whose turn it is; for the other there is nothing to do.
+        self._delivery.deliver(job_id, destination, attempt)
+        self._commitment.request(job_id, destination, attempt)
 
     def _open_associations(self, series_uid: str) -> int:
         return self._server.open_associations(series_uid)

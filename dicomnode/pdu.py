@@ -82,6 +82,7 @@ class Element(IntEnum):
 
     GROUP_LENGTH = 0x0000
     AFFECTED_SOP_CLASS_UID = 0x0002
+    REQUESTED_SOP_CLASS_UID = 0x0003
     COMMAND_FIELD = 0x0100
     MESSAGE_ID = 0x0110
     MESSAGE_ID_RESPONDED_TO = 0x0120
@@ -89,10 +90,15 @@ class Element(IntEnum):
     DATA_SET_TYPE = 0x0800
     STATUS = 0x0900
     AFFECTED_SOP_INSTANCE_UID = 0x1000
+    REQUESTED_SOP_INSTANCE_UID = 0x1001
+    EVENT_TYPE_ID = 0x1002
+    ACTION_TYPE_ID = 0x1008
 
 
 C_STORE_RQ = 0x0001
 C_ECHO_RQ = 0x0030
+N_EVENT_REPORT_RQ = 0x0100
+N_ACTION_RQ = 0x0130
 RESPONSE = 0x8000
 """Bit that makes a command field that of the response."""
 _MAX_UID_BYTES = 64
@@ -143,8 +149,22 @@ def c_echo_rq(message_id: int) -> bytes:
     )
 
 
+def n_action_rq(message_id: int, sop_class_uid: str, sop_instance_uid: str, action_type: int) -> bytes:
+    """Command set of an N-ACTION request with a data set (PS3.7 section 10.3.4.1)."""
+    return command_set(
+        {
+            Element.REQUESTED_SOP_CLASS_UID: ui(sop_class_uid),
+            Element.COMMAND_FIELD: us(N_ACTION_RQ),
+            Element.MESSAGE_ID: us(message_id),
+            Element.DATA_SET_TYPE: us(DATA_SET_FOLLOWS),
+            Element.REQUESTED_SOP_INSTANCE_UID: ui(sop_instance_uid),
+            Element.ACTION_TYPE_ID: us(action_type),
+        }
+    )
+
+
 def response(request: Mapping[int, bytes], status: int) -> bytes:
-    """Command set that answers a C-STORE or C-ECHO request with `status` (PS3.7 sections 9.3.1.2 and 9.3.5.2).
+    """Command set that answers a C-STORE, C-ECHO or N-EVENT-REPORT request with `status` (PS3.7 sections 9.3 and 10.3).
 
     It repeats the UIDs of the request, unless they are longer than any UID.
 

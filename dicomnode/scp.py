@@ -25,6 +25,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Collection, Set
 from io import BytesIO
+from typing import Any
 
 from pydicom import Dataset
 from pydicom.charset import convert_encodings
@@ -41,8 +42,12 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
 )
-from pynetdicom import AllStoragePresentationContexts, build_context
-from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import time
+from pynetdicom import AllStoragePresentationContexts, build_context, evt
+from pynetdicom.events import Event, InterventionEvent
+from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at import time
+    StorageCommitmentPushModel,
+    Verification,
+)
 
 from dicomnode.association import MAX_PDU_BYTES, Association, StoreRequest
 from dicomnode.conditions import NUMERIC_VRS, TEXT_VRS
@@ -107,9 +112,19 @@ class StorageServer:
         DICOM keywords whose values `stored` gets with each object.
     stored
         Called when an object is safe and before it is acknowledged; must not block.
+    report
+        Takes event type and information of reports on storage commitment (PS3.4 J.3.3) and gives the status that
+        answers them. Without it none are taken.
     """
 
-    def __init__(self, config: Config, spool: Spool, keywords: Collection[str], stored: Stored) -> None:
+    def __init__(
+        self,
+        config: Config,
+        spool: Spool,
+        keywords: Collection[str],
+        stored: Stored,
+        report: Callable[[int, Dataset], int] | None = None,
+    ) -> None:
         self._reception = config.reception
         self._called = set(config.reception.called_ae_titles or (config.node.ae_title,))
         self._calling = set(config.reception.calling_ae_titles)
@@ -119,6 +134,7 @@ class StorageServer:
         self._keywords = frozenset(keywords)
         self._tags = frozenset(filter(None, map(tag_for_keyword, {*keywords, *_IDENTITY, *_READ_WITH_VALUES})))
         self._stored = stored
+        self._report = report
         self._lock = threading.Lock()
         self._series_of: dict[Association, set[str]] = {}
         """Established association → UIDs of the series it brought something of."""
@@ -147,8 +163,17 @@ class StorageServer:
         known = [str(context.abstract_syntax) for context in AllStoragePresentationContexts]
         contexts = [build_context(uid, syntaxes) for uid in self._reception.sop_classes or known]
         contexts.append(build_context(Verification, list(_NATIVE_SYNTAXES[:2])))
+        handlers: dict[InterventionEvent, Callable[[Event], Any]] = {}
+        if (report := self._report) is not None:
+            context = build_context(StorageCommitmentPushModel, list(_NATIVE_SYNTAXES[:2]))
+            context.scu_role, context.scp_role = False, True  # who reports is the SCP of the service, and calls us
+            contexts.append(context)
+            handlers[evt.EVT_N_EVENT_REPORT] = lambda event: (
+                report(event.event_type or 0, event.event_information),
+                None,
+            )
         negotiator = Negotiator(contexts, MAX_PDU_BYTES)
-        services = Services({})
+        services = Services(handlers)
 
         def associate(connected: socket.socket, address: str) -> Association:
             return Association(connected, address, self._reception, negotiator, services, self)

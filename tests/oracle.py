@@ -138,7 +138,13 @@ class StorageOracle:
     def start(self) -> None:
         """Listen."""
         self._over.clear()
-        handlers: list[Any] = [
+        self._server = self._ae.make_server((HOST, self.port), evt_handlers=self._handlers())
+        # As AE.start_server does it, but there a server takes half a second to notice that it shall end.
+        self._ae._servers.append(self._server)
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def _handlers(self) -> list[Any]:
+        return [
             (evt.EVT_CONN_OPEN, self._on_connection),
             (evt.EVT_REQUESTED, self._on_request),
             (evt.EVT_C_STORE, self._on_store),
@@ -146,10 +152,6 @@ class StorageOracle:
             (evt.EVT_RELEASED, self._on_released),
             (evt.EVT_ABORTED, self._on_aborted),
         ]
-        self._server = self._ae.make_server((HOST, self.port), evt_handlers=handlers)
-        # As AE.start_server does it, but there a server takes half a second to notice that it shall end.
-        self._ae._servers.append(self._server)
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
         """Close the port and every connection; what was received stays."""

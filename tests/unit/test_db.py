@@ -29,6 +29,7 @@ REVIEWED = {
     "updated_at",
     "transfers": "job_id destination sop_instance_uid sop_class_uid transfer_syntax_uid path sha256 state status "
     "detail tries unanswered updated_at",
+    "commitments": "transaction_uid job_id destination status asked_at reported_at",
     "workers": "id host pid beat",
 }
 """Every column was looked at: none takes a name, number or date of a patient. A new one is added here after the same

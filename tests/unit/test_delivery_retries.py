@@ -52,7 +52,7 @@ def test_pauses_are_spread(database: sa.Engine, sent_series: list[Path]) -> None
 def test_an_enormous_number_of_failures_overflows_nothing(sender: Sender) -> None:
     with sender.database.begin() as connection:
         connection.execute(sa.update(deliveries).values(failures=100_000))
-    assert sender.delivery._pause(100_001) <= timedelta(seconds=PROMPT["retry_max_s"])
+    assert module.pause(sender.config.delivery, 100_001) <= timedelta(seconds=PROMPT["retry_max_s"])
 
 
 def test_progress_starts_the_pauses_anew(sender: Sender, oracle: StorageOracle) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pynetdicom import AllStoragePresentationContexts
 
-from dicomnode import config, scp, scu
+from dicomnode import config, requestor, scp
 from dicomnode.answers import Verdict, judge
 from dicomnode.cli import main
 from dicomnode.db import JobState
@@ -65,7 +65,7 @@ def test_numbers_that_identify_and_limit_the_node() -> None:
         IMPLEMENTATION_CLASS_UID,
         IMPLEMENTATION_VERSION_NAME,
         f"{scp.MAX_PDU_BYTES} bytes as acceptor",
-        f"{scu.MAX_RECEIVED_PDU} bytes as initiator",
+        f"{requestor.MAX_RECEIVED_PDU} bytes as initiator",
         f"{config.Reception().max_associations} at once",
         f"{config.Reception().max_associations_per_peer} from one address",
     ):

@@ -21,8 +21,9 @@ from tables import config_of, row, rows
 from dicomnode import intake as module
 from dicomnode.db import SeriesState, series
 from dicomnode.intake import Intake
+from dicomnode.requestor import Peer
 from dicomnode.scp import StorageServer
-from dicomnode.scu import Answer, Outgoing, Peer, store
+from dicomnode.scu import Answer, Outgoing, store
 from dicomnode.spool import Kept
 
 

@@ -29,7 +29,8 @@ from dicomnode.errors import (
     PeerTimedOut,
     PeerUnreachable,
 )
-from dicomnode.scu import Answer, Outgoing, Peer, Refused, echo, store
+from dicomnode.requestor import Peer
+from dicomnode.scu import Answer, Outgoing, Refused, echo, store
 
 
 def outgoing(path: Path) -> Outgoing:
