@@ -1,20 +1,33 @@
-"""A storage SCP that commits to what it keeps, or does as it is told (PS3.4 annex J); reports by pynetdicom."""
+"""A storage SCP that commits to what it keeps, or does as it is told (PS3.4 annex J), and somebody who asks it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import sqlalchemy as sa
 from oracle import StorageOracle
 from peers import HOST
 from pydicom import Dataset
 from pynetdicom import AE, build_role, evt
+from sender import Sender
+from tables import history
+
+from dicomnode.commitment import Commitment
+from dicomnode.config import Config, Destination
+from dicomnode.db import DeliveryState
+from dicomnode.delivery import Delivery
+from dicomnode.scp import StorageServer
+from dicomnode.spool import Spool
 
 COMMITMENT = "1.2.840.10008.1.20.1"
 INSTANCE = "1.2.840.10008.1.20.1.1"
 NO_SUCH_OBJECT = 0x0112
+TIMEOUT_S = 100.0
+"""`commitment_timeout_s` of a `Site`."""
 
 
 @dataclass(slots=True)
@@ -28,6 +41,8 @@ class Manner:
     """SOP Instance UID → Failure Reason, whatever it keeps."""
     leave_out: Collection[str] = ()
     """Named neither as committed nor as failed."""
+    lose: int = 0
+    """So many of the instances that the next request names are lost before it is answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,7 @@ class CommittingOracle(StorageOracle):
         self.asked: list[Asked] = []
         self.statuses: list[int] = []
         """Answers to its reports on new associations."""
-        self._report_to = (report_port, report_title)
+        self.report_to = (report_port, report_title)
         if offered:
             self._ae.add_supported_context(COMMITMENT)
 
@@ -80,6 +95,9 @@ class CommittingOracle(StorageOracle):
             str(event.request.RequestedSOPInstanceUID),
             event.request.ActionTypeID,
         )
+        for uid in list(asked.instances)[: self.manner.lose]:
+            self.forget(uid)
+        self.manner.lose = 0
         with self._lock:
             self.asked.append(asked)
         if self.manner.action_status == 0x0000:
@@ -116,7 +134,7 @@ class CommittingOracle(StorageOracle):
 
     def say(self, event_type: int, information: Dataset) -> int:
         """Send this report."""
-        port, title = self._report_to
+        port, title = self.report_to
         ae = AE(self.ae_title)
         ae.add_requested_context(COMMITMENT)
         role = build_role(COMMITMENT, scu_role=False, scp_role=True)
@@ -132,3 +150,41 @@ class CommittingOracle(StorageOracle):
     def _report_on(self, association: Any, asked: Asked) -> None:
         event_type, information = self.information(asked)
         association.send_n_event_report(information, event_type, COMMITMENT, INSTANCE)
+
+
+class Site(Sender):
+    """A `Sender` whose destination is asked for commitment, and the listener that takes its reports."""
+
+    def __init__(self, database: sa.Engine, files: list[Path], pacs: int, port: int, folder: Path) -> None:
+        super().__init__(database, files, {"pacs": pacs})
+        self.use(commitment_timeout_s=TIMEOUT_S)
+        listening = self.config.model_copy(update={"node": self.config.node.model_copy(update={"port": port})})
+        self.server = StorageServer(listening, Spool(folder / "received"), [], lambda *_: None, self.take)
+
+    def use(self, config: Config | None = None, **changes: Any) -> None:
+        """Go on as a new process, with another configuration."""
+        config = config or self.config
+        changed = {
+            name: Destination.model_validate({**one.model_dump(), **changes})
+            for name, one in config.destinations.items()
+        }
+        self.config = config.model_copy(update={"destinations": changed})
+        self.delivery = Delivery(self.config, self.database, self.spool)
+        self.commitment = Commitment(self.config, self.database)
+
+    def take(self, event_type: int, information: Dataset) -> int:
+        return self.commitment.report(event_type, information)
+
+    def ask(self) -> dict[str, Any]:
+        """The next attempt, when it is due to ask; the row after it."""
+        self.commitment.request("job", "pacs", self.row()["attempts"])
+        return self.row()
+
+    def sent(self) -> Site:
+        """Send all."""
+        assert self.attempt()["state"] == DeliveryState.COMMITTING
+        return self
+
+    def history(self) -> list[str]:
+        with self.database.connect() as connection:
+            return history(connection)

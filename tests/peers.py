@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import TypeVar
 
@@ -203,6 +204,14 @@ class Orthanc:
         with opener.open(self.url + path, timeout=20) as answer:
             body: bytes = answer.read()
             return body
+
+    def delete(self, sop_instance_uid: str) -> None:
+        """Lose an instance."""
+        (orthanc_id,) = self.instances()[sop_instance_uid]
+        connection = HTTPConnection(HOST, self.http_port, timeout=20)
+        connection.request("DELETE", f"/instances/{orthanc_id}")
+        assert connection.getresponse().status == 200
+        connection.close()
 
     def instances(self) -> dict[str, list[str]]:
         """SOP Instance UID → Orthanc's ids of the instances it holds under it (one, unless something is wrong)."""

@@ -10,62 +10,18 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from committing import INSTANCE, NO_SUCH_OBJECT, CommittingOracle, Manner
+from committing import INSTANCE, NO_SUCH_OBJECT, TIMEOUT_S, CommittingOracle, Manner, Site
 from oracle import Script
 from peers import free_port, wait_for
 from pydicom import Dataset
-from sender import COUNT, PROMPT, UIDS, Sender
-from tables import CT, events, history, row, rows
+from sender import COUNT, PROMPT, UIDS
+from tables import CT, events, row, rows
 
 from dicomnode import jobs as job_table
-from dicomnode.commitment import Commitment
-from dicomnode.config import Config, Destination
 from dicomnode.db import DeliveryState, JobState, commitments, deliveries, now
-from dicomnode.delivery import Delivery
-from dicomnode.scp import StorageServer
-from dicomnode.spool import Spool
 
 S = DeliveryState
-TIMEOUT_S = 100.0
 TRIES = PROMPT["failure_status_tries"]
-
-
-class Site(Sender):
-    """A `Sender` whose destination is asked for commitment, and the listener that takes its reports."""
-
-    def __init__(self, database: sa.Engine, files: list[Path], pacs: int, port: int, folder: Path) -> None:
-        super().__init__(database, files, {"pacs": pacs})
-        self.use(commitment_timeout_s=TIMEOUT_S)
-        listening = self.config.model_copy(update={"node": self.config.node.model_copy(update={"port": port})})
-        self.server = StorageServer(listening, Spool(folder / "received"), [], lambda *_: None, self.take)
-
-    def use(self, config: Config | None = None, **changes: Any) -> None:
-        """Go on as a new process, with another configuration."""
-        config = config or self.config
-        changed = {
-            name: Destination.model_validate({**one.model_dump(), **changes})
-            for name, one in config.destinations.items()
-        }
-        self.config = config.model_copy(update={"destinations": changed})
-        self.delivery = Delivery(self.config, self.database, self.spool)
-        self.commitment = Commitment(self.config, self.database)
-
-    def take(self, event_type: int, information: Dataset) -> int:
-        return self.commitment.report(event_type, information)
-
-    def ask(self) -> dict[str, Any]:
-        """The next attempt, when it is due to ask; the row after it."""
-        self.commitment.request("job", "pacs", self.row()["attempts"])
-        return self.row()
-
-    def sent(self) -> Site:
-        """Send all."""
-        assert self.attempt()["state"] == S.COMMITTING
-        return self
-
-    def history(self) -> list[str]:
-        with self.database.connect() as connection:
-            return history(connection)
 
 
 @pytest.fixture
@@ -76,7 +32,7 @@ def pacs() -> Iterator[CommittingOracle]:
 
 @pytest.fixture
 def site(database: sa.Engine, sent_series: list[Path], pacs: CommittingOracle, tmp_path: Path) -> Iterator[Site]:
-    made = Site(database, sent_series, pacs.port, pacs._report_to[0], tmp_path)
+    made = Site(database, sent_series, pacs.port, pacs.report_to[0], tmp_path)
     made.server.start()
     yield made
     made.server.stop(5)
