@@ -19,21 +19,14 @@ from __future__ import annotations
 
 import logging
 import socket
-import struct
 import threading
 import traceback
-import zlib
-from collections.abc import Callable, Collection, Set
-from io import BytesIO
+from collections.abc import Callable, Collection
 from typing import Any
 
 from pydicom import Dataset
-from pydicom.charset import convert_encodings
-from pydicom.datadict import dictionary_VR, tag_for_keyword
-from pydicom.dataelem import DataElement, RawDataElement
-from pydicom.filereader import read_dataset
+from pydicom.datadict import tag_for_keyword
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.tag import BaseTag
 from pydicom.uid import (
     UID,
     AllTransferSyntaxes,
@@ -50,28 +43,29 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at impo
 )
 
 from dicomnode.association import MAX_PDU_BYTES, Association, StoreRequest
-from dicomnode.conditions import NUMERIC_VRS, TEXT_VRS
 from dicomnode.config import Config
 from dicomnode.errors import BadIdentifier, SpoolError, SpoolFull
 from dicomnode.negotiation import Negotiator, Rejection, Request
+from dicomnode.received_header import Unreadable, read_header, uid_of
 from dicomnode.router import header_values
 from dicomnode.series import Header
 from dicomnode.services import Services
 from dicomnode.spool import Incoming, Instance, Kept, Spool, valid_uid
 from dicomnode.transport import Listener
-from pipelines.element_index import HandedOver, index_start
 
 log = logging.getLogger(__name__)
 
 _MEGABYTE = 1_000_000
-_DEFLATED_HEADER_BYTES = 16 * _MEGABYTE
-"""Of an inflated data set this much is looked at for its header; 0.4 MB could inflate to 400."""
 _NATIVE_SYNTAXES = (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
 )
+
+_IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+_READ_WITH_VALUES = ("SpecificCharacterSet", "ContributingEquipmentSequence")
+"""What `header_values` looks at beside the keywords."""
 
 SUCCESS = 0x0000
 PROCESSING_FAILURE = 0x0110
@@ -216,6 +210,8 @@ class StorageServer:
             status, why = OUT_OF_RESOURCES, str(error)
         except SpoolError as error:
             status, why = PROCESSING_FAILURE, str(error)
+        except Unreadable as error:
+            status, why = CANNOT_UNDERSTAND, str(error)
         except _Refusal as refusal:
             status, why = refusal.status, str(refusal)
         except Exception as error:  # a fault of ours: the sender keeps its copy, and the log says where to look
@@ -238,8 +234,8 @@ class StorageServer:
         if request.sop_class_uid != request.context_class_uid:
             # Else a class that is not accepted could come in the context of one that is.
             raise _Refusal(DOES_NOT_MATCH, "SOP class of the command differs from that of its presentation context")
-        header = _header(data, UID(request.transfer_syntax_uid), self._tags)
-        identity = {keyword: _uid(header, keyword) for keyword in _IDENTITY}
+        header = read_header(data, UID(request.transfer_syntax_uid), self._tags)
+        identity = {keyword: uid_of(header, keyword) for keyword in _IDENTITY}
         if not identity["SOPClassUID"] or not identity["SOPInstanceUID"]:
             raise _Refusal(CANNOT_UNDERSTAND, "the data set has no SOP class or instance UID")
         named = (request.sop_class_uid, request.sop_instance_uid)
@@ -269,79 +265,3 @@ class _Refusal(Exception):
     def __init__(self, status: int, why: str) -> None:
         super().__init__(why)
         self.status = status
-
-
-def _header(data: memoryview, syntax: UID, tags: Set[int]) -> Dataset:
-    """The elements `tags`, and maybe others, of a data set off the network.
-
-    A plain header is found by the strict index, several times quicker than pydicom reads it all; any other is read by
-    pydicom. Raises as `_parse`.
-    """
-    try:
-        return _plain_header(data, syntax, tags)
-    except Exception:  # whatever is not plain about it, pydicom decides what it means
-        return _parse(data, syntax)
-
-
-def _plain_header(data: memoryview, syntax: UID, tags: Set[int]) -> Dataset:
-    start = _FILE_STARTS[syntax]
-    index = index_start(start + bytes(data[:_PLAIN_HEADER_BYTES]), len(start) + len(data))
-    found: dict[BaseTag, DataElement | RawDataElement] = {}
-    for tag in sorted(tags & index.elements.keys()):
-        element = index.elements[tag]
-        vr = element.vr.decode() or None
-        if (vr or dictionary_VR(tag)) not in _PLAIN_VRS:
-            raise HandedOver("a sequence or bytes are asked for")
-        value = index.content[element.value : element.end]
-        found[BaseTag(tag)] = RawDataElement(BaseTag(tag), vr, len(value), value, 0, index.implicit, True)
-    header = Dataset(found)
-    if "SpecificCharacterSet" in header:
-        header.set_original_encoding(index.implicit, True, convert_encodings(header.SpecificCharacterSet))
-    return header
-
-
-def _parse(data: memoryview, syntax: UID) -> Dataset:
-    """Header of a data set off the network, pixels left out.
-
-    Raises
-    ------
-    _Refusal
-        0xC000 if it cannot be parsed.
-    """
-    try:
-        plain: bytes | memoryview = data
-        if syntax.is_deflated:
-            plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, _DEFLATED_HEADER_BYTES)
-        return read_dataset(
-            BytesIO(plain),
-            syntax.is_implicit_VR,
-            syntax.is_little_endian,
-            stop_when=lambda tag, vr, length: tag in _PIXEL_TAGS,
-        )
-    except Exception as error:  # whatever the parser stumbles over, the sender learns that we cannot read it
-        raise _Refusal(CANNOT_UNDERSTAND, f"the data set cannot be parsed ({type(error).__name__})") from error
-
-
-def _uid(header: Dataset, keyword: str) -> str:
-    """A UID as it is written, without its padding; empty if it is absent."""
-    tag = tag_for_keyword(keyword)
-    item = header.get_item(tag) if tag is not None and tag in header else None
-    value = None if item is None else item.value
-    return value.decode("latin-1").rstrip("\0 ") if isinstance(value, bytes) else str(value or "")
-
-
-def _file_start(syntax: UID) -> bytes:
-    """As much of a file as the index wants to see before a data set."""
-    name = syntax.encode() + b"\0" * (len(syntax) % 2)
-    element = struct.pack("<HH2sH", 2, 0x10, b"UI", len(name)) + name
-    return bytes(128) + b"DICM" + struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(element)) + element
-
-
-_FILE_STARTS = {syntax: _file_start(syntax) for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian)}
-_PLAIN_HEADER_BYTES = 2**15
-"""A CT image's header has 2 to 10 kB; a longer one than this is read by pydicom."""
-_PLAIN_VRS = NUMERIC_VRS | TEXT_VRS
-_IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
-_READ_WITH_VALUES = ("SpecificCharacterSet", "ContributingEquipmentSequence")
-"""What `header_values` looks at beside the keywords."""
-_PIXEL_TAGS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})

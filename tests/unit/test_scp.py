@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import errno
-import struct
 import threading
 import time
-import tracemalloc
-import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,22 +13,15 @@ import pytest
 from ct_builder import phantom, uid, write_series
 from peers import HOST, free_port, wait_for
 from pydicom import dcmread
-from pydicom.datadict import dictionary_VR, keyword_dict, keyword_for_tag, tag_for_keyword
 from pydicom.uid import (
-    UID,
     CTImageStorage,
-    DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
 )
 from pynetdicom import AE
 from pynetdicom.association import Association
-from scanner import image
 from tables import config_of
 
-from dicomnode.router import OWN_OUTPUT, header_values
-from dicomnode.scp import StorageServer, _header, _parse, _Refusal
-from dicomnode.series import KEYWORDS
+from dicomnode.scp import StorageServer
 from dicomnode.spool import Spool
 
 
@@ -112,69 +101,6 @@ def test_a_message_without_end_is_not_kept_in_memory(receiving: Callable[..., An
     wait_for(lambda: association.is_aborted, what="the abort")
     wait_for(lambda: not server._series_of)
     assert list((tmp_path / "spool" / "instances").iterdir()) == []
-
-
-def test_a_deflate_bomb_is_inflated_only_as_far_as_a_header_goes() -> None:
-    bomb = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
-    start = struct.pack("<HH2sHL", 0x0008, 0x0005, b"UT", 0, 300_000_000)
-    small = bomb.compress(start) + bomb.compress(bytes(300_000_000)) + bomb.flush()
-    assert len(small) < 1_000_000
-    tracemalloc.start()
-    try:
-        header = _parse(memoryview(small), DeflatedExplicitVRLittleEndian)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert "SOPInstanceUID" not in header, "so it is refused as what cannot be understood"
-    assert peak < 80_000_000
-
-
-def compared(data: bytes, syntax: str) -> None:
-    """What is asked of a header is the same whoever reads it."""
-    try:
-        slow = _parse(memoryview(data), UID(syntax))
-    except _Refusal:
-        with pytest.raises(_Refusal):
-            _header(memoryview(data), UID(syntax), frozenset())
-        return
-    keywords = {keyword_for_tag(tag) for tag in slow.keys()} | KEYWORDS | {"Modality", OWN_OUTPUT}
-    plain = {keyword for keyword in keywords if keyword not in SEQUENCES}
-    for asked in (keywords, plain, KEYWORDS | {"SOPInstanceUID", "SeriesDescription"}):
-        tags = {tag_for_keyword(keyword) for keyword in {*asked, "SpecificCharacterSet"}} - {None}
-        read = _header(memoryview(data), UID(syntax), frozenset(tags))
-        assert header_values(read, asked) == header_values(slow, asked)
-
-
-SEQUENCES = {keyword for keyword in keyword_dict if dictionary_VR(keyword) == "SQ"}
-
-
-@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
-def test_the_index_and_pydicom_read_the_same_header(
-    tmp_path: Path, syntax: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = {"SpecificCharacterSet": "ISO_IR 192", "SeriesDescription": "Lungenübersicht ÄÖ"}
-    (path,) = write_series(tmp_path, phantom(1, 16), **texts)
-    ds = dcmread(path)
-    ds.file_meta.TransferSyntaxUID = syntax
-    ds.save_as(path)
-    one = image(path)
-    compared(one.data, syntax)
-    for cut in range(0, len(one.data) - 512, 7):
-        with warnings.catch_warnings(action="ignore"):  # pydicom's, on what is cut off
-            compared(one.data[:cut], syntax)
-    monkeypatch.setattr("dicomnode.scp._parse", None)
-    tags = frozenset({0x00080005, 0x0008103E})
-    assert header_values(_header(memoryview(one.data), UID(syntax), tags), {"SeriesDescription"}) == {
-        "SeriesDescription": "Lungenübersicht ÄÖ"
-    }, "and this one was found by the index"
-
-
-@pytest.mark.data
-def test_the_index_and_pydicom_read_the_same_odd_header(odd_dir: Path) -> None:
-    for path in sorted(odd_dir.glob("*.dcm")):
-        one = image(path)
-        with warnings.catch_warnings(action="ignore"):
-            compared(one.data, one.syntax)
 
 
 def test_a_fault_of_ours_is_a_documented_status_and_a_line(
