@@ -10,6 +10,7 @@ deadline and everything that grows has a limit:
 association request   128 KiB                                 whole within `acse_timeout_s` of the connection
 next message                                                  its first PDU within `dimse_timeout_s`
 each PDU              what we announced, and a little         whole within `network_timeout_s` of the one before
+message                                                       1 kB/s, after the first `network_timeout_s`
 command set           64 KiB, counted while it comes
 data set              `max_object_mb`, counted while it comes
 ===================== ======================================= ======================================================
@@ -46,6 +47,8 @@ _PDU_SLACK_BYTES = 1024
 """A PDU may be longer than announced by so much: some senders leave headers out of their count."""
 _MAX_REQUEST_BYTES = 131_072
 _MAX_COMMAND_BYTES = 65_536
+_SLOWEST_BYTES_PER_S = 1000
+"""Of a message: a line of 9600 baud. Who sends a byte in each PDU would keep an association for ever."""
 _MEGABYTE = 1_000_000
 _SUCCESS = 0x0000
 _UNSUPPORTED_VERSION = Rejection(1, 2, 2, "it speaks another version of the protocol")
@@ -160,7 +163,7 @@ class Association:
         self.request = self._negotiator.read(bytes(whole))
         rejection = (
             _UNSUPPORTED_VERSION
-            if self.request.protocol_version != PROTOCOL_VERSION
+            if not self.request.protocol_version & PROTOCOL_VERSION
             else self._node.admit(self, self.request)
         )
         if rejection is not None:
@@ -217,6 +220,8 @@ class Association:
         limits = self._limits
         message: Message | None = None
         deadline = time.monotonic() + min(limits.dimse_timeout_s, limits.network_timeout_s)
+        fast_enough = 0.0
+        """Until then the message may take with what came of it."""
         while True:
             kind, whole = self._wire.receive(deadline, MAX_PDU_BYTES + _PDU_SLACK_BYTES, "its next PDU")
             if self._ending:
@@ -229,6 +234,7 @@ class Association:
             for item in items:
                 if message is None:
                     message = self._begin(item.context_id)
+                    fast_enough = time.monotonic() + limits.network_timeout_s
                 whole_message = message.add(item)
                 if len(message.data) > limits.max_object_mb * _MEGABYTE + _MAX_COMMAND_BYTES:
                     # A little more is taken and answered with a status; without an end to come nothing can be answered.
@@ -237,7 +243,8 @@ class Association:
                     if next(items, None) is not None:
                         raise MalformedPdu("data behind the end of a message")
                     return message
-            deadline = time.monotonic() + limits.network_timeout_s
+                fast_enough += len(item.data) / _SLOWEST_BYTES_PER_S
+            deadline = min(time.monotonic() + limits.network_timeout_s, fast_enough)
 
     def _begin(self, context_id: int) -> Message:
         if context_id not in self.request.contexts:

@@ -29,6 +29,7 @@ from dicomnode.pdu import APPLICATION_CONTEXT
 from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 
 PROTOCOL_VERSION = 1
+"""A bit: a requestor may offer several versions (PS3.8 table 9-11)."""
 _KEPT_ANSWERS = 16
 """Requests whose answers are kept; each takes at most some 300 kB."""
 

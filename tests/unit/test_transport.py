@@ -53,27 +53,25 @@ def resident_bytes() -> int:
 # ── before an association ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    ("said", "reason"),
-    [
-        (struct.pack(">BxL", 1, 0xFFFFFFFF), INVALID),
-        (struct.pack(">BxL", 1, 131_073), INVALID),
-        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", INVALID),
-        (whole(0x99, b"abcd"), AbortReason.UNRECOGNIZED_PDU),
-        (whole(0, b""), AbortReason.UNRECOGNIZED_PDU),
-        (p_data(ECHO, 3, pdu.c_echo_rq(1)), AbortReason.UNEXPECTED_PDU),
-        (pdu.RELEASE_RQ, AbortReason.UNEXPECTED_PDU),
-        (whole(1), INVALID),
-        (whole(1, bytes(200)), INVALID),
-        (whole(1, request()[6:100]), INVALID),
-        (request()[:10] + b" " * 32 + request()[42:], INVALID),
-        (whole(1, random.Random(1).randbytes(3000)), INVALID),
-    ],
-    ids=[
-        *("4-gib", "over-128-kib", "http", "unknown-type", "type-0", "p-data", "release"),
-        *("empty", "zeros", "half-of-one", "no-titles", "random"),
-    ],
-)
+NO_REQUEST = {
+    "4-gib": (struct.pack(">BxL", 1, 0xFFFFFFFF), INVALID),
+    "over-128-kib": (struct.pack(">BxL", 1, 131_073), INVALID),
+    "http": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", INVALID),
+    "unknown-type": (whole(0x99, b"abcd"), AbortReason.UNRECOGNIZED_PDU),
+    "type-0": (whole(0, b""), AbortReason.UNRECOGNIZED_PDU),
+    "p-data": (p_data(ECHO, 3, pdu.c_echo_rq(1)), AbortReason.UNEXPECTED_PDU),
+    "release": (pdu.RELEASE_RQ, AbortReason.UNEXPECTED_PDU),
+    "empty": (whole(1), INVALID),
+    "zeros": (whole(1, bytes(200)), INVALID),
+    "half-of-one": (whole(1, request()[6:100]), INVALID),
+    "no-titles": (request()[:10] + b" " * 32 + request()[42:], INVALID),
+    "random": (whole(1, random.Random(1).randbytes(3000)), INVALID),
+    "many-contexts": (whole(1, request()[6:74] + b"\x20\0\0\x04\x01\0\0\0" * 16_000), INVALID),
+    "many-items": (whole(1, request()[6:] + b"\x54\0\0\0" * 30_000), INVALID),
+}
+
+
+@pytest.mark.parametrize(("said", "reason"), NO_REQUEST.values(), ids=NO_REQUEST)
 def test_what_is_no_association_request_is_aborted_at_once(node: Reception, said: bytes, reason: AbortReason) -> None:
     with Caller(node.port) as caller:
         caller.send(said)
@@ -85,6 +83,15 @@ def test_another_protocol_version_is_rejected(node: Reception) -> None:
         caller.send(request()[:6] + b"\0\2" + request()[8:])
         assert caller.receive() == (pdu.PduType.ASSOCIATE_RJ, b"\0\1\2\2")
         assert caller.receive() is None
+
+
+def test_a_requestor_of_several_protocol_versions_is_served(node: Reception) -> None:
+    with Caller(node.port) as caller:
+        caller.send(request()[:6] + b"\0\3" + request()[8:])
+        answer = caller.receive()
+        assert answer is not None
+        assert answer[0] == pdu.PduType.ASSOCIATE_AC
+        assert caller.echo() == 0
 
 
 def test_who_says_abort_first_is_just_gone(node: Reception) -> None:
@@ -158,6 +165,17 @@ def test_a_pdu_byte_by_byte_is_closed_in_time(hasty: Reception) -> None:
         caller.associate()
         begun = time.monotonic()
         caller.trickle(p_data(CT, 3, command()), pause_s=0.05)
+        assert time.monotonic() - begun < SOON_S
+
+
+@pytest.mark.parametrize("data", [b"", b"x"], ids=["of-nothing", "of-a-byte"])
+def test_a_message_in_crumbs_is_closed_in_time(hasty: Reception, data: bytes) -> None:
+    """Every PDU is whole and in time, and the message would never be."""
+    with Caller(hasty.port) as caller:
+        caller.associate().send(p_data(CT, 3, command()))
+        begun = time.monotonic()
+        crumb = p_data(CT, 0, data)
+        wait_for(lambda: not caller.push(crumb), 20, "the end of it")
         assert time.monotonic() - begun < SOON_S
 
 
