@@ -132,9 +132,13 @@ class Spool:
         self.instances = root / "instances"
         self.conflicts = root / "conflicts"
         self.derived = root / "derived"
+        made = not root.is_dir()
         try:
             for folder in (self.instances, self.conflicts, self.derived):
                 folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(root)
+            if made:
+                sync_folder(root.parent)
             self._lock_file = hold(root / "lock")
         except OSError as error:
             raise SpoolError(f"spool {root} cannot be used: {error}; check the path and its owner") from error
@@ -192,8 +196,7 @@ class Spool:
             # Two associations may bring the same object at once; the second must not overwrite the first.
             with self._placing:
                 if not path.exists():
-                    part.rename(path)
-                    sync_folder(folder)
+                    _put_in_place(part, path)
                     return Kept.NEW, _instance(incoming, path, size_bytes, digest)
             part.unlink()
         if dataset_digest(path) == digest:
@@ -204,8 +207,7 @@ class Spool:
             return Kept.REFUSED, _instance(incoming, path, path.stat().st_size, digest)
         apart = self._folder(self.conflicts, incoming.series_uid)
         kept = apart / f"{incoming.sop_instance_uid}.{digest[:16]}.dcm"
-        _write_part(apart, header, data).rename(kept)
-        sync_folder(apart)
+        _put_in_place(_write_part(apart, header, data), kept)
         return Kept.CONFLICT, _instance(incoming, kept, size_bytes, digest)
 
     def _folder(self, under: Path, series_uid: str) -> Path:
@@ -309,6 +311,15 @@ def _write_part(folder: Path, header: bytes, data: memoryview) -> Path:
         part.unlink(missing_ok=True)
         raise
     return part
+
+
+def _put_in_place(part: Path, path: Path) -> None:
+    try:
+        part.rename(path)
+    except OSError:  # a new name needs space too
+        part.unlink()
+        raise
+    sync_folder(path.parent)
 
 
 def write_durably(path: Path, parts: Sequence[bytes | memoryview]) -> None:

@@ -229,7 +229,7 @@ def test_short_writes_are_gone_on_with(spool: Spool, data_set: bytes, monkeypatc
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("call", ["writev", "fsync", "open"])
+@pytest.mark.parametrize("call", ["writev", "fsync", "open", "rename"])
 def test_a_full_disk_leaves_nothing(
     spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
@@ -250,6 +250,15 @@ def test_a_full_disk_leaves_nothing(
     monkeypatch.undo()
     assert files(spool) == ["lock"]
     assert spool.store(incoming(), memoryview(data_set))[0] is Kept.NEW
+
+
+def test_the_folders_of_a_new_spool_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[Path, list[str]]] = []
+    monkeypatch.setattr(
+        module, "sync_folder", lambda folder: synced.append((folder, sorted(path.name for path in folder.iterdir())))
+    )
+    Spool(tmp_path / "new").close()
+    assert synced == [(tmp_path / "new", ["conflicts", "derived", "instances"]), (tmp_path, ["new"])]
 
 
 def test_another_failure_leaves_nothing_and_is_no_full_disk(
