@@ -11,8 +11,8 @@ import pytest
 import yaml
 from pynetdicom import AllStoragePresentationContexts
 
-from dicomnode import config, requestor, scp
-from dicomnode.answers import Verdict, judge
+from dicomnode import commitment, config, requestor, scp
+from dicomnode.answers import Verdict, judge, judge_commitment
 from dicomnode.cli import main
 from dicomnode.db import JobState
 from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
@@ -101,6 +101,31 @@ def test_statuses_as_scu() -> None:
                 status = int(code.replace("x", digit), 16)
                 assert tuple(judge(status, unanswered_before=before) for before in (True, False)) == expected, code
     assert judge(0x1234, unanswered_before=False) is Verdict.COUNTED  # "all others"
+
+
+def test_reasons_of_failed_commitments() -> None:
+    meanings = {"refused": Verdict.REFUSED, "sent again and asked for": Verdict.LATER, "the same": Verdict.COUNTED}
+    rows = [row for row in table(CONFORMANCE, "what the destination says") if row[0].startswith("instance failed")]
+    found = {
+        verdict: [int(code, 16) for code in codes(row[0])]
+        for row in rows
+        for start, verdict in meanings.items()
+        if row[1].startswith(start)
+    }
+    assert found == {Verdict.REFUSED: [0x0119, 0x0122], Verdict.LATER: [0x0213], Verdict.COUNTED: []}
+    for reason in range(0x10000):
+        named = [verdict for verdict, reasons in found.items() if reason in reasons]
+        assert judge_commitment(reason) is (named[0] if named else Verdict.COUNTED)
+
+
+def test_statuses_of_reports() -> None:
+    answers = CONFORMANCE.partition("N-EVENT-REPORT answers")[2]
+    assert {int(codes(row[0])[0], 16) for row in table(answers, "status")} == {
+        commitment.SUCCESS,
+        commitment.NO_SUCH_EVENT_TYPE,
+        commitment.INVALID_ARGUMENT_VALUE,
+        commitment.PROCESSING_FAILURE,
+    }
 
 
 def test_every_job_state_is_explained() -> None:
