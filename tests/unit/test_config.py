@@ -76,6 +76,7 @@ def test_defaults_are_those_of_the_documentation():
         "connect_timeout_s": 10,
         "acse_timeout_s": 30,
         "dimse_timeout_s": 60,
+        "commitment_timeout_s": None,
     }
     route = Route(name="r", action="ignore")
     assert (route.priority, route.continue_, route.originals_to, dict(route.when)) == (10, False, (), {})
