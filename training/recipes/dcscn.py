@@ -26,6 +26,7 @@ from training.recipes import Recipe, flat, plane
 PATCH = 80
 L1_WEIGHT = 100.0
 """λ1 of DCSWGAN; not stated. It holds in any unit (`training.losses`)."""
+REDRAWN = "It has no skip: it redraws the whole image, and edges of bone and lung come out less exact than they were."
 ADVERSARIAL = "Adversarial training makes texture that looks right; it may make structure that is not there."
 
 
@@ -79,9 +80,9 @@ def _card(name: str, halo: int, limits: str) -> dict[str, Any]:
     }
 
 
-def _alone(name: str, network: Callable[[], nn.Module], halo: int) -> Recipe:
+def _alone(name: str, network: Callable[[], nn.Module], halo: int, limits: str = "") -> Recipe:
     return Recipe(
-        card=_card(name, halo, ""),
+        card=_card(name, halo, limits),
         network=lambda: flat(network()),
         predict=plane,
         loss=lambda: _l1,
@@ -97,9 +98,10 @@ def _adversarial(
     network: Callable[[], nn.Module],
     halo: int,
     loss: Loss,
+    limits: str = ADVERSARIAL,
 ) -> Recipe:
     return Recipe(
-        card=_card(name, halo, ADVERSARIAL),
+        card=_card(name, halo, limits),
         network=lambda: flat(network()),
         predict=plane,
         loss=lambda: loss,
@@ -114,7 +116,7 @@ def _adversarial(
 
 RECIPES = {
     "dcscn": _alone("dcscn", DCSCN, HALO),
-    "cnn-l1": _alone("cnn-l1", PlainCNN, PLAIN_HALO),
+    "cnn-l1": _alone("cnn-l1", PlainCNN, PLAIN_HALO, REDRAWN),
     "dcswgan": _adversarial("dcswgan", "dcscn", DCSCN, HALO, _weighted_l1),
-    "wgan": _adversarial("wgan", "cnn-l1", PlainCNN, PLAIN_HALO, _nothing),
+    "wgan": _adversarial("wgan", "cnn-l1", PlainCNN, PLAIN_HALO, _nothing, f"{REDRAWN} {ADVERSARIAL}"),
 }
