@@ -31,6 +31,7 @@ from torch import nn
 from pipelines.base import Execution, ModelCard, WeightsMissing
 from pipelines.network import NetworkPipeline
 from pipelines.openvino_core import Precision, compile_model, convolution_precisions, cpu_supports, ov
+from pipelines.openvino_segments import Reach
 from pipelines.openvino_stream import StreamEngine, calibrate
 from pipelines.runtime import WEIGHTS, read_card, read_file, read_weights
 from pipelines.scaling import to_hu
@@ -67,7 +68,7 @@ class Contestant:
     weights: Weights
     int8_weights: Weights
     """Those that INT8 begins with: trained on in INT8, where that was needed."""
-    ranges: Mapping[str, float]
+    ranges: Mapping[str, Reach]
     card: ModelCard | None
     """None: random weights."""
 
@@ -170,7 +171,7 @@ def graph(one: Contestant, precision: Precision) -> Any:
         network = quantisable(network, volume, Batch(corner, corner, torch.zeros(1)))
         # the input of a block's second half comes from a ReLU
         signs = {name: not name.endswith(("second", "second.0")) for name in one.ranges}
-        quantise(network, {name: Range(largest, signs[name]) for name, largest in one.ranges.items()})
+        quantise(network, {name: Range.of(reach, signed=signs[name]) for name, reach in one.ranges.items()})
     with warnings.catch_warnings():
         # PyTorch wants its exporter in place of the tracer; OpenVINO's way in is the tracer
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)

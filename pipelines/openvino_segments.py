@@ -14,10 +14,15 @@ vanish when it compiles (with fixed rows and columns; with free ones they stay, 
 8-bit convolutions follow Jacob B. et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", CVPR 2018: weights symmetric with one scale per output, activations with one scale
 per tensor, sums in 32 bits. A convolution whose input has no range stays in float.
+
+Channels of one tensor may have ranges of their own: each is rounded with its own step, and the weights take its part of
+the largest, so that to the convolution all have that one (Nagel M. et al., "Data-Free Quantization Through Weight
+Equalization and Bias Correction", ICCV 2019, section 4.1, but for one convolution and without touching the one before).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +32,7 @@ from numpy.typing import NDArray
 from pipelines.openvino_core import Float, op, ov
 
 Weights = NDArray[np.float32]
+Reach = float | Sequence[float]
 Node = Any
 """An output of an OpenVINO operation: its package has no types."""
 
@@ -55,13 +61,14 @@ class Convolution:
     bias
         (outputs,).
     largest
-        Largest magnitude of its input, which 8 bits have to hold; None: stays in float.
+        Largest magnitude of its input, which 8 bits have to hold: one, or one for each of its channels; None: stays in
+        float.
     """
 
     name: str
     weight: Weights
     bias: Weights
-    largest: float | None
+    largest: Reach | None
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,13 @@ class Code:
     dtype
         NumPy's; bfloat16, which NumPy lacks, lies in uint16.
     zero, step
-        Of the 8-bit code.
+        Of the 8-bit code; the step by channel, (1, channels or 1, 1, 1, 1).
     """
 
     type: Any
     dtype: type[np.generic]
     zero: int = 0
-    step: float | None = None
+    step: NDArray[np.float64] | None = None
 
     @classmethod
     def of_float(cls, precision: Float) -> Code:
@@ -89,35 +96,45 @@ class Code:
         return cls(ov.Type.bf16, np.uint16) if precision == "bf16" else cls(ov.Type.f32, np.float32)
 
     @classmethod
-    def of_range(cls, largest: float, *, signed: bool) -> Code:
+    def of_range(cls, largest: Reach, *, signed: bool) -> Code:
         """8 bits for magnitudes up to `largest`; both signs, or none below zero."""
         zero = SIGNED_ZERO if signed else 0
-        return cls(ov.Type.u8, np.uint8, zero, largest / (LEVELS - 1 - zero))
+        step = np.reshape(largest, (1, -1, 1, 1, 1)) / (LEVELS - 1 - zero)
+        return cls(ov.Type.u8, np.uint8, zero, step)
 
     def round(self, x: Node) -> Node:
         """Move `x` onto the grid of the code, in place of storing and loading it."""
         if self.step is None:
             return x
-        low, high = (_constant((code - self.zero) * self.step) for code in (0, LEVELS - 1))
-        return op.fake_quantize(x, low, high, low, high, LEVELS)
+        return op.fake_quantize(x, *self._ends(self.step), *self._ends(self.step.max()), LEVELS)
 
     def store(self, x: Node) -> Node:
         """Codes of `x`."""
         if self.step is None:
             return x if self.type == ov.Type.f32 else op.convert(x, self.type)
-        low, high = (_constant((code - self.zero) * self.step) for code in (0, LEVELS - 1))
-        codes = op.fake_quantize(x, low, high, _constant(0), _constant(LEVELS - 1), LEVELS)
+        codes = op.fake_quantize(x, *self._ends(self.step), _constant(0), _constant(LEVELS - 1), LEVELS)
         return op.convert(codes, self.type)
 
     def load(self, codes: Node) -> Node:
-        """What the codes mean."""
+        """What the codes mean, with the largest step for all channels: `parts` are left to the weights."""
         x = codes if self.type == ov.Type.f32 else op.convert(codes, ov.Type.f32)
         if self.step is None:
             return x
         if self.zero:
             x = op.subtract(x, _constant(self.zero))
         # the values lie on the grid already; rounding them to it is how OpenVINO recognises an 8-bit convolution
-        return self.round(op.multiply(x, _constant(self.step)))
+        ends = self._ends(self.step.max())
+        return op.fake_quantize(op.multiply(x, _constant(self.step.max())), *ends, *ends, LEVELS)
+
+    def _ends(self, step: Any) -> tuple[Node, Node]:
+        """Values of the lowest and the highest code."""
+        return _constant(-self.zero * step), _constant((LEVELS - 1 - self.zero) * step)
+
+
+def parts(largest: Reach) -> Weights:
+    """The range of each channel in parts of the largest of them, (channels or 1,)."""
+    each = np.atleast_1d(np.asarray(largest, np.float32))
+    return np.asarray(each / each.max())
 
 
 @dataclass(frozen=True)
@@ -178,7 +195,12 @@ def segment(
         planes, along, turn = window
         parameter, x = planes.parameter("window", 3)
         parameters.append(parameter)
-        terms.append(_convolve(x, along, np.roll(along.weight, turn, axis=2)))
+        y = _convolve(x, along, np.roll(along.weight, turn, axis=2))
+        if skip is not None and across is None and plane.code.step is not None:
+            # OpenVINO would move the scale of an 8-bit convolution behind the sum and then find no fast way to make
+            # codes of it: twice to eight times the run time. It moves nothing past an operation that clips.
+            y = op.clamp(y, -_LARGEST, _LARGEST)
+        terms.append(y)
     if skip is not None:
         parameter, x = skip.parameter("skip", 1)
         parameters.append(parameter)
@@ -205,7 +227,10 @@ def _convolve(x: Node, convolution: Convolution, weight: Weights) -> Node:
     """Convolve with zeros around the rows and columns; in depth the window is as long as the weights."""
     _, _, _, rows, columns = weight.shape
     pads = [0, rows // 2, columns // 2]
-    weights = _constant(weight) if convolution.largest is None else _eight_bit(weight)
+    if convolution.largest is None:
+        weights = _constant(weight)
+    else:
+        weights = _eight_bit(weight * parts(convolution.largest).reshape(1, -1, 1, 1, 1))
     y = op.convolution(x, weights, [1, 1, 1], pads, pads, [1, 1, 1], name=convolution.name)
     return op.add(y, _constant(convolution.bias.reshape(1, -1, 1, 1, 1)))
 

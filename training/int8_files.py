@@ -80,8 +80,9 @@ def plane_files(network: nn.Module, predict: Predict, batch: Batch, name: str) -
 
 def stream_files(network: nn.Module, *, tuned: bool) -> dict[str, bytes]:
     """The ranges of a quantised network for whole volumes, and its weights (half precision) if they are new."""
-    reach = {name: one.range.largest for name, one in convolutions(network).items() if one.range is not None}
-    files = {RANGES: (json.dumps(reach, indent=1) + "\n").encode("ascii")}
+    reach = {name: one.range.reach for name, one in convolutions(network).items() if one.range is not None}
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(each)}" for name, each in reach.items())
+    files = {RANGES: f"{{\n{lines}\n}}\n".encode("ascii")}
     if tuned:
         own = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, torch.Tensor)}
         files[TUNED] = save({name: tensor.detach().half().contiguous() for name, tensor in own.items()})

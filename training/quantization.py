@@ -6,13 +6,18 @@ between two convolutions (additions of skips, activations, concatenations) stays
 as if it were not there (the straight-through estimator). Weights have one step for each output, both signs alike;
 activations have one step, and either both signs or none below zero. Zero is a code of every grid, so that the zeros
 around an image stay zeros. The grids are those of `pipelines.openvino_segments`.
+
+Channels of one activation differ in size, and one step for all is too coarse for the small ones. So each channel may be
+divided by a number that its weights are multiplied with, which shares the trouble between both (Nagel M. et al.,
+"Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019; Xiao G. et al., "SmoothQuant",
+ICML 2023, equation 4): see `BALANCES`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -23,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import fuse_conv_bn_eval
 
-from pipelines.openvino_segments import LARGEST_WEIGHT, LEVELS, SIGNED_ZERO
+from pipelines.openvino_segments import LARGEST_WEIGHT, LEVELS, SIGNED_ZERO, Reach, parts
 from training.data import Batch
 from training.loop import Predict
 
@@ -35,6 +40,12 @@ HEADROOM = 1.25
 """A range in units of the best one: images are noisier than any that taught. What exceeds a range is cut off, which
 costs far more than a coarser grid: in a chest of a sharp kernel at a tenth of the dose 15.9 HU rms instead of 5.0 with
 `fast-2.5d`, while the validated loss rises from 0.06 to 0.09 dB."""
+BALANCES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Powers of the largest magnitude of a channel that it is divided by: not at all, up to all channels alike."""
+LEAST_PART = 1 / 32
+"""Of the largest channel, that each has at least: one that is nearly nothing while the ranges are found may be more."""
+DIGITS = 4
+"""Of what a channel is divided by."""
 _SMALLEST = 1e-6
 """Largest magnitude of a tensor of zeros: a step of 0 has no codes."""
 
@@ -49,10 +60,25 @@ class Range:
         Magnitude of the largest code that both signs have.
     signed
         Both signs, or none below zero.
+    parts
+        Of it that each channel reaches; empty: all reach it.
     """
 
     largest: float
     signed: bool
+    parts: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, reach: Reach, *, signed: bool) -> Range:
+        """From the largest magnitude, or that of each channel, as in a file."""
+        if isinstance(reach, Sequence):
+            return cls(max(reach), signed, tuple(map(float, parts(reach))))
+        return cls(reach, signed)
+
+    @property
+    def reach(self) -> Reach:
+        """The opposite of `of`."""
+        return [self.largest * part for part in self.parts] if self.parts else self.largest
 
     @property
     def codes(self) -> tuple[int, int]:
@@ -62,7 +88,7 @@ class Range:
 
     @property
     def step(self) -> float:
-        """Between two codes."""
+        """Between two codes, of the largest channel."""
         return self.largest / self.codes[1]
 
 
@@ -85,6 +111,7 @@ class QuantisedConvolution(nn.Module):
     """
 
     _zeros: torch.Tensor
+    _parts: torch.Tensor
 
     def __init__(self, convolution: Convolution) -> None:
         super().__init__()
@@ -97,7 +124,8 @@ class QuantisedConvolution(nn.Module):
         self.weight = nn.Parameter(weight.detach(), convolution.weight.requires_grad)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), convolution.weight.requires_grad)
         self.register_buffer("_zeros", torch.zeros(len(weight), dtype=torch.int32), persistent=False)
-        self.range: Range | None = None
+        self.register_buffer("_parts", torch.ones(1), persistent=False)
+        self.range = None
 
     def _turned(self, convolution: nn.ConvTranspose2d) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = convolution.weight, convolution.bias
@@ -116,17 +144,43 @@ class QuantisedConvolution(nn.Module):
             "training.quantization how it is one"
         )
 
+    @property
+    def range(self) -> Range | None:
+        """Of its input; None: it stays in float."""
+        return self._range
+
+    @range.setter
+    def range(self, reach: Range | None) -> None:
+        self._range = reach
+        values = reach.parts if reach is not None and reach.parts else (1.0,)
+        self._parts = torch.tensor(values, device=self.weight.device)
+
+    def divisor(self, x: torch.Tensor) -> torch.Tensor:
+        """What each channel of an input (or weights) like `x` is divided by, and its weights multiplied with."""
+        return self._parts.view(1, -1, *[1] * (x.ndim - 2))
+
     def get_extra_state(self) -> dict[str, Any]:
         """The range, so that a checkpoint holds it."""
-        return {} if self.range is None else {"largest": self.range.largest, "signed": self.range.signed}
+        return {} if self.range is None else asdict(self.range)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """See `get_extra_state`."""
         self.range = Range(**state) if state else None
 
     def _convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        convolve = functional.conv3d if weight.ndim == 5 else functional.conv2d
-        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        rest = self.stride, self.padding, self.dilation, self.groups
+        if weight.ndim == 4:
+            return functional.conv2d(x, weight, bias, *rest)
+        if torch.jit.is_tracing() or (weight.shape[2] > 1 and weight.shape[3:] != (1, 1)):
+            return functional.conv3d(x, weight, bias, *rest)
+        # PyTorch is several times as fast in two dimensions, where two are enough
+        if weight.shape[2] == 1:
+            images = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            y = functional.conv2d(images, weight[:, :, 0], bias, *(each[1:] for each in rest[:3]), self.groups)
+            return y.unflatten(0, (len(x), -1)).transpose(1, 2)
+        images = x.flatten(3).contiguous(memory_format=torch.channels_last)
+        y = functional.conv2d(images, weight[..., 0], bias, *(each[:2] for each in rest[:3]), self.groups)
+        return y.unflatten(3, x.shape[3:])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         reach = self.range
@@ -135,19 +189,21 @@ class QuantisedConvolution(nn.Module):
 
     def _rounded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights on their grid, and its step for each output."""
-        scale = self.weight.detach().abs().flatten(1).amax(1).clamp(min=_SMALLEST) / LARGEST_WEIGHT
-        weight = torch.fake_quantize_per_channel_affine(
-            self.weight, scale, self._zeros, 0, -LARGEST_WEIGHT, LARGEST_WEIGHT
-        )
-        return weight, scale
+        weight = self.weight * self.divisor(self.weight)
+        scale = weight.detach().abs().flatten(1).amax(1).clamp(min=_SMALLEST) / LARGEST_WEIGHT
+        return torch.fake_quantize_per_channel_affine(
+            weight, scale, self._zeros, 0, -LARGEST_WEIGHT, LARGEST_WEIGHT
+        ), scale
 
     def round_weights(self) -> None:
         """Put the weights on their grid for good: one halfway between two codes is rounded here, and nowhere else."""
         if self.range is not None:
-            self.weight.data = self._rounded()[0].detach()
+            self.weight.data = (self._rounded()[0] / self.divisor(self.weight)).detach()
 
     def _in_8_bits(self, x: torch.Tensor, reach: Range) -> torch.Tensor:
         weight, scale = self._rounded()
+        if reach.parts:
+            x = x * (1 / self.divisor(x))
         x = torch.fake_quantize_per_tensor_affine(x, reach.step, 0, *reach.codes)
         if not torch.is_autocast_enabled(x.device.type):
             return self._convolve(x, weight, self.bias)
@@ -242,33 +298,65 @@ def calibrate(network: nn.Module, predict: Predict, batches: Sequence[Batch]) ->
         Of its recipe; typical images.
     """
     lowest: dict[str, float] = {}
-    highest: dict[str, float] = {}
+    highest: dict[str, torch.Tensor] = {}
 
     def see_ends(name: str, _: QuantisedConvolution, given: torch.Tensor, result: torch.Tensor) -> None:
-        low, high = (float(end) for end in torch.aminmax(given))
-        lowest[name], highest[name] = min(low, lowest.get(name, low)), max(high, highest.get(name, high))
+        lowest[name] = min(float(given.min()), lowest.get(name, 0))
+        ends = given.float().abs().transpose(0, 1).flatten(1).amax(1)
+        highest[name] = torch.maximum(ends, highest.get(name, ends))
 
     _watch(network, predict, batches, see_ends)
-    largest = {name: max(highest[name], -lowest[name], _SMALLEST) for name in highest}
-    counts = {name: np.zeros(BINS) for name in largest}
+    balanced: dict[str, Range] = {}
 
-    def see_magnitudes(name: str, _: QuantisedConvolution, given: torch.Tensor, result: torch.Tensor) -> None:
-        counts[name] += torch.histc(given.float().abs(), BINS, 0, largest[name]).numpy()
+    def balance(name: str, module: QuantisedConvolution, given: torch.Tensor, result: torch.Tensor) -> None:
+        if name not in balanced:
+            balanced[name] = _balanced(module, highest[name], lowest[name] < 0, given)
+
+    _watch(network, predict, batches[:1], balance)
+    counts = {name: np.zeros(BINS) for name in balanced}
+
+    def see_magnitudes(name: str, module: QuantisedConvolution, given: torch.Tensor, result: torch.Tensor) -> None:
+        module.range = balanced[name]  # for its parts
+        given = given.float().abs() / module.divisor(given)
+        module.range = None
+        counts[name] += torch.histc(given, BINS, 0, balanced[name].largest).numpy()
 
     _watch(network, predict, batches, see_magnitudes)
-    best = {name: _best(counts[name], largest[name], signed=lowest[name] < 0) for name in largest}
+    best = {name: _best(counts[name], reach) for name, reach in balanced.items()}
     return {name: replace(reach, largest=HEADROOM * reach.largest) for name, reach in best.items()}
 
 
-def _best(counts: NDArray[np.float64], largest: float, *, signed: bool) -> Range:
-    """The range with the least squared error for magnitudes up to `largest` with this histogram."""
-    magnitudes = (np.arange(len(counts)) + 0.5) / len(counts) * largest
+def _balanced(module: QuantisedConvolution, largest: torch.Tensor, signed: bool, given: torch.Tensor) -> Range:
+    """The range up to `largest`, of each channel of the input, with the parts that change the result for `given` least.
+
+    What watches the module sees nothing of this.
+    """
+    whole = max(float(largest.max()), _SMALLEST)
+    exact = module.forward(given)
+    candidates = [Range(whole, signed)]
+    if module.groups == 1 and len(largest) > 1:
+        parts = (largest / whole).clamp(min=LEAST_PART).double()
+        for power in BALANCES[1:]:
+            divided = [float(f"{part:.{DIGITS}g}") for part in parts**power]
+            # the channel that reaches farthest once all are divided; one at the least part may, of those that do not
+            reach = float((largest.double() / torch.tensor(divided)).max())
+            candidates.append(Range(max(reach, _SMALLEST), signed, tuple(divided)))
+    errors = []
+    for module.range in candidates:
+        errors.append(float((module.forward(given) - exact).square().mean()))
+    module.range = None
+    return candidates[int(np.argmin(errors))]
+
+
+def _best(counts: NDArray[np.float64], whole: Range) -> Range:
+    """The part of the range `whole` with the least squared error for magnitudes up to it with this histogram."""
+    magnitudes = (np.arange(len(counts)) + 0.5) / len(counts) * whole.largest
 
     def error(reach: Range) -> float:
         codes = np.minimum(np.rint(magnitudes / reach.step), reach.codes[1])
         return float(counts @ (codes * reach.step - magnitudes) ** 2)
 
-    return min((Range(float(part * largest), signed) for part in CANDIDATES), key=error)
+    return min((replace(whole, largest=float(part * whole.largest)) for part in CANDIDATES), key=error)
 
 
 def quantise(network: nn.Module, ranges: Mapping[str, Range]) -> None:

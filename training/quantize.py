@@ -46,6 +46,8 @@ MAX_LOSS_DB = 0.1
 CALIBRATION_PATCHES, CHOICE_PATCHES, VALIDATION_PATCHES = 512, 32, 128
 """To find ranges, to choose what stays in float, to measure the loss. Ranges that a patch of much noise or bone exceeds
 are cut off there, at tens of HU: a quarter of these patches is too few."""
+SLICES_AT_ONCE = 4
+"""Patches that one of a volume stands for: it holds a dozen slices."""
 TUNING_STEPS = 2000
 TUNING_RATE = 0.02
 """Learning rate of the fine-tuning in parts of the recipe's: the network has learnt all but to be rounded."""
@@ -164,7 +166,8 @@ def run(args: argparse.Namespace) -> None:
     data = _data(args, how, training["seed"], phantoms)
     network = _trained(how, card, args.weights).eval()
     calibrating, choosing, checking = (
-        -(-patches // how.batch) for patches in (CALIBRATION_PATCHES, CHOICE_PATCHES, VALIDATION_PATCHES)
+        -(-patches // how.batch // (SLICES_AT_ONCE if card.input == "volume" else 1))
+        for patches in (CALIBRATION_PATCHES, CHOICE_PATCHES, VALIDATION_PATCHES)
     )
     batches = [data.seen[k] for k in range(calibrating + choosing)]
     quantised = quantisable(network, how.predict, batches[0])

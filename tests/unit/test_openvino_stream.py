@@ -14,7 +14,7 @@ from torch import nn
 
 from pipelines.base import WeightsDamaged
 from pipelines.openvino_core import compile_model, cpu_supports, give_memory_back
-from pipelines.openvino_segments import Code, Planes, segment
+from pipelines.openvino_segments import Code, Convolution, Planes, segment
 from pipelines.openvino_stream import Plane, StreamEngine, calibrate
 from pipelines.runtime import WEIGHTS
 from pipelines.stresnet import ResNet3D, SRResNet3D, STResNet
@@ -114,7 +114,7 @@ def test_the_shipped_network_in_fewer_bits() -> None:
         assert rms_hu(_streamed(int8, volume)).max() < 2.0
         eight_bit = {name for name, precision in int8.precisions.items() if precision in ("u8", "i8")}
         assert eight_bit == set(ranges)
-        assert set(int8.precisions) - eight_bit == {"head.0", "head.1", "tail.0", "tail.1"}
+        assert set(int8.precisions) - eight_bit == {"head.0", "tail.0", "tail.1"}
 
 
 @pytest.mark.skipif(not cpu_supports("int8"), reason="this CPU has no 8-bit dot products")
@@ -129,6 +129,14 @@ def test_volumetric_convolutions_run_in_eight_bits() -> None:
     error = np.sqrt(np.square(_streamed(engine, volume) - expected).mean(axis=(1, 2)))
     change = np.sqrt(np.square(expected - volume).mean(axis=(1, 2)))
     assert (error / change).max() < 0.03
+    kinds = [
+        node.get_rt_info()["layerType"].astype(str)
+        for made_by in engine._segments
+        for compiled in made_by.compiled
+        for node in compiled.get_runtime_model().get_ordered_ops()
+    ]
+    assert "Convolution" in kinds
+    assert "Transpose" not in kinds  # the order of the stores is that of the kernels
 
 
 def test_calibration_finds_the_largest_inputs() -> None:
@@ -145,10 +153,10 @@ def test_calibration_finds_the_largest_inputs() -> None:
             module.register_forward_pre_hook(see)
     for volume in volumes:
         _whole(network, volume)
-    expected = {name: value for name, value in found.items() if not name.startswith(("head", "tail"))}
+    expected = {name: value for name, value in found.items() if not name.startswith(("head.0", "tail"))}
     ranges = calibrate(weights, [iter(volumes[0]), iter(()), iter(volumes[1])])
     assert ranges == pytest.approx(expected, rel=1e-4)
-    assert len(ranges) == 10
+    assert len(ranges) == 11
     with pytest.raises(ValueError, match="no slice"):
         calibrate(weights, [iter(())])
 
@@ -211,6 +219,30 @@ def test_a_code_is_its_formula() -> None:
         loaded = compile_model(load, "fp32", 1)({"skip": codes})["plane"]
         np.testing.assert_allclose(loaded, (codes.astype(np.float32) - code.zero) * code.step, atol=1e-6)
         assert loaded.max() == pytest.approx(2.0)
+
+
+def test_each_channel_has_a_step_of_its_own() -> None:
+    """Stored with its own step, read with the largest: the weights of the convolution make up for it."""
+    largest = [2.0, 0.5, 1.0]
+    values = np.random.default_rng(4).normal(0, 0.6, (1, 1, 6, 5, 3)).astype(np.float32)
+    code = Code.of_range(largest, signed=True)
+    stored, plain = Planes(6, 5, 3, code), Planes(6, 5, 3, Code.of_float("fp32"))
+    store = segment(window=None, skip=plain, relu=False, trunk=None, plane=stored, across=None)
+    codes = compile_model(store, "fp32", 1)({"skip": values})["plane"]
+    steps = np.array(largest) / 127
+    assert np.abs(codes - np.clip(values / steps + 128, 0, 255)).max() <= 0.5 + 1e-3
+    weight = np.random.default_rng(5).normal(size=(4, 3, 3, 1, 1)).astype(np.float32)
+    along = Convolution("n", weight, np.zeros(4, np.float32), largest)
+    window = np.concatenate([codes, codes, codes], axis=1)
+    model = segment(
+        window=(stored, along, 0), skip=None, relu=False, trunk=None, plane=Planes(6, 5, 4, plain.code), across=None
+    )
+    result = compile_model(model, "fp32", 1)({"window": window})["plane"]
+    balanced = weight * np.reshape(largest, (1, 3, 1, 1, 1)) / 2
+    scale = np.abs(balanced).max((1, 2, 3, 4), keepdims=True) / 127
+    rounded = (np.round(balanced / scale) * scale).sum((2, 3, 4))
+    expected = np.einsum("oc,zyxc->zyxo", rounded, (codes[0].astype(float) - 128) * 2 / 127)
+    np.testing.assert_allclose(result[0], expected, atol=1e-4)
 
 
 def test_refusals() -> None:
