@@ -12,12 +12,18 @@ NodeError
 └── PeerError              sending stopped; what was not answered is sent again, unless `permanent`
     ├── PeerUnreachable    no connection
     ├── AssociationRejected  permanent or transient, as the peer says
+    ├── TlsFailed          no TLS with it, or a certificate that is not accepted (permanent)
     ├── PeerAborted        A-ABORT, early release or closed connection
     ├── PeerTimedOut       no answer or no progress in time
     ├── ProtocolViolation  an answer that is none
     ├── VerificationFailed no C-ECHO there (permanent)
     └── NoStorageCommitment no Storage Commitment there (permanent)
 """
+
+import traceback
+
+_FRAMES = 4
+"""So many places tell where a fault is."""
 
 
 class NodeError(Exception):
@@ -82,6 +88,12 @@ class AssociationRejected(PeerError):
         self.permanent = result == 1
 
 
+class TlsFailed(PeerError):
+    """One side does not accept the other's certificate, or they have no version or cipher in common."""
+
+    permanent = True
+
+
 class PeerAborted(PeerError):
     """The peer sent A-ABORT, released early or closed the connection."""
 
@@ -104,3 +116,14 @@ class NoStorageCommitment(PeerError):
     """The peer accepts associations but not the Storage Commitment Push Model."""
 
     permanent = True
+
+
+def fault(error: BaseException) -> str:
+    """What to log of an error that nobody foresaw: its type, and the way to it, the place where it was raised first.
+
+    Not its words: those of a library may quote a header, and so a patient.
+    """
+    way = " < ".join(
+        f"{frame.name}:{frame.lineno}" for frame in reversed(traceback.extract_tb(error.__traceback__)[-_FRAMES:])
+    )
+    return f"{type(error).__name__} at {way}"

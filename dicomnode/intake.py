@@ -20,10 +20,10 @@ from sqlalchemy.dialects.sqlite import insert
 from dicomnode import jobs as job_table
 from dicomnode.config import Config
 from dicomnode.db import JobState, SeriesState, instances, jobs, series
-from dicomnode.errors import SpoolError
+from dicomnode.errors import SpoolError, fault
 from dicomnode.planning import Planning
 from dicomnode.router import Router, header_values
-from dicomnode.series import KEYWORDS, Evidence, Header, OpenSeries, evidence, quiet_needed_s
+from dicomnode.series import KEYWORDS, Header, OpenSeries, evidence, quiet_needed_s
 from dicomnode.spool import Instance, Kept, Spool, read_instance
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,9 @@ _GROWN = (
         **{name: sa.bindparam(name) for name in ("state", "generation", "n_conflicts", "last_at")},
     )
 )
+
+_LATER = (sa.exc.OperationalError, sa.exc.TimeoutError, OSError)
+"""What passes: a full disk, a locked database. Any other error comes back as often as its cause is tried."""
 
 _Stored = tuple[Kept, Instance, Header]
 
@@ -120,7 +123,7 @@ class Intake:
         if new:
             log.info("%d received files had no row; they are indexed now", len(new))
         while not self._queue.empty():
-            self._index(self._drain())
+            self._index_all(self._drain())
 
     def start(self) -> None:
         """Begin to index and to close series."""
@@ -139,7 +142,7 @@ class Intake:
             try:
                 batch = batch or self._drain()
                 if batch:
-                    self._index(batch)
+                    self._index_all(batch)
                     batch = []
                 elif self._stopping.is_set():
                     return
@@ -173,6 +176,32 @@ class Intake:
 
     # ── index ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _index_all(self, batch: Sequence[_Stored]) -> None:
+        """Index a batch; an object over which the node stumbles is set aside, and the others go on."""
+        try:
+            self._index(batch)
+        except _LATER:
+            raise
+        except Exception as error:  # a fault of ours, which would come back at every start and stop all series
+            if len(batch) > 1:
+                for one in batch:
+                    self._index_all([one])
+            else:
+                self._set_aside(batch[0][1], fault(error))
+
+    def _set_aside(self, instance: Instance, why: str) -> None:
+        """Open the series of an object that has no row, so that closing it says that something is missing."""
+        uid = instance.sop_instance_uid
+        log.error("%s not indexed: %s; its file is kept, and tried again when the node starts", uid, why)
+        with self._database.begin() as connection:
+            generation, _ = self._open_row(connection, instance)
+            self._grow(connection, instance, generation)
+        opened = self._open.get(instance.series_uid)
+        if opened is None:
+            opened = self._open[instance.series_uid] = OpenSeries(instance.series_uid, instance.study_uid, generation)
+        opened.fault = f"{uid} not indexed: {why}"
+        opened.last_activity_s = time.monotonic()
+
     def _index(self, batch: Sequence[_Stored]) -> None:
         # The same bytes too: sent again, a series is judged again, by the routes as they are now.
         taken: dict[str, list[Instance]] = {}
@@ -203,19 +232,7 @@ class Intake:
     def _insert(self, connection: sa.Connection, arrived: Sequence[Instance]) -> OpenSeries:
         """Rows of instances of one series; opens the series, or opens it again."""
         first, last = arrived[0], arrived[-1]
-        row = connection.execute(_SERIES, {"wanted": first.series_uid}).one_or_none()
-        generation = 1 if row is None else row.generation + (row.state == SeriesState.CLOSED)
-        if row is None:
-            connection.execute(
-                sa.insert(series).values(
-                    series_uid=first.series_uid,
-                    study_uid=first.study_uid,
-                    state=SeriesState.OPEN,
-                    generation=generation,
-                    first_at=first.received_at,
-                    last_at=last.received_at,
-                )
-            )
+        generation, known = self._open_row(connection, first)
         connection.execute(
             _INSTANCE,
             [
@@ -224,21 +241,42 @@ class Intake:
                 for instance in arrived
             ],
         )
-        connection.execute(
-            _GROWN,
-            {
-                "wanted": first.series_uid,
-                "state": SeriesState.OPEN,
-                "generation": generation,
-                "n_conflicts": self._spool.count_conflicts(first.series_uid),
-                "last_at": last.received_at,
-            },
-        )
+        self._grow(connection, last, generation)
         opened = self._open.get(first.series_uid)
-        if opened is None and row is not None:
+        if opened is None and known:
             log.info("series %s comes again or grows (generation %d)", first.series_uid, generation)
             opened = self._recall(connection, first.series_uid, first.study_uid, generation)
         return opened or OpenSeries(first.series_uid, first.study_uid, generation)
+
+    def _open_row(self, connection: sa.Connection, first: Instance) -> tuple[int, bool]:
+        """The generation that the series now has, and whether it had a row before; it has one afterwards."""
+        row = connection.execute(_SERIES, {"wanted": first.series_uid}).one_or_none()
+        if row is not None:
+            return row.generation + (row.state == SeriesState.CLOSED), True
+        connection.execute(
+            sa.insert(series).values(
+                series_uid=first.series_uid,
+                study_uid=first.study_uid,
+                state=SeriesState.OPEN,
+                generation=1,
+                first_at=first.received_at,
+                last_at=first.received_at,
+            )
+        )
+        return 1, False
+
+    def _grow(self, connection: sa.Connection, last: Instance, generation: int) -> None:
+        """Count the instances of an open series of which `last` came last."""
+        connection.execute(
+            _GROWN,
+            {
+                "wanted": last.series_uid,
+                "state": SeriesState.OPEN,
+                "generation": generation,
+                "n_conflicts": self._spool.count_conflicts(last.series_uid),
+                "last_at": last.received_at,
+            },
+        )
 
     def _recall(self, connection: sa.Connection, series_uid: str, study_uid: str, generation: int) -> OpenSeries:
         """An open series with the headers of what the spool has of it."""
@@ -278,24 +316,41 @@ class Intake:
 
     def _close_complete(self) -> None:
         for opened in list(self._open.values()):
-            silent_s = time.monotonic() - opened.last_activity_s
-            if silent_s < self._config.assembly.quiet_s:
-                continue
-            if opened.judged is None:
-                opened.judged = evidence(list(opened.headers.values()))
-            judged = opened.judged
-            needed_s = quiet_needed_s(
-                judged,
-                may_be_denoised=opened.may_be_denoised,
-                association_open=self._open_associations(opened.series_uid) > 0,
-                quiet_s=self._config.assembly.quiet_s,
-                without_evidence_s=self._config.assembly.quiet_without_evidence_s,
-            )
-            if silent_s >= needed_s:
-                self._close(opened, judged)
+            try:
+                self._close_if_complete(opened)
+            except _LATER:
+                raise
+            except Exception as error:  # a fault of ours: this series is not judged, all others are
+                opened.fault = opened.fault or fault(error)
+                self._give_up(opened)
 
-    def _close(self, opened: OpenSeries, judged: Evidence) -> None:
+    def _close_if_complete(self, opened: OpenSeries) -> None:
+        silent_s = time.monotonic() - opened.last_activity_s
+        if silent_s < self._config.assembly.quiet_s:
+            return
+        if opened.fault:
+            if silent_s >= self._config.assembly.quiet_without_evidence_s:
+                self._give_up(opened)
+            return
+        if opened.judged is None:
+            opened.judged = evidence(list(opened.headers.values()))
+        judged = opened.judged
+        needed_s = quiet_needed_s(
+            judged,
+            may_be_denoised=opened.may_be_denoised,
+            association_open=self._open_associations(opened.series_uid) > 0,
+            quiet_s=self._config.assembly.quiet_s,
+            without_evidence_s=self._config.assembly.quiet_without_evidence_s,
+        )
+        if silent_s >= needed_s:
+            with self._database.begin() as connection:
+                self._planning.close(connection, opened, judged)
+            del self._open[opened.series_uid]
+            log.info("series %s closed: %s", opened.series_uid, judged.reason)
+
+    def _give_up(self, opened: OpenSeries) -> None:
+        """Close a series that a fault of ours keeps from being judged, with a failed job that says so."""
         with self._database.begin() as connection:
-            self._planning.close(connection, opened, judged)
+            self._planning.give_up(connection, opened)
         del self._open[opened.series_uid]
-        log.info("series %s closed: %s", opened.series_uid, judged.reason)
+        log.error("series %s closed without being judged: %s", opened.series_uid, opened.fault)

@@ -407,7 +407,9 @@ def retry(connection: sa.Connection, identity: str) -> None:
     NodeError
         With the reason why this job is not tried again.
     """
-    row = connection.execute(sa.select(jobs.c.state, jobs.c.superseded_by).where(jobs.c.id == identity)).one_or_none()
+    row = connection.execute(
+        sa.select(jobs.c.state, jobs.c.superseded_by, jobs.c.kind, jobs.c.uses).where(jobs.c.id == identity)
+    ).one_or_none()
     if row is None:
         raise NodeError(f"no job {identity}")
     if row.superseded_by is not None:
@@ -416,6 +418,8 @@ def retry(connection: sa.Connection, identity: str) -> None:
     if state not in _RETRIABLE:
         hint = "; correct the route and send the series again" if state is JobState.SKIPPED else ""
         raise NodeError(f"job {identity} is {state}; only failed and cancelled jobs are tried again{hint}")
+    if row.kind == JobKind.PIPELINE and row.uses is None:
+        raise NodeError(f"job {identity} is a series that was not judged; send the series again")
     planned = connection.execute(
         sa.update(deliveries)
         .where(

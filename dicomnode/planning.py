@@ -101,12 +101,22 @@ class Planning:
 
     def close(self, connection: sa.Connection, opened: OpenSeries, judged: Evidence) -> None:
         """Close a series, make its jobs, and settle what forwards its originals."""
+        self._create_jobs(connection, opened, judged)
+        self._settle(connection, opened, judged.reason)
+
+    def give_up(self, connection: sa.Connection, opened: OpenSeries) -> None:
+        """Close a series that a fault of the node kept from being judged: a failed job says so."""
+        rows = connection.execute(sa.select(instances).where(instances.c.series_uid == opened.series_uid)).all()
+        reason = f"a fault of the node: {opened.fault}; every image received is kept"
+        self._create_ended(connection, opened, JobState.FAILED, "", reason, rows)
+        self._settle(connection, opened, reason)
+
+    def _settle(self, connection: sa.Connection, opened: OpenSeries, evidence: str) -> None:
         connection.execute(
             sa.update(series)
             .where(series.c.series_uid == opened.series_uid)
-            .values(state=SeriesState.CLOSED, evidence=judged.reason)
+            .values(state=SeriesState.CLOSED, evidence=evidence)
         )
-        self._create_jobs(connection, opened, judged)
         originals = connection.execute(
             sa.select(jobs.c.id).where(
                 jobs.c.series_uid == opened.series_uid,
@@ -138,12 +148,14 @@ class Planning:
         for members in by_pipeline.values():
             self._create_pipeline_job(connection, opened, members[0][0], [row for _, row in members], judged)
         for name, members in ignored.items():
-            self._create_skipped(connection, opened, name, members[0][0].reason, [row for _, row in members])
+            self._create_ended(
+                connection, opened, JobState.SKIPPED, name, members[0][0].reason, [row for _, row in members]
+            )
         if unmatched:
             row, header = unmatched[0]
             why = self._router.explain_no_match(header, row.calling_ae, row.called_ae)
             reason = f"no route matched: {'; '.join(why)}"
-            self._create_skipped(connection, opened, "", reason, [row for row, _ in unmatched])
+            self._create_ended(connection, opened, JobState.SKIPPED, "", reason, [row for row, _ in unmatched])
 
     def _create_pipeline_job(
         self,
@@ -183,25 +195,26 @@ class Planning:
         if created:
             job_table.supersede(connection, opened.series_uid, route.name, identity)
 
-    def _create_skipped(
+    def _create_ended(
         self,
         connection: sa.Connection,
         opened: OpenSeries,
+        state: JobState,
         route: str,
         reason: str,
         rows: Sequence[Any],
     ) -> None:
         job_table.create(
             connection,
-            identity=job_table.job_id("skipped", opened.series_uid, route, str(opened.generation)),
+            identity=job_table.job_id(state.lower(), opened.series_uid, route, str(opened.generation)),
             kind=JobKind.PIPELINE,
-            state=JobState.SKIPPED,
+            state=state,
             reason=reason,
             sop_instance_uids=[row.sop_instance_uid for row in rows],
             series_uid=opened.series_uid,
             study_uid=opened.study_uid,
             generation=opened.generation,
-            calling_ae=rows[0].calling_ae,
+            calling_ae=rows[0].calling_ae if rows else "",
             route=route,
             route_reason=reason,
             priority=100,

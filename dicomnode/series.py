@@ -143,6 +143,8 @@ class OpenSeries:
     """What `headers` say about completeness; None after they changed."""
     last_activity_s: float = 0.0
     """On the monotonic clock."""
+    fault: str = ""
+    """What in the node itself keeps the series from being judged."""
 
 
 def quiet_needed_s(

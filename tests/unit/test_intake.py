@@ -11,13 +11,17 @@ import pytest
 import sqlalchemy as sa
 from ct_builder import edit, phantom, uid, write_series
 from peers import wait_for
+from pydicom import dcmread
 from reception import CAPTURE, CT, ENHANCED, QUIET, SERIES, Reception, receptions
 from tables import config_of, events, row, rows
 
 from dicomnode import intake as module
 from dicomnode import jobs as job_table
 from dicomnode.db import JobKind, JobState, SeriesState, jobs
-from dicomnode.spool import Kept
+from dicomnode.errors import NodeError
+from dicomnode.planning import Planning
+from dicomnode.series import Evidence, Header, evidence
+from dicomnode.spool import Instance, Kept
 
 
 @pytest.fixture
@@ -316,3 +320,67 @@ def test_an_object_whose_file_was_removed_is_taken_anew_with_other_bytes(
     digests = [(one["sop_instance_uid"], one["sha256"]) for one in rows(node.database, "instances")]
     assert second["fingerprint"] == job_table.fingerprint(digests)
     assert [job["n_in"] for job in node.jobs(JobKind.ORIGINALS)] == [6, 6]
+
+
+# ── faults of our own ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_object_that_faults_stops_no_other_series_and_no_later_start(
+    reception: Callable[..., Reception],
+    files: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    others = write_series(tmp_path / "other", phantom(4, 16), name="other")
+    poison = dcmread(files[2]).SOPInstanceUID
+    real = Planning.forward_original
+
+    def faulty(self: Planning, connection: sa.Connection, instance: Instance, *more: Any) -> None:
+        if instance.sop_instance_uid == poison:
+            raise TypeError("Doe^Jane")
+        real(self, connection, instance, *more)
+
+    node = reception()
+    with monkeypatch.context() as patched:
+        patched.setattr(Planning, "forward_original", faulty)
+        node.run(*files, *others, series_count=2)
+        node.begin()
+        node.intake.recover()  # as a new start does
+        node.intake.start()
+        node.closed(2)
+        node.intake.stop()
+    states = {(job["series_uid"] == SERIES, job["state"]) for job in node.jobs()}
+    assert states == {(True, JobState.FAILED), (False, JobState.QUEUED)}
+    failed = next(job for job in node.jobs() if job["state"] == JobState.FAILED)
+    assert f"{poison} not indexed: TypeError at faulty:" in failed["reason"]
+    assert failed["n_in"] == len(files) - 1
+    assert "Doe" not in caplog.text + failed["reason"]
+    with node.database.begin() as connection, pytest.raises(NodeError, match="send the series again"):
+        job_table.retry(connection, failed["id"])
+    node.begin()  # a start of a node that was mended
+    node.intake.recover()
+    node.intake.start()
+    wait_for(lambda: any(job["n_in"] == len(files) and job["state"] == JobState.QUEUED for job in node.jobs()))
+
+
+def test_a_series_that_faults_when_it_is_judged_stops_no_other(
+    reception: Callable[..., Reception],
+    files: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = write_series(tmp_path / "other", phantom(4, 16), name="other")
+
+    def faulty(headers: list[Header]) -> Evidence:
+        if len(headers) == len(files):
+            raise ZeroDivisionError
+        return evidence(headers)
+
+    monkeypatch.setattr(module, "evidence", faulty)
+    node = reception()
+    node.run(*files, *others, series_count=2)
+    failed, queued = sorted(node.jobs(), key=lambda job: str(job["state"]))
+    assert (failed["state"], failed["series_uid"], failed["n_in"]) == (JobState.FAILED, SERIES, len(files))
+    assert "a fault of the node: ZeroDivisionError at faulty:" in failed["reason"]
+    assert (queued["state"], queued["n_in"]) == (JobState.QUEUED, 4)
