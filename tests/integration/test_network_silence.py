@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
 from ct_builder import phantom, write_series
 from node_process import NodeProcess
 from oracle import StorageOracle
 from peers import HOST, wait_for
 from scanner import image, send
+from tracing import require_strace
 
 OUTGOING = re.compile(r"^\d+ +(connect|sendto|sendmsg|sendmmsg)\(")
 ADDRESS = re.compile(r"sa_family=(AF_\w+)(?:, sin6?_port=htons\((\d+)\))?(?:.*?\"([0-9a-f.:]+)\")?")
-
-
-def require_strace(folder: Path) -> None:
-    """Skip (fail, when CI is set) unless strace is here and the kernel lets it trace."""
-    reason = "strace is not installed"
-    if shutil.which("strace"):
-        tried = subprocess.run(["strace", "-f", "-o", folder / "try", "true"], capture_output=True, check=False)
-        if tried.returncode == 0:
-            return
-        reason = f"strace may not trace here: {tried.stderr.decode(errors='replace').strip()}"
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def called(trace: str) -> set[tuple[str, int]]:
@@ -47,7 +31,21 @@ def trace_node(folder: Path, pacs_port: int) -> str:
     """System calls of a node's life: start, one series through the identity and through a network, delivery, stop."""
     trace = folder / "trace"
     # With -D the node is our own child, which we can tell to stop; without CI libraries send their statistics.
-    strace = ("env", "-u", "CI", "strace", "-D", "-f", "-e", "trace=network", "-s", "64", "-o", str(trace))
+    strace = (
+        "env",
+        "-u",
+        "CI",
+        "strace",
+        "-D",
+        "-f",
+        "--seccomp-bpf",
+        "-e",
+        "trace=network",
+        "-s",
+        "64",
+        "-o",
+        str(trace),
+    )
     settings = {
         "routes": [
             {"name": "network", "pipeline": "fast-2.5d", "send_to": ["pacs"], "continue": True},
@@ -55,7 +53,7 @@ def trace_node(folder: Path, pacs_port: int) -> str:
         ]
     }
     images = [image(path) for path in write_series(folder / "ct", phantom(6, 128), name="silence")]
-    with NodeProcess(folder / "node", pacs_port, settings, prefix=strace) as node:
+    with NodeProcess(folder / "node", pacs_port, settings, prefix=("env", "-u", "CI", *strace)) as node:
         send(node.port, images)
         # What the guard thinks of a phantom this small is not the question here.
         wait_for(lambda: {job["state"] for job in node.jobs()} <= {"DONE", "WITHHELD"} and len(node.jobs()) == 2, 90)
