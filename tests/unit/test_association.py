@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import random
-import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from caller import CONTEXTS, CT, ECHO, WORKLIST, Caller, Reception, command, p_data, pdv, reception, store_rq, whole
+from caller import CONTEXTS, CT, ECHO, Caller, Reception, command, p_data, pdv, reception, store_rq, whole
 from conftest import require_peer
 from ct_builder import phantom, uid, write_series
+from hostility import BROKEN, REFUSED
 from peers import dcmsend, storescu
 from pydicom.uid import CTImageStorage
 from scanner import Image, image
 
 from dicomnode import pdu
-from dicomnode.pdu import AbortReason
 
-MR = "1.2.840.10008.5.1.4.1.1.4"
-INVALID, UNEXPECTED = AbortReason.INVALID_PARAMETER, AbortReason.UNEXPECTED_PDU
 ECHO_RQ = pdu.c_echo_rq(1)
 
 
@@ -122,27 +119,7 @@ def test_a_release_within_a_message_is_a_release(node: Reception) -> None:
 # ── what is answered with a status, and the association lives on ───────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    ("said", "status"),
-    [
-        (p_data(CT, 3, command(e0800=pdu.us(0x0101))), 0xC000),
-        (p_data(CT, 3, command()) + p_data(CT, 2, b""), 0xC000),
-        (p_data(CT, 3, command()) + p_data(CT, 2, bytes(64)), 0xC000),
-        (p_data(CT, 3, command()) + p_data(CT, 2, random.Random(0).randbytes(5000)), 0xC000),
-        (p_data(CT, 3, command(e1000=None)) + p_data(CT, 2, bytes(8)), 0xA900),
-        (p_data(CT, 3, command(e1000=b"../evil1")) + p_data(CT, 2, bytes(8)), 0xA900),
-        (p_data(CT, 3, command(e1000=b"1.2/../../../../evil")) + p_data(CT, 2, bytes(8)), 0xA900),
-        (p_data(CT, 3, command(e1000=b"\xff\xfe" * 20)) + p_data(CT, 2, bytes(8)), 0xA900),
-        (p_data(CT, 3, command(e1000=b"1" * 60_000)) + p_data(CT, 2, bytes(8)), 0xA900),
-        (p_data(CT, 3, command(e0002=None)) + p_data(CT, 2, bytes(8)), 0xA900),
-        (p_data(CT, 3, command(e0002=pdu.ui(MR))) + p_data(CT, 2, bytes(8)), 0xA900),
-        (p_data(ECHO, 3, command()) + p_data(ECHO, 2, bytes(8)), 0xA900),
-    ],
-    ids=[
-        *("no-data-set", "empty", "zeros", "garbage", "no-uid", "parent-folder", "path-after-uid", "not-ascii"),
-        *("endless-uid", "no-class", "class-of-no-context", "class-of-another-context"),
-    ],
-)
+@pytest.mark.parametrize(("said", "status"), REFUSED.values(), ids=REFUSED)
 def test_an_object_that_is_refused(node: Reception, said: bytes, status: int, tmp_path: Path) -> None:
     with Caller(node.port) as caller:
         caller.associate().send(said)
@@ -162,35 +139,6 @@ def test_a_data_set_of_another_uid_is_refused(node: Reception, one: Image) -> No
 
 
 # ── what ends the association ──────────────────────────────────────────────────────────────────────────────────────
-
-BROKEN = {
-    "item-too-long": (whole(4, struct.pack(">LBB", 0x7FFFFFFF, CT, 3) + b"abcd"), INVALID),
-    "item-of-0": (whole(4, bytes(6)), INVALID),
-    "item-of-1": (whole(4, struct.pack(">LBB", 1, CT, 3)), INVALID),
-    "half-an-item-header": (whole(4, b"\0\0\0"), INVALID),
-    "no-item": (whole(4), INVALID),
-    "context-refused": (p_data(WORKLIST, 3, command()), INVALID),
-    "context-never-proposed": (p_data(99, 3, command()), INVALID),
-    "two-contexts": (p_data(CT, 3, command()) + p_data(ECHO, 2, bytes(8)), INVALID),
-    "data-first": (p_data(CT, 2, bytes(8)), INVALID),
-    "two-commands": (p_data(CT, 3, command()) * 2, INVALID),
-    "command-of-ff": (p_data(CT, 3, b"\xff" * 64), INVALID),
-    "empty-command": (p_data(CT, 3, b""), INVALID),
-    "endless-command": (p_data(CT, 1, bytes(65_000)) * 2, INVALID),
-    "no-command-field": (p_data(CT, 3, command(e0100=None, e0800=pdu.us(0x0101))), INVALID),
-    "no-message-id": (p_data(CT, 3, command(e0110=None, e0800=pdu.us(0x0101))), INVALID),
-    "long-message-id": (p_data(CT, 3, command(e0110=bytes(4), e0800=pdu.us(0x0101))), INVALID),
-    "no-data-set-type": (p_data(CT, 3, command(e0800=None)), INVALID),
-    "unknown-command": (p_data(CT, 3, command(e0100=b"\x77\x77", e0800=pdu.us(0x0101))), INVALID),
-    "find-in-a-storage-context": (p_data(CT, 3, command(e0100=pdu.us(0x20))) + p_data(CT, 2, bytes(8)), INVALID),
-    "response": (p_data(CT, 3, command(e0100=pdu.us(0x8001), e0800=pdu.us(0x0101))), INVALID),
-    "cancel": (p_data(CT, 3, pdu.command_set({0x100: pdu.us(0xFFF), 0x120: pdu.us(1), 0x800: pdu.us(0x101)})), INVALID),
-    "behind-the-end": (whole(4, pdv(ECHO, 3, ECHO_RQ) * 2), INVALID),
-    "second-request": (whole(1, bytes(100)), UNEXPECTED),
-    "acceptance": (whole(2, bytes(100)), UNEXPECTED),
-    "release-response": (pdu.RELEASE_RP, UNEXPECTED),
-    "unknown-type": (whole(0x99, b"abcd"), AbortReason.UNRECOGNIZED_PDU),
-}
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -6,7 +6,6 @@ import errno
 import ipaddress
 import logging
 import os
-import random
 import socket
 import struct
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 from caller import CT, ECHO, Caller, Reception, command, p_data, reception, request, seconds_until_closed, whole
 from ct_builder import phantom, write_series
+from hostility import NO_REQUEST
 from peers import HOST, wait_for
 from scanner import image
 
@@ -51,24 +51,6 @@ def resident_bytes() -> int:
 
 
 # ── before an association ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-NO_REQUEST = {
-    "4-gib": (struct.pack(">BxL", 1, 0xFFFFFFFF), INVALID),
-    "over-128-kib": (struct.pack(">BxL", 1, 131_073), INVALID),
-    "http": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", INVALID),
-    "unknown-type": (whole(0x99, b"abcd"), AbortReason.UNRECOGNIZED_PDU),
-    "type-0": (whole(0, b""), AbortReason.UNRECOGNIZED_PDU),
-    "p-data": (p_data(ECHO, 3, pdu.c_echo_rq(1)), AbortReason.UNEXPECTED_PDU),
-    "release": (pdu.RELEASE_RQ, AbortReason.UNEXPECTED_PDU),
-    "empty": (whole(1), INVALID),
-    "zeros": (whole(1, bytes(200)), INVALID),
-    "half-of-one": (whole(1, request()[6:100]), INVALID),
-    "no-titles": (request()[:10] + b" " * 32 + request()[42:], INVALID),
-    "random": (whole(1, random.Random(1).randbytes(3000)), INVALID),
-    "many-contexts": (whole(1, request()[6:74] + b"\x20\0\0\x04\x01\0\0\0" * 16_000), INVALID),
-    "many-items": (whole(1, request()[6:] + b"\x54\0\0\0" * 30_000), INVALID),
-}
 
 
 @pytest.mark.parametrize(("said", "reason"), NO_REQUEST.values(), ids=NO_REQUEST)
