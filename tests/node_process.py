@@ -106,7 +106,12 @@ class NodeProcess:
         self.config.write_text(yaml.safe_dump(_merged(base, settings or {}), sort_keys=False))
 
     def __enter__(self) -> NodeProcess:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # nobody else ends it
+            if self.running:
+                self.kill()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
