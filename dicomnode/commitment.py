@@ -34,7 +34,7 @@ from dicomnode.answers import Verdict, judge_commitment
 from dicomnode.config import Config
 from dicomnode.db import DeliveryState, TransferState, commitments, deliveries, now, transfers
 from dicomnode.delivery import counts, pause, peer, refusals
-from dicomnode.errors import NoStorageCommitment, PeerError
+from dicomnode.errors import NoStorageCommitment, PeerError, fault
 from dicomnode.scu import request_commitment
 
 log = logging.getLogger(__name__)
@@ -109,8 +109,8 @@ class Commitment:
         except PeerError as error:
             trouble = error
         except Exception as error:  # a fault of ours is to be seen at the job, and gets the pauses of any other trouble
-            log.exception("job %s to %s", job_id[:12], destination)
-            trouble = PeerError(f"unexpected {type(error).__name__}; see the log")
+            log.error("job %s to %s: a fault of the node: %s", job_id[:12], destination, fault(error))
+            trouble = PeerError(f"a fault of the node: {fault(error)}")
         finally:
             del self._reported[transaction_uid]
         self._finish(job_id, destination, attempt, transaction_uid, status, trouble)

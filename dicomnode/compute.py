@@ -15,7 +15,7 @@ from dicomnode.config import Config
 from dicomnode.db import JobState, instances, job_instances, jobs, now
 from dicomnode.delivery import plan
 from dicomnode.denoise import Manifest, Progress, remove_partial, seconds_in_words
-from dicomnode.errors import WorkerDied
+from dicomnode.errors import WorkerDied, fault
 from dicomnode.jobs import Job
 from dicomnode.scu import Outgoing
 from dicomnode.worker import Outcome, Request, Worker
@@ -52,8 +52,8 @@ class Compute:
         except sa.exc.SQLAlchemyError:
             raise  # the dispatcher finds an attempt without a result and tries it again
         except Exception as error:  # a fault of ours is to be seen at the job, not repeated for ever
-            log.exception("job %s", job.id[:12])
-            reason = f"unexpected {type(error).__name__}; see the log"
+            reason = f"a fault of the node: {fault(error)}"
+            log.error("job %s: %s", job.id[:12], reason)
             with self._database.begin() as connection:
                 job_table.advance(connection, job.id, JobState.FAILED, reason, expected={JobState.RUNNING})
 

@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import threading
-import traceback
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import Any, TextIO
 
 from dicomnode.config import Compute, Derivation
 from dicomnode.denoise import Progress, Report, Withheld, denoise_series, identify
-from dicomnode.errors import ConfigError, NodeError, WorkerDied
-from pipelines.base import Device, Execution, Options, Pipeline, Precision, UnknownPipeline, load
+from dicomnode.errors import ConfigError, NodeError, WorkerDied, fault
+from pipelines.base import Device, Execution, Options, Pipeline, PipelineFault, Precision, load
 from pipelines.volume import SeriesRefused
 
 log = logging.getLogger(__name__)
@@ -231,10 +230,14 @@ class _Child:
 
     def _run(self, request: Request) -> Outcome:
         try:
+            pipeline = self._pipeline(request.uses)
+        except Exception as error:  # as in `_describe`; no header was read yet that its words could quote
+            return Outcome("failed", f"{type(error).__name__}: {error}")
+        try:
             manifest = denoise_series(
                 [Path(path) for path in request.paths],
                 Path(request.out),
-                pipeline=self._pipeline(request.uses),
+                pipeline=pipeline,
                 options=Options(request.strength, request.blend),
                 fingerprint=request.fingerprint,
                 settings=Derivation(**request.settings),
@@ -249,11 +252,10 @@ class _Child:
             return Outcome("failed", f"{error.filename} is gone; restore it from a backup and retry the job")
         except OSError as error:
             return Outcome("no-infrastructure", f"{type(error).__name__}: {error}")
-        except (NodeError, UnknownPipeline) as error:  # without what caused it, which may quote the header
+        except (NodeError, PipelineFault) as error:  # without what caused it, which may quote the header
             return Outcome("failed", str(error))
         except Exception as error:  # a fault in a pipeline must end as a visible outcome of this job, with its place
-            traceback.print_exc(file=sys.stderr)
-            return Outcome("failed", f"{type(error).__name__}: {error}")
+            return Outcome("failed", f"a fault in the pipeline or the node: {fault(error)}")
         return Outcome("done", figures={"pipeline_hash": manifest.pipeline_hash})
 
     def _pipeline(self, uses: str) -> Pipeline:

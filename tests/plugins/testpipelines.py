@@ -85,7 +85,7 @@ class Broken(_Named):
     name = "test-broken"
 
     def denoise(self, series, options):
-        raise ValueError("a fault in the pipeline")
+        raise ValueError("a fault at Doe^Jane")
 
 
 def with_weights(execution):
