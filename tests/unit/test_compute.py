@@ -278,7 +278,7 @@ def test_a_result_that_cannot_be_read_ends_visibly(
     compute_with(config, database, own_spool, Scripted(Outcome("done"))).process("job", 0)
     assert row(database, "jobs")["state"] == state
     assert row(database, "jobs")["crashes"] == 0
-    assert (" at read:" in caplog.text) == (state is JobState.FAILED)
+    assert ("read:" in caplog.text) == (state is JobState.FAILED)
 
 
 def test_a_database_that_fails_under_the_attempt_is_left_to_the_dispatcher(
