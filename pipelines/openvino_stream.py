@@ -139,6 +139,8 @@ class _Segment:
         if self.trunk is not None:
             self._tensors["trunk"] = self.trunk.slot
         self._requests: list[Any] = []
+        self._given: list[dict[str, Any]] = []
+        """The tensors that each request has: for most planes the ones that it needs again."""
         for p in range(WINDOW if self.window else 1):
             model = segment(
                 # slot s holds one of the planes p − 1, p, p + 1, and gets the weights of that one
@@ -151,14 +153,18 @@ class _Segment:
             )
             self.compiled.append(compile_model(model, precision, threads))
             self._requests.append(self.compiled[-1].create_infer_request())
+            self._given.append({})
             self.run(p)  # of whatever the rings hold: what compiling took is only freed after a first run
             give_memory_back()
 
     def run(self, p: int) -> None:
         """Make plane `p`."""
         k = p % len(self.compiled)
-        for name, tensor in self._tensors.items():
-            self._requests[k].set_tensor(name, tensor(p))
+        for name, of_plane in self._tensors.items():
+            tensor = of_plane(p)
+            if self._given[k].get(name) is not tensor:
+                self._requests[k].set_tensor(name, tensor)
+                self._given[k][name] = tensor
         self._requests[k].infer()
         # Dozens of models, of which one runs: each would keep planes of its own for what lies between its convolutions,
         # several times the memory of the rings. Given back, the next one takes the same memory; it costs no time.
