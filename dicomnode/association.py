@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import threading
 import time
 import traceback
@@ -30,10 +31,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from dicomnode import pdu
+from dicomnode import pdu, tls
 from dicomnode.config import Reception
-from dicomnode.connection import Connection
-from dicomnode.errors import MalformedPdu, PeerAborted, PeerError, PeerTimedOut
+from dicomnode.connection import Connection, encrypt
+from dicomnode.errors import MalformedPdu, PeerAborted, PeerError, PeerTimedOut, TlsFailed
 from dicomnode.message import Message
 from dicomnode.negotiation import PROTOCOL_VERSION, Negotiator, Rejection, Request
 from dicomnode.pdu import AbortReason, Element, PduType
@@ -91,8 +92,11 @@ class Association:
         negotiator: Negotiator,
         services: Services,
         node: Node,
+        tls_context: ssl.SSLContext | None = None,
     ) -> None:
         self.address = address
+        self.common_name: str | None = None
+        """In the certificate that the peer showed; set before it is admitted."""
         self.admitted = False
         self.request: Request
         """Set before it is admitted."""
@@ -102,6 +106,7 @@ class Association:
         self._negotiator = negotiator
         self._services = services
         self._node = node
+        self._tls_context = tls_context
         self._closed: Callable[[Association], None] = lambda association: None
         self._ending = False
 
@@ -113,25 +118,28 @@ class Association:
         """Abort it once it waits for its peer; from any thread."""
         self._ending = True
         with suppress(OSError):  # it is closed already
-            self._socket.shutdown(socket.SHUT_RD)
+            socket.socket.shutdown(self._socket, socket.SHUT_RD)  # that of SSLSocket would go on without TLS
 
     def _run(self) -> None:
         try:
-            with self._socket:
-                farewell = self._live()
-                if self.admitted:
-                    self._node.ended(self)
-                if farewell:
-                    self._wire.part(farewell, deaf=self._ending)
+            farewell = self._live()
+            if self.admitted:
+                self._node.ended(self)
+            if farewell:
+                self._wire.part(farewell, deaf=self._ending)
         finally:
+            self._socket.close()
             self._closed(self)
 
     def _live(self) -> bytes:
         """From the first byte to the end, whatever brings it; what is to be said last."""
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            deadline = time.monotonic() + self._limits.acse_timeout_s
+            if self._tls_context is not None and not self._encrypt(self._tls_context):
+                return b""
             self._wire = Connection(self._socket, self.address, stall_timeout_s=self._limits.network_timeout_s)
-            return self._converse()
+            return self._converse(deadline)
         except PeerTimedOut as error:
             log.warning("%s", error)
             return pdu.provider_abort(AbortReason.NOT_SPECIFIED) if self.admitted else b""
@@ -153,10 +161,21 @@ class Association:
             )
             return pdu.ABORT
 
-    def _converse(self) -> bytes:
-        """From the request to the release; what is to be said last."""
-        deadline = time.monotonic() + self._limits.acse_timeout_s
-        # The place for a TLS handshake: in this thread and by this deadline, so that a silent client holds nobody else.
+    def _encrypt(self, context: ssl.SSLContext) -> bool:
+        """Go over to TLS, in this thread, so that a client who is silent holds nobody else; False if it cannot be."""
+        try:
+            self._socket = encrypted = encrypt(self._socket, self.address, context, self._limits.acse_timeout_s)
+        except (TlsFailed, PeerTimedOut) as error:
+            log.warning("connection from %s closed: %s", self.address, error)
+            return False
+        except PeerAborted as error:
+            log.debug("%s", error)
+            return False
+        self.common_name = tls.common_name(encrypted)
+        return not self._ending  # who asked for it meanwhile may have missed the new socket
+
+    def _converse(self, deadline: float) -> bytes:
+        """From the request, whole by `deadline`, to the release; what is to be said last."""
         kind, whole = self._wire.receive(deadline, _MAX_REQUEST_BYTES, "its association request")
         if kind != PduType.ASSOCIATE_RQ:
             raise self._unexpected(kind)

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PlainValidator,
     Strict,
@@ -23,7 +21,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dicomnode import conditions, strict_yaml
 from dicomnode.conditions import Condition
@@ -41,23 +38,16 @@ from dicomnode.config_fields import (
     StorageClass,
     Text,
 )
-from dicomnode.config_words import CROSS_CHECK, did_you_mean, in_words, where
+from dicomnode.config_section import FOLDER, Section, refuse
+from dicomnode.config_tls import TlsIn, TlsOut
+from dicomnode.config_words import did_you_mean, in_words, where
 from dicomnode.errors import ConfigError
 from pipelines import base
-
-_FOLDER = "folder"
-"""Key of the validation context under which `load` passes the folder of the configuration file."""
 
 _SQLITE = "sqlite:///"
 
 
-class _Section(BaseModel):
-    """`validate_by_name` lets Python code write ``continue_=True``; a file must write ``continue``, see `load`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
-
-
-class Node(_Section):
+class Node(Section):
     """Who the node is, where it listens, where it keeps its things.
 
     `load` makes `spool` and `database` absolute: what is relative in the file counts from the file's folder.
@@ -73,7 +63,7 @@ class Node(_Section):
     @field_validator("spool")
     @classmethod
     def _absolute_spool(cls, spool: Path, info: ValidationInfo) -> Path:
-        folder: Path | None = (info.context or {}).get(_FOLDER)
+        folder: Path | None = (info.context or {}).get(FOLDER)
         return folder / spool if folder else spool
 
     @field_validator("database")
@@ -84,11 +74,11 @@ class Node(_Section):
             raise ValueError(
                 "only SQLite in a file so far; write sqlite:/// and the path of the file, e.g. sqlite:///var/node.db"
             )
-        folder: Path | None = (info.context or {}).get(_FOLDER)
+        folder: Path | None = (info.context or {}).get(FOLDER)
         return f"{_SQLITE}{folder / path}" if folder else database
 
 
-class Reception(_Section):
+class Reception(Section):
     """Who may send to the node, how much, and how long it waits for them."""
 
     called_ae_titles: tuple[AETitle, ...] = ()
@@ -118,7 +108,7 @@ class Reception(_Section):
         return networks
 
 
-class Assembly(_Section):
+class Assembly(Section):
     """How long a series must be silent before it counts as whole."""
 
     quiet_s: Seconds = 15
@@ -129,11 +119,11 @@ class Assembly(_Section):
     def _without_evidence_is_longer(self) -> Assembly:
         if self.quiet_without_evidence_s < self.quiet_s:
             reason = f"{self.quiet_without_evidence_s:g} s is less than quiet_s, {self.quiet_s:g} s; make it longer"
-            _refuse("Assembly", [(("quiet_without_evidence_s",), reason)])
+            refuse("Assembly", [(("quiet_without_evidence_s",), reason)])
         return self
 
 
-class Compute(_Section):
+class Compute(Section):
     """What denoising may use."""
 
     threads: Annotated[int, Strict(), Field(ge=0, le=1024)] = 0
@@ -146,7 +136,7 @@ class Compute(_Section):
     """A job whose compute process dies this often has failed."""
 
 
-class Delivery(_Section):
+class Delivery(Section):
     """How often and how long sending is tried again."""
 
     retry_first_s: Seconds = 10
@@ -159,11 +149,11 @@ class Delivery(_Section):
     def _longest_is_not_below_first(self) -> Delivery:
         if self.retry_max_s < self.retry_first_s:
             reason = f"{self.retry_max_s:g} s is less than retry_first_s, {self.retry_first_s:g} s; make it longer"
-            _refuse("Delivery", [(("retry_max_s",), reason)])
+            refuse("Delivery", [(("retry_max_s",), reason)])
         return self
 
 
-class Derivation(_Section):
+class Derivation(Section):
     """What tells the derived series from the original (PS3.3 C.7.6.1.1.2, C.8.2.1)."""
 
     series_description_suffix: Annotated[DicomText, Field(max_length=32)] = " denoised"
@@ -182,7 +172,7 @@ class Derivation(_Section):
         return suffix
 
 
-class Destination(_Section):
+class Destination(Section):
     """A system that the node sends to."""
 
     ae_title: AETitle
@@ -195,9 +185,10 @@ class Destination(_Section):
     dimse_timeout_s: Seconds = 60
     commitment_timeout_s: Seconds | None = None
     """Longest wait for the report of a Storage Commitment, before it is asked for again; None: it is not asked for."""
+    tls: TlsOut | None = None
 
 
-class PipelineOptions(_Section):
+class PipelineOptions(Section):
     """A pipeline under a site's own name, with the site's settings (see `pipelines.base.Options`)."""
 
     uses: Text
@@ -224,11 +215,11 @@ def _conditions(value: object) -> Mapping[str, Condition]:
             made[keyword] = conditions.parse(keyword, condition)
         except conditions.ConditionError as problem:
             problems.append(((keyword, *problem.where), problem.reason))
-    _refuse("when", problems)
+    refuse("when", problems)
     return made
 
 
-class Route(_Section):
+class Route(Section):
     """Which objects go which way; routes are tried in the order of the file."""
 
     name: Name
@@ -275,15 +266,16 @@ class Route(_Section):
             problems.append(
                 (("originals_to",), f"{', '.join(twice)} would get each object twice; remove it here or in send_to")
             )
-        _refuse("Route", problems)
+        refuse("Route", problems)
         return self
 
 
-class Config(_Section):
+class Config(Section):
     """Everything a site decides."""
 
     node: Node = Field(default_factory=Node)
     reception: Reception = Field(default_factory=Reception)
+    tls: TlsIn | None = None
     assembly: Assembly = Field(default_factory=Assembly)
     compute: Compute = Field(default_factory=Compute)
     delivery: Delivery = Field(default_factory=Delivery)
@@ -307,7 +299,7 @@ class Config(_Section):
     @field_validator("pipelines")
     @classmethod
     def _installed_keep_their_names(cls, pipelines: Mapping[str, PipelineOptions]) -> Mapping[str, PipelineOptions]:
-        _refuse(
+        refuse(
             "pipelines",
             [
                 (
@@ -326,7 +318,7 @@ class Config(_Section):
         for name, destination in self.destinations.items():
             if (destination.host, destination.port) == (self.node.address, self.node.port):
                 problems.append((("destinations", name), "this is the node itself; write the address of the PACS"))
-        _refuse("Config", problems)
+        refuse("Config", problems)
         return self
 
 
@@ -359,20 +351,6 @@ def _mismatches(
     return problems
 
 
-def _refuse(title: str, problems: list[tuple[strict_yaml.Location, str]]) -> None:
-    """Raise all `problems` at once, each at its own place below the value that is being validated."""
-    if problems:
-        raise ValidationError.from_exception_data(
-            title,
-            [
-                InitErrorDetails(
-                    type=PydanticCustomError(CROSS_CHECK, "{reason}", {"reason": reason}), loc=at, input=None
-                )
-                for at, reason in problems
-            ],
-        )
-
-
 def load(path: Path) -> Config:
     """Read and check the configuration file at `path`.
 
@@ -396,7 +374,7 @@ def load(path: Path) -> Config:
     # A section whose lines are all commented out is read as nothing and has its defaults.
     raw = {"node": {}} | {key: value for key, value in document.value.items() if value is not None}
     try:
-        return Config.model_validate(raw, context={_FOLDER: path.resolve().parent}, by_alias=True, by_name=False)
+        return Config.model_validate(raw, context={FOLDER: path.resolve().parent}, by_alias=True, by_name=False)
     except ValidationError as error:
         problems = [(tuple(detail["loc"]), in_words(detail, _known_keys(detail["loc"]))) for detail in error.errors()]
         problems += [problem for problem in _mismatches_of_the_valid(raw) if problem not in problems]
@@ -419,9 +397,10 @@ def _mismatches_of_the_valid(raw: Mapping[str, Any]) -> list[tuple[strict_yaml.L
     return _mismatches(routes, destinations, pipelines | dict.fromkeys(base.names()))
 
 
-_SECTIONS: dict[str, type[_Section]] = {
+_SECTIONS: dict[str, type[Section]] = {
     "node": Node,
     "reception": Reception,
+    "tls": TlsIn,
     "assembly": Assembly,
     "compute": Compute,
     "delivery": Delivery,
@@ -435,4 +414,6 @@ _SECTIONS: dict[str, type[_Section]] = {
 def _known_keys(at: strict_yaml.Location) -> list[str]:
     """Keys that may stand beside the one at `at`, as the file spells them."""
     section = Config if len(at) == 1 else _SECTIONS.get(str(at[0]))
+    if section is Destination and "tls" in at[2:-1]:
+        section = TlsOut
     return [field.alias or name for name, field in section.model_fields.items()] if section else []

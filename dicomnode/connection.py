@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import selectors
 import socket
+import ssl
 import time
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 
-from dicomnode import pdu
-from dicomnode.errors import PeerAborted, PeerTimedOut, PeerUnreachable, ProtocolViolation
+from dicomnode import pdu, tls
+from dicomnode.errors import PeerAborted, PeerError, PeerTimedOut, PeerUnreachable, ProtocolViolation, TlsFailed
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +21,7 @@ _FAREWELL_S = 0.5
 """Longest wait for a peer to close the connection after it was told that it is over."""
 _GATHER = 256
 """Buffers per sendmsg; Linux takes 1024."""
+_TLS_RECORD_BYTES = 16384
 _NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 
@@ -56,7 +59,7 @@ class Connection:
                 return
             self._socket.settimeout(min(self._left(deadline, what), self._stall_timeout_s))
             try:
-                sent = self._socket.sendmsg(window, (), _NO_SIGPIPE)
+                sent = self._write(window)
             except TimeoutError:
                 raise self._late(what) from None
             except OSError as error:
@@ -67,6 +70,14 @@ class Connection:
                 else:
                     window[0] = memoryview(window[0])[sent:]
                     sent = 0
+
+    def _write(self, window: deque[pdu.Buffer]) -> int:
+        """Send as much of the buffers as the socket takes now; how many bytes that was."""
+        if not isinstance(self._socket, ssl.SSLSocket):
+            return self._socket.sendmsg(window, (), _NO_SIGPIPE)
+        # TLS has no gathering write; a PDU header shall not be a record of its own.
+        small = islice(window, 2 if len(window[0]) < _TLS_RECORD_BYTES else 1)
+        return self._socket.send(b"".join(piece[:_TLS_RECORD_BYTES] for piece in small)[:_TLS_RECORD_BYTES])
 
     def receive(self, deadline: float, max_length: int, what: str) -> tuple[int, memoryview]:
         """Type and bytes, header included, of the next PDU, complete by `deadline` (of `time.monotonic`).
@@ -90,7 +101,7 @@ class Connection:
 
         That it closed the connection counts as something.
         """
-        if self._end > self._begin:
+        if self._end > self._begin or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
             return True
         with selectors.DefaultSelector() as selector:
             selector.register(self._socket, selectors.EVENT_READ)
@@ -128,7 +139,7 @@ class Connection:
         """Send as much of a farewell as the socket takes at once; whether it arrives makes no difference."""
         try:
             self._socket.settimeout(0)
-            self._socket.send(pdu_bytes, _NO_SIGPIPE)
+            self._write(deque([pdu_bytes]))
         except OSError as error:
             log.debug("%s: no farewell: %s", self._peer, error)
 
@@ -146,7 +157,7 @@ class Connection:
         self.send_last(pdu_bytes)
         until = time.monotonic() + _FAREWELL_S
         try:
-            self._socket.shutdown(socket.SHUT_WR)
+            socket.socket.shutdown(self._socket, socket.SHUT_WR)  # that of SSLSocket would go on without TLS
             while (left := until - time.monotonic()) > 0:
                 self._socket.settimeout(left)
                 if deaf:
@@ -170,11 +181,65 @@ class Connection:
     def _late(self, what: str) -> PeerTimedOut:
         return PeerTimedOut(f"{self._peer} took too long with {what}; the connection was dropped")
 
-    def _gone(self, error: OSError) -> PeerAborted:
-        return PeerAborted(f"{self._peer} closed the connection ({error.strerror or error})")
+    def _gone(self, error: OSError) -> PeerError:
+        return _gone(self._peer, error)
 
 
-def connect(peer: str, host: str, port: int, *, connect_timeout_s: float, stall_timeout_s: float) -> Connection:
+def _gone(peer: str, error: OSError) -> PeerError:
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return TlsFailed(f"{peer}: {tls.in_words(error)}")
+    return PeerAborted(f"{peer} closed the connection ({error.strerror or error})")
+
+
+def encrypt(
+    connected: socket.socket, peer: str, context: ssl.SSLContext, timeout_s: float, *, server_name: str | None = None
+) -> ssl.SSLSocket:
+    """The TLS connection on a TCP connection, which is closed if there can be none.
+
+    Parameters
+    ----------
+    connected
+    peer
+        What errors call it.
+    context
+        Of a server or of a client.
+    timeout_s
+        For the whole handshake.
+    server_name
+        Name that must be in the certificate, for a client.
+
+    Raises
+    ------
+    TlsFailed, PeerTimedOut, PeerAborted
+    """
+    server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
+    wrapped: socket.socket = connected
+    try:
+        wrapped = encrypted = context.wrap_socket(
+            connected, server_side=server_side, server_hostname=server_name, do_handshake_on_connect=False
+        )
+        encrypted.settimeout(timeout_s)
+        encrypted.do_handshake()
+    except BaseException as error:  # whatever ends the handshake, the socket must not stay open
+        wrapped.close()
+        if isinstance(error, TimeoutError):
+            raise PeerTimedOut(f"{peer} took too long with the TLS handshake; the connection was dropped") from None
+        if isinstance(error, OSError):
+            raise _gone(peer, error) from error
+        raise
+    return encrypted
+
+
+def connect(
+    peer: str,
+    host: str,
+    port: int,
+    *,
+    connect_timeout_s: float,
+    stall_timeout_s: float,
+    context: ssl.SSLContext | None = None,
+    server_name: str | None = None,
+) -> Connection:
     """A connection to a peer that is called `peer` in errors.
 
     Parameters
@@ -184,14 +249,20 @@ def connect(peer: str, host: str, port: int, *, connect_timeout_s: float, stall_
         For each address that the name of the host stands for.
     stall_timeout_s
         As for `Connection`.
+    context, server_name
+        With TLS: as for `encrypt`, in `connect_timeout_s`.
 
     Raises
     ------
     PeerUnreachable
+    TlsFailed, PeerTimedOut, PeerAborted
+        With TLS.
     """
     try:
         connected = socket.create_connection((host, port), timeout=connect_timeout_s)
     except (OSError, UnicodeError) as error:  # UnicodeError: a host name that IDNA cannot encode
         why = getattr(error, "strerror", None) or error
         raise PeerUnreachable(f"no connection to {peer}: {why}; is it running, and its address right?") from error
+    if context is not None:
+        connected = encrypt(connected, peer, context, connect_timeout_s, server_name=server_name)
     return Connection(connected, peer, stall_timeout_s=stall_timeout_s)

@@ -21,7 +21,7 @@ from dicomnode.answers import Answers
 from dicomnode.config import Config
 from dicomnode.config import Delivery as DeliverySettings
 from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
-from dicomnode.errors import AssociationRejected, NodeError, PeerError
+from dicomnode.errors import NodeError, PeerError
 from dicomnode.requestor import Peer
 from dicomnode.scu import Outgoing, store
 
@@ -56,6 +56,7 @@ def peer(config: Config, name: str) -> Peer:
         connect_timeout_s=destination.connect_timeout_s,
         acse_timeout_s=destination.acse_timeout_s,
         dimse_timeout_s=destination.dimse_timeout_s,
+        tls=destination.tls,
     )
 
 
@@ -189,10 +190,8 @@ class Delivery:
                 lambda: self._should_stop(answers, job_id),
                 answers.expect,
             )
-        except AssociationRejected as error:
-            trouble, rejected = str(error), error.permanent
         except PeerError as error:
-            trouble = str(error)
+            trouble, rejected = str(error), error.permanent
         except sa.exc.SQLAlchemyError:
             raise  # the dispatcher finds an attempt without a result and tries it again
         except Exception as error:  # a fault of ours is to be seen at the job, and gets the pauses of any other trouble

@@ -19,11 +19,13 @@ from types import TracebackType
 from typing import Self
 
 from dicomnode import pdu
+from dicomnode.config_tls import TlsOut
 from dicomnode.connection import connect
-from dicomnode.errors import AssociationRejected, MalformedPdu, PeerAborted, PeerError, ProtocolViolation
+from dicomnode.errors import AssociationRejected, MalformedPdu, PeerAborted, PeerError, ProtocolViolation, TlsFailed
 from dicomnode.message import Message
 from dicomnode.pdu import Element, PduType
 from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
+from dicomnode.tls import TlsFileError
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class Peer:
     """For the answer to the association request."""
     dimse_timeout_s: float = 60.0
     """For each answer after its request was sent, and for any progress while sending."""
+    tls: TlsOut | None = None
 
     def __str__(self) -> str:
         return f"{self.name} ({self.ae_title} at {self.host}:{self.port})"
@@ -97,12 +100,18 @@ class Association:
 
     def __enter__(self) -> Self:
         peer = self._peer
+        try:
+            context = None if peer.tls is None else peer.tls.context()
+        except TlsFileError as error:
+            raise TlsFailed(f"no TLS with {peer}: {error}") from error
         self._wire = connect(
             str(peer),
             peer.host,
             peer.port,
             connect_timeout_s=peer.connect_timeout_s,
             stall_timeout_s=peer.dimse_timeout_s,
+            context=context,
+            server_name=None if peer.tls is None else peer.tls.name or peer.host,
         )
         try:
             accepted = self._negotiate()

@@ -124,6 +124,7 @@ class StorageServer:
         self._calling = set(config.reception.calling_ae_titles)
         self._address = (config.node.address, config.node.port)
         self._ae_title = config.node.ae_title
+        self._tls = config.tls
         self._spool = spool
         self._keywords = frozenset(keywords)
         self._tags = frozenset(filter(None, map(tag_for_keyword, {*keywords, *_IDENTITY, *_READ_WITH_VALUES})))
@@ -152,6 +153,8 @@ class StorageServer:
         ------
         OSError
             If the address cannot be bound.
+        TlsFileError
+            If a file of `tls` changed since the configuration was read.
         """
         syntaxes = transfer_syntaxes()
         known = [str(context.abstract_syntax) for context in AllStoragePresentationContexts]
@@ -169,8 +172,10 @@ class StorageServer:
         negotiator = Negotiator(contexts, MAX_PDU_BYTES)
         services = Services(handlers)
 
+        tls_context = None if self._tls is None else self._tls.context()
+
         def associate(connected: socket.socket, address: str) -> Association:
-            return Association(connected, address, self._reception, negotiator, services, self)
+            return Association(connected, address, self._reception, negotiator, services, self, tls_context)
 
         self._listener = Listener(*self._address, self._reception, associate)
         log.info("listening as %s on %s:%d", self._ae_title, self._address[0], self.port)
@@ -187,6 +192,10 @@ class StorageServer:
             return Rejection(_REJECTED_PERMANENT, _BY_USER, _CALLED_TITLE_UNKNOWN, why)
         if self._calling and request.calling_ae_title not in self._calling:
             why = "its AE title is not in reception.calling_ae_titles"
+            return Rejection(_REJECTED_PERMANENT, _BY_USER, _CALLING_TITLE_UNKNOWN, why)
+        subjects = {} if self._tls is None else self._tls.subjects
+        if association.common_name != subjects.get(request.calling_ae_title, association.common_name):
+            why = f"its certificate is that of {association.common_name!r}, not as tls.subjects says"
             return Rejection(_REJECTED_PERMANENT, _BY_USER, _CALLING_TITLE_UNKNOWN, why)
         with self._lock:
             if len(self._series_of) >= self._reception.max_associations:

@@ -55,6 +55,7 @@ def test_defaults_are_those_of_the_documentation():
             "network_timeout_s": 60,
             "different_duplicate": "keep",
         },
+        "tls": None,
         "assembly": {"quiet_s": 15, "quiet_without_evidence_s": 120},
         "compute": {"threads": 0, "device": "auto", "precision": "auto", "max_worker_deaths": 3},
         "delivery": {"retry_first_s": 10, "retry_max_s": 900, "give_up_after_days": 7, "failure_status_tries": 5},
@@ -77,6 +78,7 @@ def test_defaults_are_those_of_the_documentation():
         "acse_timeout_s": 30,
         "dimse_timeout_s": 60,
         "commitment_timeout_s": None,
+        "tls": None,
     }
     route = Route(name="r", action="ignore")
     assert (route.priority, route.continue_, route.originals_to, dict(route.when)) == (10, False, (), {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -14,6 +14,7 @@ from pynetdicom import AllStoragePresentationContexts
 from dicomnode import commitment, config, requestor, scp
 from dicomnode.answers import Verdict, judge, judge_commitment
 from dicomnode.cli import main
+from dicomnode.config_section import Section
 from dicomnode.db import JobState
 from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from pipelines.base import Execution
@@ -156,18 +157,18 @@ def test_the_commands_of_the_readme_are_all_there_are(capsys: pytest.CaptureFixt
             assert f"`{command}`" in README or f"`dicomnode {command}`" in README, command
 
 
-def known_keys(model: type[config._Section], above: str = "") -> set[str]:
+def known_keys(model: type[Section], above: str = "") -> set[str]:
     """``section.key`` of every field, and ``section.*.key`` below names that a site chooses."""
     found = set()
     for name, field in model.model_fields.items():
         found.add(f"{above}{name}")
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, config._Section):
-            found |= known_keys(inner, f"{above}{name}.")
+        for inner in get_args(field.annotation) or (field.annotation,):  # TlsIn | None
+            if isinstance(inner, type) and issubclass(inner, Section):
+                found |= known_keys(inner, f"{above}{name}{'.*' if name == 'destinations' else ''}.")
     return found
 
 
-KEYS = known_keys(config.Config) | {f"destinations.*.{name}" for name in config.Destination.model_fields}
+KEYS = known_keys(config.Config)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
