@@ -13,7 +13,7 @@ from tables import CT, EXPLICIT, add_job, row
 
 from dicomnode import dispatcher as module
 from dicomnode import jobs as job_table
-from dicomnode.db import DeliveryState, JobState, deliveries, jobs, now
+from dicomnode.db import DeliveryState, JobKind, JobState, SeriesState, deliveries, jobs, now, series
 from dicomnode.delivery import plan
 from dicomnode.dispatcher import Dispatcher
 from dicomnode.jobs import FINAL
@@ -197,6 +197,40 @@ def test_a_delivery_that_ended_without_a_result_is_tried_again(
     dispatcher.look()
     dispatcher.look()
     assert [what[0] for what in engine.submitted] == ["job:a:0:0", "job:a:1:1"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_request_for_commitment_that_ended_without_a_result_is_made_again(
+    database: sa.Engine, dispatcher: Dispatcher, engine: Engine, begun: bool
+) -> None:
+    dispatching(database, "a")
+    state = DeliveryState.REQUESTING if begun else DeliveryState.COMMITTING
+    with database.begin() as connection:
+        connection.execute(sa.update(deliveries).values(state=state, attempts=1 + begun))
+        connection.execute(sa.update(jobs).values(state=JobState.COMMITTING))
+    dispatcher.look()
+    assert [what[0] for what in engine.submitted] == ([] if begun else ["job:a:1:0"])
+    engine.over.add("job:a:1:0")
+    dispatcher.look()
+    dispatcher.look()
+    assert row(database, "deliveries")["state"] == DeliveryState.COMMITTING
+    assert engine.submitted[-1][0] == ("job:a:2:1" if begun else "job:a:1:1")
+
+
+def test_commitment_to_originals_is_asked_for_when_their_series_is_closed(
+    database: sa.Engine, dispatcher: Dispatcher, engine: Engine
+) -> None:
+    dispatching(database, "a")
+    with database.begin() as connection:
+        connection.execute(sa.update(deliveries).values(state=DeliveryState.COMMITTING, attempts=1))
+        connection.execute(sa.update(jobs).values(kind=JobKind.ORIGINALS))
+        connection.execute(sa.update(series).values(state=SeriesState.OPEN))
+    dispatcher.look()
+    assert engine.submitted == []
+    with database.begin() as connection:
+        connection.execute(sa.update(series).values(state=SeriesState.CLOSED))
+    dispatcher.look()
+    assert [what[0] for what in engine.submitted] == ["job:a:1:0"]
 
 
 # ── cancel ─────────────────────────────────────────────────────────────────────────────────────────────────────────
