@@ -117,7 +117,7 @@ class _Unread:
 def uid_of(header: Dataset, keyword: str) -> str:
     """A UID as it is written, without its padding; empty if it is absent."""
     tag = tag_for_keyword(keyword)
-    item = header.get_item(tag) if tag is not None and tag in header else None
+    item = header.get_item(tag, keep_deferred=True) if tag is not None and tag in header else None
     value = None if item is None else item.value
     return value.decode("latin-1").rstrip("\0 ") if isinstance(value, bytes) else str(value or "")
 

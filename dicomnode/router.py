@@ -267,7 +267,7 @@ def header_values(ds: Dataset, keywords: Collection[str]) -> dict[str, object]:
 
 def _element_values(ds: Dataset, tag: int) -> list[Scalar]:
     """Values of the element `tag`, which `ds` has; empty ones are ``""``."""
-    item = ds.get_item(tag)
+    item = ds.get_item(tag, keep_deferred=True)  # else pydicom reads what is empty, and may not know how
     assert isinstance(item, DataElement | RawDataElement)
     value = item.value
     vr = item.VR if item.VR not in (None, "UN") else dictionary_VR(tag)

@@ -63,6 +63,15 @@ def test_elements_as_they_come(keyword: str, vr: str, value: bytes, expected: ob
     assert type(found.get(keyword)) is type(expected)
 
 
+@pytest.mark.parametrize("keyword", ["SOPInstanceUID", "Rows", "PatientName", "ContributingEquipmentSequence"])
+@pytest.mark.parametrize("vr", ["U\x01", "US", "SQ", "UI"])
+def test_what_is_empty_has_no_value_whatever_it_says_it_is(keyword: str, vr: str) -> None:
+    """pydicom takes an element of an unknown representation and no length for one that it still has to read."""
+    ds = pydicom.Dataset()
+    ds[Tag(keyword)] = RawDataElement(Tag(keyword), vr, 0, None, 0, False, True)
+    assert header_values(ds, {keyword}) == {}
+
+
 def test_text_is_decoded_by_its_character_set():
     ds = pydicom.Dataset()
     ds.SpecificCharacterSet = "ISO_IR 192"

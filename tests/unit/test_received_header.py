@@ -15,7 +15,7 @@ from pydicom.datadict import dictionary_VR, keyword_dict, keyword_for_tag, tag_f
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from scanner import header, image
 
-from dicomnode.received_header import Unreadable, read_header
+from dicomnode.received_header import Unreadable, read_header, uid_of
 from dicomnode.router import OWN_OUTPUT, header_values
 from dicomnode.series import KEYWORDS
 
@@ -106,3 +106,11 @@ def test_the_index_and_pydicom_read_the_same_odd_header(odd_dir: Path) -> None:
         one = image(path)
         with warnings.catch_warnings(action="ignore"):
             compared(one.data, one.syntax)
+
+
+def test_a_uid_that_is_empty_is_absent_whatever_it_says_it_is() -> None:
+    """Found by tests/fuzz.py: an element of no representation that there is, and of no length."""
+    data = struct.pack("<HH2sHHH2sH", 0x0008, 0x0005, b"CS", 0, 0x0008, 0x0018, b"U\x01", 0)
+    read = read_header(memoryview(data), UID(ExplicitVRLittleEndian), frozenset({0x00080018}))
+    assert "SOPInstanceUID" in read
+    assert uid_of(read, "SOPInstanceUID") == ""
