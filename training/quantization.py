@@ -168,19 +168,21 @@ class QuantisedConvolution(nn.Module):
         self.range = Range(**state) if state else None
 
     def _convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rest = self.stride, self.padding, self.dilation, self.groups
+        stride, padding, dilation, groups = self.stride, self.padding, self.dilation, self.groups
         if weight.ndim == 4:
-            return functional.conv2d(x, weight, bias, *rest)
-        if torch.jit.is_tracing() or (weight.shape[2] > 1 and weight.shape[3:] != (1, 1)):
-            return functional.conv3d(x, weight, bias, *rest)
+            return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        flat, deep = weight.shape[2] == 1, weight.shape[3:] == (1, 1)
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # no stub
+        if traced or isinstance(padding, str) or not (flat or deep):
+            return functional.conv3d(x, weight, bias, stride, padding, dilation, groups)
         # PyTorch is several times as fast in two dimensions, where two are enough
-        if weight.shape[2] == 1:
+        if flat:
             images = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            y = functional.conv2d(images, weight[:, :, 0], bias, *(each[1:] for each in rest[:3]), self.groups)
-            return y.unflatten(0, (len(x), -1)).transpose(1, 2)
+            y = functional.conv2d(images, weight[:, :, 0], bias, stride[1:], padding[1:], dilation[1:], groups)
+            return y.view(len(x), -1, *y.shape[1:]).transpose(1, 2)
         images = x.flatten(3).contiguous(memory_format=torch.channels_last)
-        y = functional.conv2d(images, weight[..., 0], bias, *(each[:2] for each in rest[:3]), self.groups)
-        return y.unflatten(3, x.shape[3:])
+        y = functional.conv2d(images, weight[..., 0], bias, stride[:2], padding[:2], dilation[:2], groups)
+        return y.view(*y.shape[:3], *x.shape[3:])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         reach = self.range
