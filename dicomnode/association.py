@@ -25,7 +25,6 @@ import socket
 import ssl
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from typing import Protocol
 from dicomnode import pdu, tls
 from dicomnode.config import Reception
 from dicomnode.connection import Connection, encrypt
-from dicomnode.errors import MalformedPdu, PeerAborted, PeerError, PeerTimedOut, TlsFailed
+from dicomnode.errors import MalformedPdu, PeerAborted, PeerError, PeerTimedOut, TlsFailed, fault
 from dicomnode.message import Message
 from dicomnode.negotiation import PROTOCOL_VERSION, Negotiator, Rejection, Request
 from dicomnode.pdu import AbortReason, Element, PduType
@@ -154,11 +153,7 @@ class Association:
             log.warning("association of %s aborted: %s", self.address, error)
             return pdu.provider_abort(AbortReason.INVALID_PARAMETER)
         except Exception as error:  # a fault of ours: this association ends, and the log says where to look
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            # Not its words: they may quote what came.
-            log.error(
-                "association of %s aborted: %s at %s:%d", self.address, type(error).__name__, place.name, place.lineno
-            )
+            log.error("association of %s aborted: a fault of the node: %s", self.address, fault(error))
             return pdu.ABORT
 
     def _encrypt(self, context: ssl.SSLContext) -> bool:

@@ -21,7 +21,7 @@ from dicomnode.answers import Answers
 from dicomnode.config import Config
 from dicomnode.config import Delivery as DeliverySettings
 from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
-from dicomnode.errors import NodeError, PeerError
+from dicomnode.errors import NodeError, PeerError, fault
 from dicomnode.requestor import Peer
 from dicomnode.scu import Outgoing, store
 
@@ -195,8 +195,8 @@ class Delivery:
         except sa.exc.SQLAlchemyError:
             raise  # the dispatcher finds an attempt without a result and tries it again
         except Exception as error:  # a fault of ours is to be seen at the job, and gets the pauses of any other trouble
-            log.exception("job %s to %s", job_id[:12], destination)
-            trouble = f"unexpected {type(error).__name__}; see the log"
+            trouble = f"a fault of the node: {fault(error)}"
+            log.error("job %s to %s: %s", job_id[:12], destination, trouble)
         finally:
             answers.write()
         if warned := answers.warned():

@@ -124,7 +124,7 @@ def _copy(source: Dataset, parent: tuple[bool | None, bool | None], keep_private
     for tag in list(source.keys()):
         if tag.group < 0x0008 or tag.element == 0 or (tag.is_private and not keep_private):
             continue
-        element = source.get_item(tag)
+        element = source.get_item(tag, keep_deferred=True)
         vr = element.VR or _implicit_vr(tag, signed)
         opened = not isinstance(element, RawDataElement) or implicit or not little or not keep_private
         if vr == "SQ" and (opened or tag in _APPENDED):
@@ -192,7 +192,7 @@ def _drop_group(header: Dataset, group: int) -> None:
 
 def _holds_image(header: Dataset, tag: BaseTag, pixels: int) -> bool:
     """Whether a private element is as long as an image of one byte a pixel, or has an item with pixel data."""
-    element = header.get_item(tag)
+    element = header.get_item(tag, keep_deferred=True)
     if element.VR != "SQ":
         return isinstance(element.value, bytes) and len(element.value) >= pixels
     items = Dataset({tag: element})[tag].value or []  # opened in a copy: what stays, stays as bytes
@@ -373,7 +373,7 @@ def _tag(keyword: str) -> BaseTag:
 
 def _bytes(header: Dataset, tag: BaseTag) -> bytes:
     """Value of an element as it is encoded; empty if the element is absent or a sequence."""
-    element = header.get_item(tag) if tag in header else None
+    element = header.get_item(tag, keep_deferred=True) if tag in header else None
     return element.value if element is not None and isinstance(element.value, bytes) else b""
 
 

@@ -209,7 +209,7 @@ def _differs(path: Path, wrong: list[str]) -> DerivationError:
 
 def _as_read(ds: Dataset, keyword: str) -> _Element | None:
     """An element of a file that was just read: its bytes, unless it is empty or the character set."""
-    return ds.get_item(Tag(keyword)) if keyword in ds else None
+    return ds.get_item(Tag(keyword), keep_deferred=True) if keyword in ds else None
 
 
 def _carried(source: _Element | None, written: _Element | None) -> bool:

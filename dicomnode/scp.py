@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-import traceback
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -44,7 +43,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at impo
 
 from dicomnode.association import MAX_PDU_BYTES, Association, StoreRequest
 from dicomnode.config import Config
-from dicomnode.errors import BadIdentifier, SpoolError, SpoolFull
+from dicomnode.errors import BadIdentifier, SpoolError, SpoolFull, fault
 from dicomnode.negotiation import Negotiator, Rejection, Request
 from dicomnode.received_header import Unreadable, read_header, uid_of
 from dicomnode.router import header_values
@@ -224,9 +223,7 @@ class StorageServer:
         except _Refusal as refusal:
             status, why = refusal.status, str(refusal)
         except Exception as error:  # a fault of ours: the sender keeps its copy, and the log says where to look
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            # Not its words: they may quote the header.
-            status, why = PROCESSING_FAILURE, f"{type(error).__name__} at {place.name}:{place.lineno}"
+            status, why = PROCESSING_FAILURE, f"a fault of the node: {fault(error)}"
         uid = request.sop_instance_uid
         log.warning("0x%04X to %s: %s (SOP instance %.64r)", status, association.address, why, uid)
         return status

@@ -164,7 +164,7 @@ def test_a_fault_of_ours_ends_its_association_only(
         caller.associate().send(p_data(CT, 3, command()) + p_data(CT, 2, bytes(8)))
         assert caller.receive() == (pdu.PduType.ABORT, bytes(4))
         assert other.echo() == 0
-    assert "aborted: ZeroDivisionError at broken:" in caplog.text
+    assert "aborted: a fault of the node: ZeroDivisionError at broken:" in caplog.text
     assert "quote" not in caplog.text
 
 

@@ -445,3 +445,13 @@ def test_names_in_every_script_stay(odd_dir: Path, tmp_path: Path, name: str) ->
     assert charset in made
     assert str(ds.PatientName) == str(sample.PatientName)
     assert ds.SeriesDescription == "Chest low dose denoised"
+
+
+def test_an_empty_element_of_an_unknown_representation_is_carried_over(tmp_path: Path) -> None:
+    (path,) = write_series(tmp_path / "source", phantom(1, 16))
+    odd = b"\x18\x00\xff\xfeZZ\x00\x00"  # (0018,FEFF), VR ZZ, empty
+    content = path.read_bytes()
+    place = content.index(b"\x20\x00\x0d\x00UI")  # StudyInstanceUID comes after it
+    path.write_bytes(content[:place] + odd + content[place:])
+    (made,) = derive([path], tmp_path / "derived")
+    assert odd + b"\x20\x00\x0d\x00UI" in made.path.read_bytes()
