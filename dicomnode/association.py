@@ -13,6 +13,7 @@ each PDU              what we announced, and a little         whole within `netw
 message                                                       1 kB/s, after the first `network_timeout_s`
 command set           64 KiB, counted while it comes
 data set              `max_object_mb`, counted while it comes
+all data sets         twice that, over all associations
 ===================== ======================================= ======================================================
 
 Who breaks a rule is aborted, and the log says why.
@@ -52,6 +53,10 @@ _SLOWEST_BYTES_PER_S = 1000
 _MEGABYTE = 1_000_000
 _SUCCESS = 0x0000
 _UNSUPPORTED_VERSION = Rejection(1, 2, 2, "it speaks another version of the protocol")
+_LOCAL_LIMIT = (2, 3, 2)
+"""Of a rejection: transient, presentation, local limit exceeded."""
+_DECLINED_WITHIN_S = 3.0
+"""So long a caller who is one too many is listened to, as only who asked for an association can be rejected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,31 @@ class StoreRequest:
     transfer_syntax_uid: str
     data: memoryview
     """Empty if no data set came."""
+
+
+class Memory:
+    """What objects that are on their way may take, over all associations.
+
+    Each may be as large as `max_object_mb`: a few that come at once would else take all memory of the machine, and the
+    node with it.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self.left_bytes = most_bytes
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> bool:
+        """Take `count` bytes; False, and nothing is taken, if there are not so many left."""
+        with self._lock:
+            enough = count <= self.left_bytes
+            if enough:
+                self.left_bytes -= count
+        return enough
+
+    def give_back(self, count: int) -> None:
+        """Give `count` taken bytes back."""
+        with self._lock:
+            self.left_bytes += count
 
 
 class Node(Protocol):
@@ -91,6 +121,7 @@ class Association:
         negotiator: Negotiator,
         services: Services,
         node: Node,
+        memory: Memory,
         tls_context: ssl.SSLContext | None = None,
     ) -> None:
         self.address = address
@@ -105,9 +136,21 @@ class Association:
         self._negotiator = negotiator
         self._services = services
         self._node = node
+        self._memory = memory
+        self._taken_bytes = 0
         self._tls_context = tls_context
         self._closed: Callable[[Association], None] = lambda association: None
         self._ending = False
+        self._declined: Rejection | None = None
+
+    @property
+    def declined(self) -> bool:
+        """Is it one too many, whatever it asks for?"""
+        return self._declined is not None
+
+    def decline(self, why: str) -> None:
+        """Reject it for `why`, once it said who it is; to be said before the thread starts."""
+        self._declined = Rejection(*_LOCAL_LIMIT, why)
 
     def when_closed(self, told: Callable[[Association], None]) -> None:
         """Call `told` when the connection is closed; to be said before the thread starts."""
@@ -127,6 +170,7 @@ class Association:
             if farewell:
                 self._wire.part(farewell, deaf=self._ending)
         finally:
+            self._forget_message()
             self._socket.close()
             self._closed(self)
 
@@ -134,7 +178,9 @@ class Association:
         """From the first byte to the end, whatever brings it; what is to be said last."""
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            deadline = time.monotonic() + self._limits.acse_timeout_s
+            deadline = time.monotonic() + min(
+                self._limits.acse_timeout_s, _DECLINED_WITHIN_S if self.declined else self._limits.acse_timeout_s
+            )
             if self._tls_context is not None and not self._encrypt(self._tls_context):
                 return b""
             self._wire = Connection(self._socket, self.address, stall_timeout_s=self._limits.network_timeout_s)
@@ -175,7 +221,7 @@ class Association:
         if kind != PduType.ASSOCIATE_RQ:
             raise self._unexpected(kind)
         self.request = self._negotiator.read(bytes(whole))
-        rejection = (
+        rejection = self._declined or (
             _UNSUPPORTED_VERSION
             if not self.request.protocol_version & PROTOCOL_VERSION
             else self._node.admit(self, self.request)
@@ -188,7 +234,7 @@ class Association:
         self.admitted = True
         self._wire.send([self.request.acceptance], deadline, "taking the answer to its association request")
         while self._serve_message():
-            pass
+            self._forget_message()
         return pdu.RELEASE_RP
 
     def _serve_message(self) -> bool:
@@ -250,6 +296,7 @@ class Association:
                     message = self._begin(item.context_id)
                     fast_enough = time.monotonic() + limits.network_timeout_s
                 whole_message = message.add(item)
+                self._remember(len(message.data))
                 if len(message.data) > limits.max_object_mb * _MEGABYTE + _MAX_COMMAND_BYTES:
                     # A little more is taken and answered with a status; without an end to come nothing can be answered.
                     raise _Abort(AbortReason.NOT_SPECIFIED, "its message is larger than reception.max_object_mb")
@@ -259,6 +306,17 @@ class Association:
                     return message
                 fast_enough += len(item.data) / _SLOWEST_BYTES_PER_S
             deadline = min(time.monotonic() + limits.network_timeout_s, fast_enough)
+
+    def _remember(self, data_bytes: int) -> None:
+        """Take memory for so much of a data set."""
+        if not self._memory.take(data_bytes - self._taken_bytes):
+            why = "there is no memory for more objects on their way: twice reception.max_object_mb"
+            raise _Abort(AbortReason.NOT_SPECIFIED, why)
+        self._taken_bytes = data_bytes
+
+    def _forget_message(self) -> None:
+        self._memory.give_back(self._taken_bytes)
+        self._taken_bytes = 0
 
     def _begin(self, context_id: int) -> Message:
         if context_id not in self.request.contexts:

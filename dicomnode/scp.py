@@ -41,7 +41,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at impo
     Verification,
 )
 
-from dicomnode.association import MAX_PDU_BYTES, Association, StoreRequest
+from dicomnode.association import MAX_PDU_BYTES, Association, Memory, StoreRequest
 from dicomnode.config import Config
 from dicomnode.errors import BadIdentifier, SpoolError, SpoolFull, fault
 from dicomnode.negotiation import Negotiator, Rejection, Request
@@ -55,6 +55,8 @@ from dicomnode.transport import Listener
 log = logging.getLogger(__name__)
 
 _MEGABYTE = 1_000_000
+_OBJECTS_IN_MEMORY = 2
+"""Of the largest size; of CT images there may be thousands on their way at once."""
 _NATIVE_SYNTAXES = (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -129,6 +131,7 @@ class StorageServer:
         self._tags = frozenset(filter(None, map(tag_for_keyword, {*keywords, *_IDENTITY, *_READ_WITH_VALUES})))
         self._stored = stored
         self._report = report
+        self._memory = Memory(_OBJECTS_IN_MEMORY * self._reception.max_object_mb * _MEGABYTE)
         self._lock = threading.Lock()
         self._series_of: dict[Association, set[str]] = {}
         """Established association → UIDs of the series it brought something of."""
@@ -174,7 +177,9 @@ class StorageServer:
         tls_context = None if self._tls is None else self._tls.context()
 
         def associate(connected: socket.socket, address: str) -> Association:
-            return Association(connected, address, self._reception, negotiator, services, self, tls_context)
+            return Association(
+                connected, address, self._reception, negotiator, services, self, self._memory, tls_context
+            )
 
         self._listener = Listener(*self._address, self._reception, associate)
         log.info("listening as %s on %s:%d", self._ae_title, self._address[0], self.port)

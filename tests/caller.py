@@ -200,6 +200,10 @@ class Reception:
         """How many are open."""
         return len(self.server._series_of)
 
+    def memory_left(self) -> int:
+        """For objects that are on their way, in bytes."""
+        return self.server._memory.left_bytes
+
 
 def threads_and_descriptors() -> tuple[int, int]:
     """Of this process."""

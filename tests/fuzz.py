@@ -41,7 +41,7 @@ from scanner import data_set_of, image
 from tables import config_of
 
 from dicomnode import pdu
-from dicomnode.association import MAX_PDU_BYTES, Association
+from dicomnode.association import MAX_PDU_BYTES, Association, Memory
 from dicomnode.errors import MalformedPdu
 from dicomnode.negotiation import Negotiator
 from dicomnode.received_header import Unreadable, read_header, uid_of
@@ -166,7 +166,8 @@ def converse() -> Callable[[bytes], None]:
             for name in _LOGGERS:
                 logging.getLogger(name).addHandler(faults)
                 stack.callback(logging.getLogger(name).removeHandler, faults)
-            Association(Said(said), "192.0.2.1", config.reception, negotiator, services, server).thread.run()
+            memory = Memory(len(said))
+            Association(Said(said), "192.0.2.1", config.reception, negotiator, services, server, memory).thread.run()
         if faults.seen:
             raise Crash(faults.seen[0])
 

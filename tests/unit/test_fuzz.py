@@ -51,4 +51,4 @@ def test_a_crash_is_told_with_its_place() -> None:
 def test_a_fault_that_only_the_log_tells_of_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     take = converse()
     monkeypatch.setattr("dicomnode.scp.StorageServer.admit", lambda *arguments: 1 / 0)
-    assert "aborted: ZeroDivisionError at <lambda>" in outcome(Reader(take, []), REQUEST)
+    assert "aborted: a fault of the node: ZeroDivisionError at <lambda>" in outcome(Reader(take, []), REQUEST)

@@ -15,7 +15,7 @@ from pynetdicom.association import Association as TheirAssociation
 from pynetdicom.events import Event
 from tables import config_of
 
-from dicomnode.association import Association, StoreRequest
+from dicomnode.association import Association, Memory, StoreRequest
 from dicomnode.negotiation import Negotiator, Rejection, Request
 from dicomnode.services import Services
 from dicomnode.transport import Listener
@@ -48,7 +48,7 @@ def call() -> Iterator[Callable[..., TheirAssociation]]:
         limits = config_of().reception
 
         def associate(connected: socket.socket, address: str) -> Association:
-            return Association(connected, address, limits, negotiator, services, Anybody())
+            return Association(connected, address, limits, negotiator, services, Anybody(), Memory(1 << 30))
 
         listener = Listener(HOST, 0, limits, associate)
         pacs = AE("PACS")

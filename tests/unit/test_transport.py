@@ -24,6 +24,7 @@ from scanner import image
 from dicomnode import pdu
 from dicomnode.association import MAX_PDU_BYTES
 from dicomnode.pdu import AbortReason
+from dicomnode.scp import CANNOT_UNDERSTAND
 
 TIMEOUT_S = 1.0
 SOON_S = TIMEOUT_S + 1
@@ -183,6 +184,25 @@ def test_an_object_is_measured_while_it_comes(node: Reception, caplog: pytest.Lo
         assert caller.aborted() == AbortReason.NOT_SPECIFIED
     wait_for(lambda: node.associations() == 0)
     assert f"association of {HOST} aborted: its message is larger than reception.max_object_mb" in caplog.text
+
+
+def test_all_objects_on_their_way_are_measured_together(node: Reception, caplog: pytest.LogCaptureFixture) -> None:
+    """1 MB are allowed, so 2 MB at once: the third of 0.9 MB finds no room until one of the others is gone."""
+    most = p_data(CT, 3, command()) + p_data(CT, 0, bytes(100_000)) * 9
+    with Caller(node.port) as first, Caller(node.port) as second, Caller(node.port) as third:
+        for caller in (first, second):
+            caller.associate().send(most + p_data(CT, 0, b""))
+        third.associate()
+        wait_for(lambda: node.memory_left() == 200_000)
+        third.send(most)
+        assert third.aborted() == AbortReason.NOT_SPECIFIED
+        first.close()
+        wait_for(lambda: node.memory_left() == 1_100_000)
+        with Caller(node.port) as fourth:
+            fourth.associate().send(most + p_data(CT, 2, bytes(2)))
+            assert fourth.status() == CANNOT_UNDERSTAND
+    wait_for(lambda: node.memory_left() == 2_000_000)
+    assert "there is no memory for more objects on their way" in caplog.text
 
 
 # ── how many ───────────────────────────────────────────────────────────────────────────────────────────────────────
