@@ -128,6 +128,8 @@ class Association:
         self.common_name: str | None = None
         """In the certificate that the peer showed; set before it is admitted."""
         self.admitted = False
+        self.over = False
+        """Its association ended; what is left is to close the connection."""
         self.request: Request
         """Set before it is admitted."""
         self.thread = threading.Thread(target=self._run, name=f"association of {address}", daemon=True)
@@ -167,6 +169,7 @@ class Association:
             farewell = self._live()
             if self.admitted:
                 self._node.ended(self)
+            self.over = True
             if farewell:
                 self._wire.part(farewell, deaf=self._ending)
         finally:
@@ -178,9 +181,8 @@ class Association:
         """From the first byte to the end, whatever brings it; what is to be said last."""
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            deadline = time.monotonic() + min(
-                self._limits.acse_timeout_s, _DECLINED_WITHIN_S if self.declined else self._limits.acse_timeout_s
-            )
+            patience_s = self._limits.acse_timeout_s
+            deadline = time.monotonic() + (min(patience_s, _DECLINED_WITHIN_S) if self.declined else patience_s)
             if self._tls_context is not None and not self._encrypt(self._tls_context):
                 return b""
             self._wire = Connection(self._socket, self.address, stall_timeout_s=self._limits.network_timeout_s)

@@ -7,7 +7,6 @@ pipelines and DICOM keywords that do not exist, ranges, units, AE titles.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,12 +31,11 @@ from dicomnode.config_fields import (
     Flag,
     Host,
     Name,
-    Network,
     Port,
     Seconds,
-    StorageClass,
     Text,
 )
+from dicomnode.config_reception import Reception as Reception  # what the rest of the node takes it from here
 from dicomnode.config_section import FOLDER, Section, refuse
 from dicomnode.config_tls import TlsIn, TlsOut
 from dicomnode.config_words import did_you_mean, in_words, where
@@ -76,36 +74,6 @@ class Node(Section):
             )
         folder: Path | None = (info.context or {}).get(FOLDER)
         return f"{_SQLITE}{folder / path}" if folder else database
-
-
-class Reception(Section):
-    """Who may send to the node, how much, and how long it waits for them."""
-
-    called_ae_titles: tuple[AETitle, ...] = ()
-    """Titles that senders may call the node by; empty: its own only."""
-    calling_ae_titles: tuple[AETitle, ...] = ()
-    """Titles that senders may have; empty: any, `networks` alone decides."""
-    networks: tuple[Network, ...] = (ipaddress.IPv4Network("127.0.0.0/8"), ipaddress.IPv6Network("::1/128"))
-    """Addresses that may connect at all."""
-    sop_classes: tuple[StorageClass, ...] = ()
-    """Storage SOP classes that are accepted, by UID or keyword (CTImageStorage); empty: every standard one."""
-    max_associations: Count = 64
-    max_associations_per_peer: Count = 32
-    max_object_mb: Count = 1024
-    min_free_mb: Annotated[int, Strict(), Field(ge=0)] = 1024
-    """With less free space than this on the spool's disk objects are refused (0xA700)."""
-    acse_timeout_s: Seconds = 30
-    dimse_timeout_s: Seconds = 60
-    network_timeout_s: Seconds = 60
-    different_duplicate: Literal["keep", "refuse"] = "keep"
-    """The same SOP Instance UID with other bytes: kept apart and acknowledged, or refused with 0x0111."""
-
-    @field_validator("networks")
-    @classmethod
-    def _somebody_may_connect(cls, networks: tuple[Network, ...]) -> tuple[Network, ...]:
-        if not networks:
-            raise ValueError("nobody could connect; write at least one network")
-        return networks
 
 
 class Assembly(Section):
@@ -318,7 +286,7 @@ class Config(Section):
         for name, destination in self.destinations.items():
             if (destination.host, destination.port) == (self.node.address, self.node.port):
                 problems.append((("destinations", name), "this is the node itself; write the address of the PACS"))
-        refuse("Config", problems)
+        refuse("Config", problems + self.reception.open_doors(self.node.address))
         return self
 
 

@@ -3,7 +3,8 @@
 A caller from outside of `reception.networks` is gone before anything is spent on it. Connections count from their first
 moment: `max_associations_per_peer` from one address, and twice `max_associations` in all, so that the caller who is one
 too many can be told so. Where a limit is reached, the oldest connection that is no association yet makes room for the
-new one: who connects and says nothing keeps nobody out.
+new one: who connects and says nothing keeps nobody out. Who has all its associations already is told so, too, for which
+it may have as many connections again, for moments.
 """
 
 from __future__ import annotations
@@ -94,38 +95,54 @@ class Listener:
                 self._take(connected, _plain(where[0]))
 
     def _take(self, connected: socket.socket, address: str) -> None:
-        refusal = self._refusal(address)
-        if refusal is None:
-            association = self._associate(connected, address)
-            association.when_closed(self._forget)
-            with self._lock:
-                self._open[association] = None
-            try:
-                association.thread.start()
-                return
-            except RuntimeError as error:
-                self._forget(association)
-                refusal = f"{error}; lower reception.max_associations or allow the process more threads"
-        log.warning("connection from %s refused: %s", address, refusal)
-        connected.close()
+        if not self._allowed(address):
+            _refuse(connected, address, "not in reception.networks")
+            return
+        excess = self._excess(address)
+        if full := self._full():
+            _refuse(connected, address, full)
+            return
+        association = self._associate(connected, address)
+        association.when_closed(self._forget)
+        if excess:
+            log.warning("connection from %s refused: %s", address, excess)
+            association.decline(excess)
+        with self._lock:
+            self._open[association] = None
+        try:
+            association.thread.start()
+        except RuntimeError as error:
+            self._forget(association)
+            _refuse(connected, address, f"{error}; lower reception.max_associations or allow the process more threads")
 
     def _forget(self, association: Association) -> None:
         with self._lock:
             self._open.pop(association, None)
 
-    def _refusal(self, address: str) -> str | None:
-        """Why nobody can be taken from there now; makes room where that helps."""
+    def _allowed(self, address: str) -> bool:
         caller = ipaddress.ip_address(address)
-        if not any(caller in network for network in self._limits.networks if network.version == caller.version):
-            return "not in reception.networks"
+        return any(caller in network for network in self._limits.networks if network.version == caller.version)
+
+    def _full(self) -> str | None:
+        """Why nobody can be taken now; makes room where that helps."""
         with self._lock:
             everybody = list(self._open)
-        from_there = [association for association in everybody if association.address == address]
-        if len(from_there) >= self._limits.max_associations_per_peer and not self._make_room(from_there):
-            return f"it has {len(from_there)} already"
         if len(everybody) >= 2 * self._limits.max_associations and not self._make_room(everybody):
             return f"{len(everybody)} connections are open, twice reception.max_associations"
         return None
+
+    def _excess(self, address: str) -> str | None:
+        """Why one more from there is one too many; makes room where that helps."""
+        with self._lock:
+            from_there = [association for association in self._open if association.address == address]
+        most = self._limits.max_associations_per_peer
+        served = [association for association in from_there if not (association.declined or association.over)]
+        if len(served) < most or self._make_room(served):
+            return None
+        declined = [association for association in from_there if association.declined]
+        if len(declined) >= most:
+            self._make_room(declined)
+        return f"it has {len(served)} already (reception.max_associations_per_peer)"
 
     def _make_room(self, among: list[Association]) -> bool:
         """Close the oldest connection that is no association; False if all are."""
@@ -136,6 +153,11 @@ class Listener:
                 association.end()
                 return True
         return False
+
+
+def _refuse(connected: socket.socket, address: str, why: str) -> None:
+    log.warning("connection from %s refused: %s", address, why)
+    connected.close()
 
 
 def _plain(address: str) -> str:

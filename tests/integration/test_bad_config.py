@@ -28,8 +28,18 @@ def ct_route(**changes: Any) -> dict[str, Any]:
         (ct_route(when={"SliceThickness": {"max": "1.5 mm"}}), "max: 1.5 mm", "1.5 mm"),
         ({"assembly": {"quiet_s": "15 s"}}, "quiet_s: 15 s", "write only the number (seconds)"),
         (ct_route(send_to=["packs"]), "- packs", "did you mean pacs?"),
+        (
+            {"node": {"address": "0.0.0.0"}, "reception": {"networks": ["10.1.2.0/24"]}},
+            "reception:",
+            "reception.calling_ae_titles: from 10.1.2.0/24 only who is named may send",
+        ),
+        (
+            {"reception": {"networks": ["10.1.2.3/24"]}},
+            "- 10.1.2.3/24",
+            "'10.1.2.3/24' is an address within a network; write 10.1.2.0/24 for the network",
+        ),
     ],
-    ids=["key", "pipeline", "keyword", "unit-of-a-rule", "unit", "destination"],
+    ids=["key", "pipeline", "keyword", "unit-of-a-rule", "unit", "destination", "open-to-any-title", "no-network"],
 )
 def test_refused_with_the_line(tmp_path: Path, settings: dict[str, Any], wrong: str, reason: str) -> None:
     node = NodeProcess(tmp_path, 11112, settings)

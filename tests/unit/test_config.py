@@ -112,7 +112,7 @@ def test_relative_paths_count_from_the_file(read, tmp_path: Path):
 def test_values_read(read):
     config = read(
         b"\xef\xbb\xbf"  # byte order mark, as Windows Notepad writes it
-        b"node: {ae_title: ' NO ', address: '::1'}\n"
+        b"node: {ae_title: ' NO ', address: '::'}\n"
         b"reception: {calling_ae_titles: [no, on, 007], networks: [10.1.2.0/24, 192.168.0.9, 'fe80::/10']}\n"
         b"destinations: {pacs: {ae_title: PACS, host: 127.0.0.1, port: 104}}\n"
         b"routes:\n"
@@ -131,7 +131,7 @@ def test_values_read(read):
         b"    continue: true\n"
     )
     assert config.node.ae_title == "NO"
-    assert config.node.address == "::1"
+    assert config.node.address == "::"
     assert config.reception.calling_ae_titles == ("no", "on", "007")
     assert [str(network) for network in config.reception.networks] == ["10.1.2.0/24", "192.168.0.9/32", "fe80::/10"]
     (route,) = config.routes

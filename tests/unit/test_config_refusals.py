@@ -120,6 +120,29 @@ REFUSALS = [
     ("reception: {networks: [5]}\n", r"networks\[1\]: a network is written as text, e\.g\. 10\.1\.2\.0/24; not 5"),
     ("reception: {networks: [hospital]}\n", r"networks\[1\]: 'hospital' is no network"),
     (
+        "node: {address: 0.0.0.0}\nreception:\n  networks: [127.0.0.0/8, 10.1.2.0/24, 'fd00::/8']\n",
+        r":2: reception\.calling_ae_titles: from 10\.1\.2\.0/24, fd00::/8 only who is named may send; write the",
+    ),
+    (
+        "node: {address: 0.0.0.0}\nreception:\n  networks: [0.0.0.0/0]\n  calling_ae_titles: []\n",
+        r":4: reception\.calling_ae_titles: from 0\.0\.0\.0/0 only who is named may send",
+    ),
+    *(
+        (
+            f"node:\n  address: {address}\nreception: {{networks: [10.1.2.0/24], calling_ae_titles: [CT1]}}\n",
+            r":2: node\.address: \S+ is this machine only, where nobody from 10\.1\.2\.0/24 .*write 0\.0\.0\.0",
+        )
+        for address in ("127.0.0.1", "'::1'", "localhost")
+    ),
+    (
+        "reception: {networks: [10.1.2.0/24], calling_ae_titles: [CT1]}\n",
+        r":1: node\.address: 127\.0\.0\.1 is this machine only",
+    ),
+    (
+        "reception: {max_associations_per_peer: 0}\n",
+        r"max_associations_per_peer: 0 is out of range; write .* at least 1",
+    ),
+    (
         "reception: {max_object_mb: 1.5}\n",
         r"max_object_mb: 1\.5 is not a whole number; write only the number \(megabytes\)",
     ),
