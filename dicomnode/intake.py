@@ -23,7 +23,7 @@ from dicomnode.db import JobState, SeriesState, instances, jobs, series
 from dicomnode.errors import SpoolError, fault
 from dicomnode.planning import Planning
 from dicomnode.router import Router, header_values
-from dicomnode.series import KEYWORDS, Header, OpenSeries, evidence, quiet_needed_s
+from dicomnode.series import KEYWORDS, PROVEN_QUIET_S, Header, OpenSeries, evidence, proven, quiet_needed_s
 from dicomnode.spool import Instance, Kept, Spool, read_instance
 
 log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ class Intake:
         self._open.update(grown)
         for series_uid, sop_instance_uid, header in headers:
             self._open[series_uid].headers[sop_instance_uid] = header
-            self._open[series_uid].judged = None
+            self._open[series_uid].judged = self._open[series_uid].proven = None
         for _, instance, _ in batch:
             if instance.series_uid in self._open:
                 self._open[instance.series_uid].last_activity_s = time.monotonic()
@@ -325,22 +325,28 @@ class Intake:
                 self._give_up(opened)
 
     def _close_if_complete(self, opened: OpenSeries) -> None:
+        assembly = self._config.assembly
         silent_s = time.monotonic() - opened.last_activity_s
-        if silent_s < self._config.assembly.quiet_s:
+        if silent_s < min(assembly.quiet_s, PROVEN_QUIET_S):
             return
         if opened.fault:
-            if silent_s >= self._config.assembly.quiet_without_evidence_s:
+            if silent_s >= assembly.quiet_without_evidence_s:
                 self._give_up(opened)
+            return
+        if opened.proven is None:
+            opened.proven = proven(list(opened.headers.values()))
+        if silent_s < assembly.quiet_s and not opened.proven:
             return
         if opened.judged is None:
             opened.judged = evidence(list(opened.headers.values()))
         judged = opened.judged
         needed_s = quiet_needed_s(
             judged,
+            proven=opened.proven,
             may_be_denoised=opened.may_be_denoised,
             association_open=self._open_associations(opened.series_uid) > 0,
-            quiet_s=self._config.assembly.quiet_s,
-            without_evidence_s=self._config.assembly.quiet_without_evidence_s,
+            quiet_s=assembly.quiet_s,
+            without_evidence_s=assembly.quiet_without_evidence_s,
         )
         if silent_s >= needed_s:
             with self._database.begin() as connection:

@@ -7,6 +7,11 @@ Evidence (any one that fails means: wait the long time):
 - or the slices lie one beside the other without a gap, on one normal;
 - and no association that brought slices of this series is still open.
 
+Proof is more: every image says how many the *series* has (NumberOfSeriesRelatedInstances), so many came, and they are
+the evenly spaced slices of one stack, each place once. Then nothing is waited for but a moment. ImagesInAcquisition is
+evidence and no proof, as a series may have another acquisition whose first slice is not there yet; nor is a stack
+without a gap, which may go on at its ends.
+
 A release of an association proves nothing, and an abort is a pause, not an end: scanners cap the length of a transfer.
 """
 
@@ -32,6 +37,10 @@ KEYWORDS = frozenset(
 Header = Mapping[str, object]
 """DICOM keyword → value, no pixels."""
 
+PROVEN_QUIET_S = 1.0
+"""Silence that ends a series of which it is proven that nothing is missing: what was on its way twice has come."""
+_EVEN = 0.1
+"""Part of the usual distance by which those in a stack may differ from it, where the stack is to prove something."""
 _GAP_FACTOR = 1.5
 """A distance above so many times the median distance is a missing slice."""
 _FARTHEST_MM = 1e6
@@ -60,6 +69,24 @@ def evidence(headers: Sequence[Header]) -> Evidence:
     if count > 1 and _positions(headers) is not None:
         return Evidence(True, f"{count} slices without a gap")
     return Evidence(False, f"{count} images, nothing tells how many there should be")
+
+
+def proven(headers: Sequence[Header]) -> bool:
+    """Whether nothing can be missing, by what the sender says and by geometry; quick to answer where that is not so."""
+    count = len(headers)
+    if count < 2 or any(_count(header, "NumberOfSeriesRelatedInstances") != count for header in headers):
+        return False
+    positions = _positions(headers)
+    if positions is None or len(positions) != count:
+        return False
+    steps = np.diff(positions)
+    usual = float(np.median(steps))
+    return usual > 0 and bool((np.abs(steps - usual) <= _EVEN * usual).all())
+
+
+def _count(header: Header, keyword: str) -> int | None:
+    value = header.get(keyword)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _expected(headers: Sequence[Header]) -> int | None:
@@ -141,6 +168,8 @@ class OpenSeries:
     """Some image of it met a route with a pipeline."""
     judged: Evidence | None = None
     """What `headers` say about completeness; None after they changed."""
+    proven: bool | None = None
+    """Whether they prove it; None after they changed."""
     last_activity_s: float = 0.0
     """On the monotonic clock."""
     fault: str = ""
@@ -148,12 +177,21 @@ class OpenSeries:
 
 
 def quiet_needed_s(
-    judged: Evidence, *, may_be_denoised: bool, association_open: bool, quiet_s: float, without_evidence_s: float
+    judged: Evidence,
+    *,
+    proven: bool,
+    may_be_denoised: bool,
+    association_open: bool,
+    quiet_s: float,
+    without_evidence_s: float,
 ) -> float:
     """Silence (s) after which a series counts as closed.
 
-    Where nothing is computed from the series as a whole, a late image costs nothing, and the short time does.
+    Proof holds with an association open, too: scanners send one series after the other over the same one. Where nothing
+    is computed from the series as a whole, a late image costs nothing, and the short time does.
     """
+    if proven:
+        return min(quiet_s, PROVEN_QUIET_S)
     if not may_be_denoised or (judged.complete and not association_open):
         return quiet_s
     return without_evidence_s

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dicomnode.series import Evidence, evidence, quiet_needed_s
+from dicomnode.series import Evidence, evidence, proven, quiet_needed_s
 
 AXIAL = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
 CORONAL = [1.0, 0.0, 0.0, 0.0, 0.0, -1.0]
@@ -166,6 +166,71 @@ def test_a_hostile_count_completes_nothing(value: object) -> None:
     assert not judged.complete
 
 
+# ── proof ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def announced(positions: list[float], count: object = None, **values: Any) -> list[dict[str, Any]]:
+    """Slices of which each says that so many are in the series; as many as there are, unless told otherwise."""
+    return slices(positions, NumberOfSeriesRelatedInstances=len(positions) if count is None else count, **values)
+
+
+def test_a_whole_stack_of_the_announced_size_is_proof() -> None:
+    assert proven(announced(every(2.5, 9)))
+    assert proven(announced(every(2.5, 9)[::-1]))
+    assert proven(announced(every(-0.625, 300)))
+    assert proven(announced([0, 2.0, 4.19, 6.0]))  # a table is not moved to the micrometre
+    assert proven(announced(every(2, 2)))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        slices(every(2, 6)),
+        slices(every(2, 6), ImagesInAcquisition=6),
+        announced(every(2, 6), 7),
+        announced(every(2, 6), 5),
+        announced(every(2, 6), "6"),
+        announced(every(2, 6), 6.0),
+        announced(every(2, 6), [6, 6]),
+        announced(every(2, 1)),
+        [*announced(every(2, 5), 6), *slices([-90.0])],
+        [*announced(every(2, 5), 6), *announced([-90.0], 5)],
+        announced([0, 2, 4, 6, 8, 12]),
+        announced([0, 2, 4, 6, 8, 10.3]),
+        announced([0, 2, 4, 6, 8, 8]),
+        announced([0] * 6),
+        announced(every(2, 6), ImagePositionPatient=None),
+        announced(every(2, 6), ImageOrientationPatient=None),
+        [*announced(every(2, 5), 6), {**announced([-90.0], 6)[0], "ImageOrientationPatient": CORONAL}],
+        [*announced(every(2, 5), 6), {"NumberOfSeriesRelatedInstances": 6}],
+    ],
+    ids=[
+        "nothing",
+        "no count",
+        "count of the acquisition",
+        "one is missing",
+        "one too many",
+        "text",
+        "fraction",
+        "two counts",
+        "one slice",
+        "one says nothing",
+        "one says otherwise",
+        "gap",
+        "uneven",
+        "two in one place",
+        "all in one place",
+        "no places",
+        "no orientation",
+        "localizer",
+        "one without place",
+    ],
+)
+def test_what_is_no_proof(headers: list[dict[str, Any]]) -> None:
+    assert not proven(headers)
+
+
 # ── silence ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -187,9 +252,24 @@ def test_how_long_it_must_be_quiet(
 ) -> None:
     needed = quiet_needed_s(
         Evidence(complete, ""),
+        proven=False,
         may_be_denoised=may_be_denoised,
         association_open=association_open,
         quiet_s=15,
+        without_evidence_s=120,
+    )
+    assert needed == seconds
+
+
+@pytest.mark.parametrize("association_open", [True, False])
+@pytest.mark.parametrize(("quiet_s", "seconds"), [(15.0, 1.0), (0.2, 0.2)])
+def test_proof_is_waited_for_a_moment_only(association_open: bool, quiet_s: float, seconds: float) -> None:
+    needed = quiet_needed_s(
+        Evidence(True, ""),
+        proven=True,
+        may_be_denoised=True,
+        association_open=association_open,
+        quiet_s=quiet_s,
         without_evidence_s=120,
     )
     assert needed == seconds
