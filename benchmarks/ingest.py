@@ -35,8 +35,9 @@ from dicomnode.config import Config
 from dicomnode.connection import Connection, connect
 from dicomnode.db import open_database
 from dicomnode.intake import Intake
+from dicomnode.requestor import Peer
 from dicomnode.scp import StorageServer, transfer_syntaxes
-from dicomnode.scu import Answer, Outgoing, Peer, Refused, store
+from dicomnode.scu import Answer, Outgoing, Refused, store
 from dicomnode.spool import Spool
 
 _IDLE, _IDLE_S = 50, 10.0
@@ -94,7 +95,7 @@ class Server:
 def serve(folder: Path, port: int, *, sync: bool) -> None:
     """Our reception, until SIGTERM."""
     if not sync:
-        os.fsync = lambda descriptor: None
+        os.fsync = lambda fd: None
     config = Config.model_validate(
         {
             "node": {"ae_title": "ANY", "address": HOST, "port": port},
