@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 _FIRST_BUFFER_BYTES = 4096
 _FAREWELL_S = 0.5
 """Longest wait for a peer to close the connection after it was told that it is over."""
+_FAREWELL_BYTES = 16 * 2**20
+"""So much may still be on its way in the buffers of both systems; who pours on does not listen."""
 _GATHER = 256
 """Buffers per sendmsg; Linux takes 1024."""
 _TLS_RECORD_BYTES = 16384
@@ -156,13 +158,16 @@ class Connection:
         """
         self.send_last(pdu_bytes)
         until = time.monotonic() + _FAREWELL_S
+        drained_bytes = 0
         try:
             socket.socket.shutdown(self._socket, socket.SHUT_WR)  # that of SSLSocket would go on without TLS
-            while (left := until - time.monotonic()) > 0:
+            while (left := until - time.monotonic()) > 0 and drained_bytes < _FAREWELL_BYTES:
                 self._socket.settimeout(left)
                 if deaf:
                     time.sleep(left)
-                elif not self._socket.recv_into(self._buffer):
+                elif count := self._socket.recv_into(self._buffer):
+                    drained_bytes += count
+                else:
                     break
         except OSError as error:
             log.debug("%s: gone without a farewell: %s", self._peer, error)
