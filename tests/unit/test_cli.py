@@ -67,6 +67,7 @@ def add_job(config: Path, identity: str, state: JobState, reason: str) -> None:
             calling_ae="CT1",
             route="chest",
             route_reason="route chest: Modality is CT",
+            uses="identity",
             priority=10,
         )
     database.dispose()

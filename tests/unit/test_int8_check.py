@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -81,8 +82,6 @@ def test_other_precisions_are_not_compared(factory: Factory, monkeypatch: pytest
 
 
 def test_the_bound_is_read_from_the_card(tmp_path: Path) -> None:
-    card = (WEIGHTS / "fast-2.5d.json").read_text()
-    (tmp_path / "fast-2.5d.json").write_text(
-        card.replace('"weights_sha256"', '"int8_bound_hu": [6.0, 1.5], "weights_sha256"')
-    )
+    card = json.loads((WEIGHTS / "fast-2.5d.json").read_text())
+    (tmp_path / "fast-2.5d.json").write_text(json.dumps({**card, "int8_bound_hu": [6.0, 1.5]}))
     assert read_card("fast-2.5d", tmp_path).int8_bound_hu == BOUND

@@ -201,8 +201,8 @@ def test_the_command_makes_the_graph_of_installed_weights(tmp_path: Path, capsys
     for suffix in ("json", "safetensors"):
         for name in ("drl", "st3d"):
             shutil.copy(WEIGHTS / f"{name}.{suffix}", tmp_path)
-    before = json.loads((tmp_path / "drl.json").read_text())
     path = tmp_path / "drl.json"
+    before = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("int8")}
     path.write_text(json.dumps({**before, "files_sha256": {"int8.xml": "old"}, "int8_loss_db": 0.05}))
     (tmp_path / "drl.int8.xml").write_bytes(b"of another graph")
     (tmp_path / "st3d.int8.ranges").write_bytes(b"of no graph")

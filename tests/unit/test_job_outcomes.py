@@ -19,6 +19,7 @@ from dicomnode.jobs import FINAL
 S = JobState
 D = DeliveryState
 _OPEN, _BAD = {D.WAITING, D.SENDING}, {D.FAILED, D.CANCELLED}
+_ASKED, _GOOD = {D.COMMITTING, D.REQUESTING}, {D.SENT, D.COMMITTED}
 
 
 # ── settle ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -41,19 +42,21 @@ def test_a_job_is_done_exactly_when_all_is_accepted(connection: sa.Connection, s
     job_table.settle(connection, "job")
     if _OPEN & set(states):
         expected = S.DISPATCHING
+    elif _ASKED & set(states):
+        expected = S.COMMITTING
     elif _BAD & set(states):
         expected = S.FAILED
     else:
         expected = S.DONE
     assert state_of(connection) is expected
-    assert (state_of(connection) is S.DONE) == all(state is D.SENT for state in states)
+    assert (state_of(connection) is S.DONE) == all(state in _GOOD for state in states)
     if expected is S.FAILED:
         reason = connection.execute(sa.select(jobs.c.reason)).scalar_one()
         assert all((f"pacs {n}: why" in reason) == (state in _BAD) for n, state in enumerate(states))
 
 
-@pytest.mark.parametrize("state", sorted(set(JobState) - {S.DISPATCHING}))
-def test_only_a_dispatching_job_is_settled(connection: sa.Connection, state: JobState) -> None:
+@pytest.mark.parametrize("state", sorted(set(JobState) - {S.DISPATCHING, S.COMMITTING}))
+def test_only_a_job_that_sends_is_settled(connection: sa.Connection, state: JobState) -> None:
     add_job(connection, state=state)
     add_delivery(connection, "pacs", D.SENT)
     job_table.settle(connection, "job")
@@ -94,7 +97,7 @@ def test_cancel_ends_what_is_not_at_its_end(connection: sa.Connection, state: Jo
         assert found == {one: one for one in D}
     else:
         assert state_of(connection) is S.CANCELLED
-        assert found == {one: D.CANCELLED if one in _OPEN else one for one in D}
+        assert found == {one: D.CANCELLED if one in _OPEN | _ASKED else one for one in D}
 
 
 @pytest.mark.parametrize(
