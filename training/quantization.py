@@ -171,9 +171,10 @@ class QuantisedConvolution(nn.Module):
         stride, padding, dilation, groups = self.stride, self.padding, self.dilation, self.groups
         if weight.ndim == 4:
             return functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # no stub
+            return functional.conv3d(x, weight, bias, stride, padding, dilation, groups)
         flat, deep = weight.shape[2] == 1, weight.shape[3:] == (1, 1)
-        traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # no stub
-        if traced or isinstance(padding, str) or not (flat or deep):
+        if isinstance(padding, str) or not (flat or deep):
             return functional.conv3d(x, weight, bias, stride, padding, dilation, groups)
         # PyTorch is several times as fast in two dimensions, where two are enough
         if flat:
