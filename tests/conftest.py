@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from ct_builder import phantom, write_series
 from oracle import StorageOracle
 from sender import COUNT, Sender
+from small_disk import require_small_disks
 from tables import database_in
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -94,3 +95,9 @@ def oracle() -> Iterator[StorageOracle]:
 def sender(database: sa.Engine, sent_series: list[Path], oracle: StorageOracle) -> Sender:
     """Delivers the series to the oracle."""
     return Sender(database, sent_series, {"pacs": oracle.port})
+
+
+@pytest.fixture(scope="session")
+def small_disks(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skips where no small disk can be mounted; a failure with CI set."""
+    require_small_disks(tmp_path_factory.mktemp("probe"))

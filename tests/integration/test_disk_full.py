@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,20 +17,10 @@ from small_disk import (
     PAGE,
     SmallDiskNode,
     check_left_nothing_but,
-    require_small_disks,
     series,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_disks(tmp_path_factory: pytest.TempPathFactory) -> None:
-    require_small_disks(tmp_path_factory.mktemp("probe"))
-
-
-@pytest.fixture
-def oracle() -> Iterator[StorageOracle]:
-    with StorageOracle(ae_title="PACS") as peer:
-        yield peer
+pytestmark = pytest.mark.usefixtures("small_disks")
 
 
 def test_reception_stops_before_the_disk_is_full(oracle: StorageOracle, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,10 @@ from small_disk import (
     OUT_OF_RESOURCES,
     SmallDiskNode,
     check_left_nothing_but,
-    require_small_disks,
     series,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_disks(tmp_path_factory: pytest.TempPathFactory) -> None:
-    require_small_disks(tmp_path_factory.mktemp("probe"))
-
-
-@pytest.fixture
-def oracle() -> Iterator[StorageOracle]:
-    with StorageOracle(ae_title="PACS") as peer:
-        yield peer
+pytestmark = pytest.mark.usefixtures("small_disks")
 
 
 def test_derivation_waits_for_space(oracle: StorageOracle, tmp_path: Path) -> None:
