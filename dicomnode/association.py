@@ -53,6 +53,7 @@ _SLOWEST_BYTES_PER_S = 1000
 _MEGABYTE = 1_000_000
 _SUCCESS = 0x0000
 _UNSUPPORTED_VERSION = Rejection(1, 2, 2, "it speaks another version of the protocol")
+_UNSUPPORTED_APPLICATION_CONTEXT = Rejection(1, 1, 2, "its application context is not that of DICOM")
 _LOCAL_LIMIT = (2, 3, 2)
 """Of a rejection: transient, presentation, local limit exceeded."""
 _DECLINED_WITHIN_S = 3.0
@@ -223,12 +224,7 @@ class Association:
         if kind != PduType.ASSOCIATE_RQ:
             raise self._unexpected(kind)
         self.request = self._negotiator.read(bytes(whole))
-        rejection = self._declined or (
-            _UNSUPPORTED_VERSION
-            if not self.request.protocol_version & PROTOCOL_VERSION
-            else self._node.admit(self, self.request)
-        )
-        if rejection is not None:
+        if (rejection := self._rejection()) is not None:
             log.warning(
                 "association of %r at %s rejected: %s", self.request.calling_ae_title, self.address, rejection.why
             )
@@ -238,6 +234,15 @@ class Association:
         while self._serve_message():
             self._forget_message()
         return pdu.RELEASE_RP
+
+    def _rejection(self) -> Rejection | None:
+        if self._declined is not None:
+            return self._declined
+        if not self.request.protocol_version & PROTOCOL_VERSION:
+            return _UNSUPPORTED_VERSION
+        if self.request.application_context != pdu.APPLICATION_CONTEXT:
+            return _UNSUPPORTED_APPLICATION_CONTEXT
+        return self._node.admit(self, self.request)
 
     def _serve_message(self) -> bool:
         """Wait for a message and answer it; False for a release."""

@@ -39,6 +39,8 @@ class Request:
     """An A-ASSOCIATE-RQ and the answer to it, should the association be accepted."""
 
     protocol_version: int
+    application_context: str
+    """Its name; empty if the request names none."""
     calling_ae_title: str
     called_ae_title: str
     max_pdu: int
@@ -92,6 +94,7 @@ class Negotiator:
                 raise ValueError("no presentation context")
             return Request(
                 request.protocol_version,
+                str(asked.application_context_name or ""),
                 asked.calling_ae_title.strip(),
                 asked.called_ae_title.strip(),
                 asked.maximum_length_received or 0,

@@ -68,6 +68,18 @@ def test_another_protocol_version_is_rejected(node: Reception) -> None:
         assert caller.receive() is None
 
 
+@pytest.mark.parametrize("name", [b"1.2.840.10008.3.1.1.2", b"1.2.840.10008.3.1.1", b"", None])
+def test_another_application_context_is_rejected(node: Reception, name: bytes | None) -> None:
+    """PS3.8 section 9.3.4; without an item of the kind nothing names ours either."""
+    named = struct.pack(">BxH", 0x10, len(pdu.APPLICATION_CONTEXT)) + pdu.APPLICATION_CONTEXT.encode()
+    items = b"" if name is None else struct.pack(">BxH", 0x10, len(name)) + name
+    asked = request().replace(named, items)
+    with Caller(node.port) as caller:
+        caller.send(whole(pdu.PduType.ASSOCIATE_RQ, asked[pdu.HEADER_BYTES :]))
+        assert caller.receive() == (pdu.PduType.ASSOCIATE_RJ, b"\0\1\1\2")
+        assert caller.receive() is None
+
+
 def test_a_requestor_of_several_protocol_versions_is_served(node: Reception) -> None:
     with Caller(node.port) as caller:
         caller.send(request()[:6] + b"\0\3" + request()[8:])
