@@ -36,6 +36,7 @@ from dicomnode.db import DeliveryState, TransferState, commitments, deliveries, 
 from dicomnode.delivery import counts, pause, peer, refusals
 from dicomnode.errors import NoStorageCommitment, PeerError, fault
 from dicomnode.scu import request_commitment
+from dicomnode.settlement import settle
 
 log = logging.getLogger(__name__)
 
@@ -391,5 +392,5 @@ def _move(
     job = job_table.get(connection, row.job_id)
     assert job is not None
     job_table.add_event(connection, row.job_id, job.state, f"{row.destination}: {reason}")
-    job_table.settle(connection, row.job_id)
+    settle(connection, row.job_id)
     log.info("job %s: %s: %s, %s", row.job_id[:12], row.destination, state, reason)

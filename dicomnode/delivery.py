@@ -24,6 +24,7 @@ from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, job
 from dicomnode.errors import NodeError, PeerError, fault
 from dicomnode.requestor import Peer
 from dicomnode.scu import Outgoing, store
+from dicomnode.settlement import settle
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ class Delivery:
                 connection.execute(
                     sa.update(deliveries).where(*mine).values(state=DeliveryState.FAILED, reason=reason, updated_at=at)
                 )
-                job_table.settle(connection, job_id)
+                settle(connection, job_id)
                 return None
             ours = (transfers.c.job_id == job_id, transfers.c.destination == destination)
             # Of an attempt whose process died: nobody knows which of them was on the wire.
@@ -302,7 +303,7 @@ class Delivery:
             elif wait:
                 event = f"{destination}: {reason}; next try in {wait.total_seconds():.0f} s"
                 job_table.add_event(connection, job_id, JobState.DISPATCHING, event)
-            job_table.settle(connection, job_id)
+            settle(connection, job_id)
         log.info("job %s: %s: %s, %s", job_id[:12], destination, state, reason)
 
     def _conclude(

@@ -21,6 +21,7 @@ from dicomnode.db import DeliveryState, JobState, deliveries, jobs, now
 from dicomnode.delivery import put_back
 from dicomnode.engine import Engine
 from dicomnode.jobs import FINAL
+from dicomnode.settlement import may_grow
 from dicomnode.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Dispatcher:
                         deliveries.c.next_try_at <= at,
                     ),
                     # One request for storage commitment when all is there, instead of one for each burst of images.
-                    sa.or_(deliveries.c.state != DeliveryState.COMMITTING, sa.not_(job_table.may_grow())),
+                    sa.or_(deliveries.c.state != DeliveryState.COMMITTING, sa.not_(may_grow())),
                 )
             ).all()
         return [self._compute_attempt(row) for row in computing] + [self._send_attempt(row) for row in sending]

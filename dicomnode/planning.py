@@ -20,6 +20,7 @@ from dicomnode.delivery import plan
 from dicomnode.router import Match, Router
 from dicomnode.scu import Outgoing
 from dicomnode.series import Evidence, OpenSeries
+from dicomnode.settlement import settle
 from dicomnode.spool import Instance
 
 _Members = list[tuple[Match, Any]]
@@ -125,7 +126,7 @@ class Planning:
             )
         ).scalars()
         for identity in list(originals):
-            job_table.settle(connection, identity)
+            settle(connection, identity)
 
     def _create_jobs(self, connection: sa.Connection, opened: OpenSeries, judged: Evidence) -> None:
         """Instances that met the same route with a pipeline become one job; what met nothing is written down too."""

@@ -10,7 +10,19 @@ import sqlalchemy as sa
 
 from dicomnode import jobs as job_table
 from dicomnode.config import Config
-from dicomnode.db import JobKind, JobState, SeriesState, instances, job_events, metadata, now, open_database, series
+from dicomnode.db import (
+    DeliveryState,
+    JobKind,
+    JobState,
+    SeriesState,
+    deliveries,
+    instances,
+    job_events,
+    metadata,
+    now,
+    open_database,
+    series,
+)
 
 SERIES = "1.2.3"
 STUDY = "1.2"
@@ -113,6 +125,16 @@ def add_job(
     )
     assert made
     return identity
+
+
+def add_delivery(connection: sa.Connection, destination: str, state: DeliveryState, reason: str = "") -> None:
+    """A delivery of the job "job" in that state."""
+    at = now()
+    connection.execute(
+        sa.insert(deliveries).values(
+            job_id="job", destination=destination, state=state, reason=reason, created_at=at, updated_at=at
+        )
+    )
 
 
 def state_of(connection: sa.Connection, identity: str = "job") -> JobState:

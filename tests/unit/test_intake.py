@@ -21,6 +21,7 @@ from dicomnode.db import JobKind, JobState, SeriesState, jobs
 from dicomnode.errors import NodeError
 from dicomnode.planning import Planning
 from dicomnode.series import Evidence, Header, evidence
+from dicomnode.settlement import settle
 from dicomnode.spool import Instance, Kept
 
 
@@ -258,7 +259,7 @@ def test_originals_go_at_once_and_are_through_only_when_the_series_is(
         connection.execute(sa.text("UPDATE deliveries SET state = 'SENT'"))
         connection.execute(sa.text("UPDATE transfers SET state = 'ACCEPTED'"))
         (originals,) = node.jobs(JobKind.ORIGINALS)
-        job_table.settle(connection, originals["id"])
+        settle(connection, originals["id"])
     assert node.jobs(JobKind.ORIGINALS)[0]["state"] == JobState.DISPATCHING
     for path in files[1:]:
         node.receive(path)

@@ -1,88 +1,22 @@
-"""How a job comes to its end, and what cancelling, trying again and a series that grew make of it."""
+"""What cancelling, trying again and a series that grew make of a job."""
 
 from __future__ import annotations
 
 import sqlite3
-from itertools import product
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from tables import SERIES, add_job, history, rows, state_of
+from tables import SERIES, add_delivery, add_job, history, rows, state_of
 
 from dicomnode import jobs as job_table
-from dicomnode.db import DeliveryState, JobKind, JobState, SeriesState, TransferState, deliveries, jobs, now, transfers
-from dicomnode.db import series as series_table
+from dicomnode.db import DeliveryState, JobKind, JobState, TransferState, deliveries, jobs, now, transfers
 from dicomnode.errors import NodeError
 from dicomnode.jobs import FINAL
 
 S = JobState
 D = DeliveryState
-_OPEN, _BAD = {D.WAITING, D.SENDING}, {D.FAILED, D.CANCELLED}
-_ASKED, _GOOD = {D.COMMITTING, D.REQUESTING}, {D.SENT, D.COMMITTED}
-
-
-# ── settle ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def add_delivery(connection: sa.Connection, destination: str, state: DeliveryState, reason: str = "") -> None:
-    at = now()
-    connection.execute(
-        sa.insert(deliveries).values(
-            job_id="job", destination=destination, state=state, reason=reason, created_at=at, updated_at=at
-        )
-    )
-
-
-@pytest.mark.parametrize("states", [(), *product(D), *product(D, D)])
-def test_a_job_is_done_exactly_when_all_is_accepted(connection: sa.Connection, states: tuple[D, ...]) -> None:
-    add_job(connection, state=S.DISPATCHING)
-    for number, state in enumerate(states):
-        add_delivery(connection, f"pacs {number}", state, "why" if state in _BAD else "")
-    job_table.settle(connection, "job")
-    if _OPEN & set(states):
-        expected = S.DISPATCHING
-    elif _ASKED & set(states):
-        expected = S.COMMITTING
-    elif _BAD & set(states):
-        expected = S.FAILED
-    else:
-        expected = S.DONE
-    assert state_of(connection) is expected
-    assert (state_of(connection) is S.DONE) == all(state in _GOOD for state in states)
-    if expected is S.FAILED:
-        reason = connection.execute(sa.select(jobs.c.reason)).scalar_one()
-        assert all((f"pacs {n}: why" in reason) == (state in _BAD) for n, state in enumerate(states))
-
-
-@pytest.mark.parametrize("state", sorted(set(JobState) - {S.DISPATCHING, S.COMMITTING}))
-def test_only_a_job_that_sends_is_settled(connection: sa.Connection, state: JobState) -> None:
-    add_job(connection, state=state)
-    add_delivery(connection, "pacs", D.SENT)
-    job_table.settle(connection, "job")
-    assert state_of(connection) is state
-
-
-@pytest.mark.parametrize(
-    ("series_state", "generation", "expected"),
-    [
-        (SeriesState.OPEN, 1, S.DISPATCHING),
-        (SeriesState.OPEN, 2, S.DONE),
-        (SeriesState.CLOSED, 1, S.DONE),
-        (SeriesState.CLOSED, 2, S.DONE),
-    ],
-)
-def test_originals_are_not_all_sent_while_the_series_may_grow(
-    connection: sa.Connection, series_state: SeriesState, generation: int, expected: JobState
-) -> None:
-    add_job(connection, state=S.DISPATCHING, kind=JobKind.ORIGINALS)
-    connection.execute(sa.update(series_table).values(state=series_state, generation=generation))
-    add_delivery(connection, "pacs", D.SENT)
-    job_table.settle(connection, "job")
-    assert state_of(connection) is expected
-
-
-# ── cancel, retry, supersede ───────────────────────────────────────────────────────────────────────────────────────
+_OPEN = {D.WAITING, D.SENDING, D.COMMITTING, D.REQUESTING}
 
 
 @pytest.mark.parametrize("state", list(JobState))
@@ -97,7 +31,7 @@ def test_cancel_ends_what_is_not_at_its_end(connection: sa.Connection, state: Jo
         assert found == {one: one for one in D}
     else:
         assert state_of(connection) is S.CANCELLED
-        assert found == {one: D.CANCELLED if one in _OPEN | _ASKED else one for one in D}
+        assert found == {one: D.CANCELLED if one in _OPEN else one for one in D}
 
 
 @pytest.mark.parametrize(
