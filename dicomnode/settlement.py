@@ -53,7 +53,7 @@ def settle(connection: sa.Connection, identity: str) -> None:
         return
     if open_commitments := _names(by_state, DeliveryState.COMMITTING, DeliveryState.REQUESTING):
         if job.state is JobState.DISPATCHING:
-            why = f"every instance accepted; storage commitment by {open_commitments} to come"
+            why = f"storage commitment by {open_commitments} to come"
             advance(connection, identity, JobState.COMMITTING, why, expected={JobState.DISPATCHING})
         return
     through = (DeliveryState.SENT, DeliveryState.COMMITTED)

@@ -42,6 +42,17 @@ def test_a_job_is_done_exactly_when_all_is_accepted(
         assert all((f"pacs {n}: why" in reason) == (state in _BAD) for n, state in enumerate(states))
 
 
+def test_a_job_that_awaits_commitment_does_not_claim_what_another_destination_refused(
+    connection: sa.Connection,
+) -> None:
+    add_job(connection, state=S.DISPATCHING)
+    add_delivery(connection, "archive", D.COMMITTING)
+    add_delivery(connection, "pacs", D.FAILED, "1 of 3 refused")
+    settle(connection, "job")
+    reason = connection.execute(sa.select(jobs.c.reason)).scalar_one()
+    assert (state_of(connection), reason) == (S.COMMITTING, "storage commitment by archive to come")
+
+
 @pytest.mark.parametrize("state", sorted(set(JobState) - {S.DISPATCHING, S.COMMITTING}))
 def test_only_a_job_that_sends_is_settled(connection: sa.Connection, state: JobState) -> None:
     add_job(connection, state=state)
