@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ct_builder import edit, phantom, write_series
 from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
 
@@ -69,3 +70,11 @@ def write_all(series: Series, hu: HU, made: Making, out_dir: Path) -> list[Deriv
 def derive_one(path: Path, out_dir: Path, change: Callable[[HU], HU] = lambda hu: hu, **how: Any) -> Dataset:
     """The derived data set of a series of one slice."""
     return dcmread(derive([path], out_dir, change, **how)[0].path)
+
+
+def derive_synthetic(tmp_path: Path, *, change: Callable[[Dataset], None] | None = None, **overrides: Any) -> Dataset:
+    """The derived data set of a synthetic slice with other elements than usual; `change` edits it before."""
+    path, *_ = write_series(tmp_path, phantom(1, 16), **overrides)
+    if change is not None:
+        edit(path, change)
+    return derive_one(path, tmp_path / "out")
