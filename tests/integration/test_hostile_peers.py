@@ -34,12 +34,20 @@ MR = "1.2.840.10008.5.1.4.1.1.4"
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    """A node that has had a job, so that it holds all the threads and descriptors that it ever needs."""
+    folder = tmp_path_factory.mktemp("hostile")
     times = {"acse_timeout_s": TIMEOUT_S, "dimse_timeout_s": TIMEOUT_S, "network_timeout_s": TIMEOUT_S}
     settings = {"reception": {**times, "max_object_mb": 1, "called_ae_titles": ["DICOMNODE"]}}
     with (
         StorageOracle(ae_title="PACS") as pacs,
-        NodeProcess(tmp_path_factory.mktemp("hostile"), pacs.port, settings) as process,
+        NodeProcess(folder, pacs.port, settings) as process,
     ):
+        first = image(*write_series(folder / "first", phantom(1, 64)))
+        with Caller(process.port) as caller:
+            caller.associate().send(store_rq(first))
+            assert caller.status() == 0
+            caller.release()
+        process.wait_jobs("DONE")
         yield process
 
 

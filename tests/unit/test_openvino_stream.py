@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -193,15 +195,23 @@ def test_memory_does_not_grow_with_the_number_of_slices() -> None:
     assert engine.state_bytes == (4 * 3 + 4) * features + (3 + 6 + 1) * single
 
 
-def test_models_keep_no_planes_beside_the_rings() -> None:
-    """Nine of the 22 add a skip to a convolution; a plane kept by each would be 54 MiB."""
+def _mib_beside_the_rings() -> float:
     _, weights = _network(STResNet, 24, 2, seed=0)
     for shape in (SHAPE, (256, 256)):  # the first takes what is taken once
         before = _resident_mib()
         engine = StreamEngine(weights, shape, precision="fp32", ranges=None, threads=1)
         assert len(_streamed(engine, _volume(5, shape))) == 5
         give_memory_back()
-    assert _resident_mib() - before - engine.state_bytes / 2**20 < 27
+    return _resident_mib() - before - engine.state_bytes / 2**20
+
+
+def test_models_keep_no_planes_beside_the_rings() -> None:
+    """Nine of the 22 add a skip to a convolution; a plane kept by each would be 54 MiB.
+
+    In a process of its own: what other tests left in this one's heap is not to be measured.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        assert process.submit(_mib_beside_the_rings).result() < 36  # six planes; 20 MiB are there
 
 
 def test_a_code_is_its_formula() -> None:
