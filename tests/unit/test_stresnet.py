@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from untrained import FP32, install, through_rails
 
 from pipelines.base import denoise_volume
@@ -64,6 +65,33 @@ def test_spatial_and_temporal_take_45_percent_of_the_operations() -> None:
         ratio = operations(STResNet(64, 8)) / operations(SRResNet3D(64, 8))
     assert ratio == pytest.approx(12 / 27, abs=0.01)
     assert ratio < 0.455
+
+
+@KINDS
+def test_forward_is_the_published_order_of_layers(kind: Callable[..., ResNet3D]) -> None:
+    """EDSR: head, blocks of convolution, ReLU, convolution and the input; the head is added behind them, then the tail.
+
+    Written out once more, from the weights alone.
+    """
+    torch.manual_seed(0)
+    network = kind(features=5, blocks=2).double()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    w = dict(network.state_dict())
+    x = torch.randn(2, 1, 4, 9, 8, dtype=torch.double)
+
+    def conv(name: str, y: torch.Tensor) -> torch.Tensor:
+        if kind is SRResNet3D:
+            return functional.conv3d(y, w[f"{name}.weight"], w[f"{name}.bias"], padding=1)
+        across = functional.conv3d(y, w[f"{name}.0.weight"], w[f"{name}.0.bias"], padding=(0, 1, 1))
+        return functional.conv3d(across, w[f"{name}.1.weight"], w[f"{name}.1.bias"], padding=(1, 0, 0))
+
+    head = y = conv("head", x)
+    for k in range(2):
+        y = y + conv(f"blocks.{k}.second", conv(f"blocks.{k}.first", y).clamp_min(0))
+    noise = conv("tail", head + conv("body", y))
+    assert float(noise.std()) > 0.1
+    assert torch.allclose(network(x), x + noise, atol=1e-12)
 
 
 @KINDS
