@@ -22,7 +22,7 @@ def test_image_and_noise_scale_together() -> None:
 
 
 def test_forward_is_the_published_order_of_layers() -> None:
-    """At half the resolution: the four pixels of a square as channels, of one slice after the other, then the noise map."""
+    """At half the resolution: the four pixels of a square as channels, slice after slice, then the noise map."""
     torch.manual_seed(0)
     network = FFDNet(6, 4).double()
     convs = [conv for conv in network.convs if isinstance(conv, nn.Conv2d)]
