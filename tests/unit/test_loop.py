@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import training
+from training import loop
 from training.card import Plateau
 from training.data import Batch, Sampler
 from training.loop import AVERAGE_DECAY, GRADIENT_LIMIT, Adversary, Loss, OtherTraining, Run, Schedule
@@ -289,6 +291,25 @@ def test_it_learns_and_logs(tmp_path: Path) -> None:
     assert logged[-1]["loss"] < 0.7 * logged[0]["loss"]
     assert logged[-1]["rate"] < logged[1]["rate"]
     assert [line["step"] for line in lines if "validation_psnr_db" in line] == list(range(10, 201, 10))
+
+
+def test_progress_tells_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the pace since it was taken up: of 25 steps 10 were made before, then each takes two minutes."""
+    monkeypatch.setattr(loop, "LOG_EVERY", 5)
+    schedule = Schedule(25, 1e-3, decay_part=0)
+    _run(tmp_path, replace(schedule, steps=10)).train(lambda: None)
+    run = _run(tmp_path, schedule)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 120.0 * run.step))
+    capsys.readouterr()
+    run.train(lambda: None)
+    said = [line for line in capsys.readouterr().out.replace("\r", "\n").splitlines() if "ETA" in line]
+    assert [line.split("  ")[0] for line in said] == ["step 15/25", "step 20/25", "step 25/25"]
+    assert [line.split("  ")[-1] for line in said] == ["ETA 20 min", "ETA 10 min", "ETA 0 min"]
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [f"loss {row['loss']:.5f}" for row in rows if "loss" in row]
+    assert [line.split("  ")[1] for line in said] == losses[2:]
 
 
 def test_what_the_critic_learns_is_logged(tmp_path: Path) -> None:
