@@ -4,8 +4,8 @@ Jacob B. et al., "Quantization and Training of Neural Networks for Efficient Int
 2018: the input of each convolution and its weights lie on grids of 8 bits, products are summed exactly, everything
 between two convolutions (additions of skips, activations, concatenations) stays in float. Gradients pass the rounding
 as if it were not there (the straight-through estimator). Weights have one step for each output, both signs alike;
-activations have one step, and either both signs or none below zero. Zero is a code of every grid, so that the zeros
-around an image stay zeros. The grids are those of `pipelines.openvino_segments`.
+activations have one step and as many codes below zero as they need. Zero is a code of every grid, so that the zeros
+around an image stay zeros. Volumes have the grids of `pipelines.openvino_segments`: both signs alike, or none below.
 
 Channels of one activation differ in size, and one step for all is too coarse for the small ones. So each channel may be
 divided by a number that its weights are multiplied with, which shares the trouble between both (Nagel M. et al.,
@@ -16,6 +16,7 @@ ICML 2023, equation 4): see `BALANCES`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -33,9 +34,9 @@ from training.data import Batch
 from training.loop import Predict
 
 BINS = 4096
-"""Of the histogram of magnitudes that a range is chosen by: 16 or more for each code."""
+"""Of the histogram that a range is chosen by: 16 for each code."""
 CANDIDATES = np.geomspace(1, 0.2, 33)
-"""Ranges that are tried, in parts of the largest magnitude."""
+"""Ranges that are tried, in parts of what occurs."""
 HEADROOM = 1.25
 """A range in units of the best one: images are noisier than any that taught. What exceeds a range is cut off, which
 costs far more than a coarser grid: in a chest of a sharp kernel at a tenth of the dose 15.9 HU rms instead of 5.0 with
@@ -47,49 +48,55 @@ LEAST_PART = 1 / 32
 DIGITS = 4
 """Of what a channel is divided by."""
 _SMALLEST = 1e-6
-"""Largest magnitude of a tensor of zeros: a step of 0 has no codes."""
+"""Of a step: one of 0, as of a tensor of zeros, has no codes."""
 
 Convolution = nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """What the codes of an activation reach.
+    """The codes of an activation.
 
-    largest
-        Magnitude of the largest code that both signs have.
-    signed
-        Both signs, or none below zero.
+    step
+        Between two codes, of the channel with the largest.
+    zero
+        Codes below that of 0.
     parts
-        Of it that each channel reaches; empty: all reach it.
+        Of the step that each channel has; empty: all have it.
     """
 
-    largest: float
-    signed: bool
+    step: float
+    zero: int
     parts: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, reach: Reach, *, signed: bool) -> Range:
-        """From the largest magnitude, or that of each channel, as in a file."""
-        if isinstance(reach, Sequence):
-            return cls(max(reach), signed, tuple(map(float, parts(reach))))
-        return cls(reach, signed)
+        """From the largest magnitude, or that of each channel, as in a file of ranges."""
+        zero = SIGNED_ZERO if signed else 0
+        step = float(np.max(reach)) / (LEVELS - 1 - zero)
+        return cls(step, zero, tuple(map(float, parts(reach))) if isinstance(reach, Sequence) else ())
+
+    @classmethod
+    def spanning(cls, lowest: float, highest: float) -> Range:
+        """The finest with codes for 0 and for all from `lowest`, at most 0, to `highest`, at least 0.
+
+        Codes below 0 are even in number, or what lies halfway between two codes would be rounded to the other one by
+        OpenVINO, which counts from the lowest.
+        """
+        below = -lowest / max(highest - lowest, _SMALLEST)
+        zero = min(2 * math.ceil((LEVELS - 1) / 2 * below - _SMALLEST), LEVELS - 2)
+        return cls(float(max(highest / (LEVELS - 1 - zero), -lowest / max(zero, 1), _SMALLEST)), zero)
 
     @property
     def reach(self) -> Reach:
         """The opposite of `of`."""
-        return [self.largest * part for part in self.parts] if self.parts else self.largest
+        largest = self.step * self.codes[1]
+        return [largest * part for part in self.parts] if self.parts else largest
 
     @property
     def codes(self) -> tuple[int, int]:
         """The lowest and the highest; zero is 0."""
-        zero = SIGNED_ZERO if self.signed else 0
-        return -zero, LEVELS - 1 - zero
-
-    @property
-    def step(self) -> float:
-        """Between two codes, of the largest channel."""
-        return self.largest / self.codes[1]
+        return -self.zero, LEVELS - 1 - self.zero
 
 
 class QuantisedConvolution(nn.Module):
@@ -143,6 +150,11 @@ class QuantisedConvolution(nn.Module):
             f"{convolution} is no convolution in disguise (stride 1, or stride and size equal without padding): teach "
             "training.quantization how it is one"
         )
+
+    @property
+    def even(self) -> bool:
+        """Are both signs to reach as far, as streams have them?"""
+        return self.weight.ndim == 5
 
     @property
     def range(self) -> Range | None:
@@ -300,66 +312,85 @@ def calibrate(network: nn.Module, predict: Predict, batches: Sequence[Batch]) ->
     predict, batches
         Of its recipe; typical images.
     """
-    lowest: dict[str, float] = {}
-    highest: dict[str, torch.Tensor] = {}
+    ends: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def see_ends(name: str, _: QuantisedConvolution, given: torch.Tensor, result: torch.Tensor) -> None:
-        lowest[name] = min(float(given.min()), lowest.get(name, 0))
-        ends = given.float().abs().transpose(0, 1).flatten(1).amax(1)
-        highest[name] = torch.maximum(ends, highest.get(name, ends))
+        values = given.float().transpose(0, 1).flatten(1)
+        low, high = ends.get(name, [values.new_zeros(len(values))] * 2)
+        ends[name] = torch.minimum(low, values.amin(1)), torch.maximum(high, values.amax(1))
 
     _watch(network, predict, batches, see_ends)
     balanced: dict[str, Range] = {}
 
     def balance(name: str, module: QuantisedConvolution, given: torch.Tensor, result: torch.Tensor) -> None:
         if name not in balanced:
-            balanced[name] = _balanced(module, highest[name], lowest[name] < 0, given)
+            balanced[name] = _balanced(module, *ends[name], given)
 
     _watch(network, predict, batches[:1], balance)
     counts = {name: np.zeros(BINS) for name in balanced}
 
-    def see_magnitudes(name: str, module: QuantisedConvolution, given: torch.Tensor, result: torch.Tensor) -> None:
-        module.range = balanced[name]  # for its parts
-        given = given.float().abs() / module.divisor(given)
-        module.range = None
-        counts[name] += torch.histc(given, BINS, 0, balanced[name].largest).numpy()
+    def count(name: str, module: QuantisedConvolution, given: torch.Tensor, result: torch.Tensor) -> None:
+        counts[name] += _histogram(module, given, balanced[name])
 
-    _watch(network, predict, batches, see_magnitudes)
-    best = {name: _best(counts[name], reach) for name, reach in balanced.items()}
-    return {name: replace(reach, largest=HEADROOM * reach.largest) for name, reach in best.items()}
+    _watch(network, predict, batches, count)
+    found = convolutions(network)
+    best = {name: _best(counts[name], reach, even=found[name].even) for name, reach in balanced.items()}
+    return {name: replace(reach, step=HEADROOM * reach.step) for name, reach in best.items()}
 
 
-def _balanced(module: QuantisedConvolution, largest: torch.Tensor, signed: bool, given: torch.Tensor) -> Range:
-    """The range up to `largest`, of each channel of the input, with the parts that change the result for `given` least.
+def _balanced(module: QuantisedConvolution, lowest: torch.Tensor, highest: torch.Tensor, given: torch.Tensor) -> Range:
+    """The range from `lowest` to `highest`, of each channel of the input, with the parts that change the result least.
 
     What watches the module sees nothing of this.
+
+    Parameters
+    ----------
+    given
+        An input to compare the results of.
     """
-    whole = max(float(largest.max()), _SMALLEST)
     exact = module.forward(given)
-    candidates = [Range(whole, signed)]
-    if module.groups == 1 and len(largest) > 1:
-        parts = (largest / whole).clamp(min=LEAST_PART).double()
-        for power in BALANCES[1:]:
-            divided = [float(f"{part:.{DIGITS}g}") for part in parts**power]
-            # the channel that reaches farthest once all are divided; one at the least part may, of those that do not
-            reach = float((largest.double() / torch.tensor(divided)).max())
-            candidates.append(Range(max(reach, _SMALLEST), signed, tuple(divided)))
+    largest = torch.maximum(highest, -lowest).double().clamp(min=_SMALLEST)
+    parts = (largest / largest.max()).clamp(min=LEAST_PART)
+    candidates = []
+    for power in BALANCES if module.groups == 1 and len(largest) > 1 else BALANCES[:1]:
+        divided = [float(f"{part:.{DIGITS}g}") for part in parts**power]
+        # the channels that reach farthest once all are divided; one at the least part may, of those that do not
+        low, high = (float((end.double() / torch.tensor(divided)).abs().max()) for end in (lowest, highest))
+        whole = Range.of(max(low, high, _SMALLEST), signed=low > 0) if module.even else Range.spanning(-low, high)
+        candidates.append(replace(whole, parts=tuple(divided) if power else ()))
     errors = []
-    for module.range in candidates:
+    for whole in candidates:
+        cut = _best(_histogram(module, given, whole), whole, even=module.even)
+        module.range = replace(cut, step=HEADROOM * cut.step)
         errors.append(float((module.forward(given) - exact).square().mean()))
-    module.range = None
+        module.range = None
     return candidates[int(np.argmin(errors))]
 
 
-def _best(counts: NDArray[np.float64], whole: Range) -> Range:
-    """The part of the range `whole` with the least squared error for magnitudes up to it with this histogram."""
-    magnitudes = (np.arange(len(counts)) + 0.5) / len(counts) * whole.largest
+def _histogram(module: QuantisedConvolution, given: torch.Tensor, whole: Range) -> NDArray[np.float64]:
+    """Of an input as it is rounded, divided by the parts of `whole`, from its lowest code to its highest."""
+    module.range = whole
+    divided = given.float() / module.divisor(given)
+    module.range = None
+    return torch.histc(divided, BINS, *(code * whole.step for code in whole.codes)).double().numpy()
+
+
+def _best(counts: NDArray[np.float64], whole: Range, *, even: bool) -> Range:
+    """The part of the range `whole` with the least squared error for values in it with this histogram.
+
+    Each end is cut off by itself, where they are not to be `even`.
+    """
+    low, high = (code * whole.step for code in whole.codes)
+    values = low + (np.arange(len(counts)) + 0.5) / len(counts) * (high - low)
 
     def error(reach: Range) -> float:
-        codes = np.minimum(np.rint(magnitudes / reach.step), reach.codes[1])
-        return float(counts @ (codes * reach.step - magnitudes) ** 2)
+        codes = np.clip(np.rint(values / reach.step), *reach.codes)
+        return float(counts @ (codes * reach.step - values) ** 2)
 
-    return min((replace(whole, largest=float(part * whole.largest)) for part in CANDIDATES), key=error)
+    if even or not whole.zero:
+        return min((replace(whole, step=float(part * whole.step)) for part in CANDIDATES), key=error)
+    ranges = [Range.spanning(below * low, above * high) for below in CANDIDATES for above in CANDIDATES]
+    return replace(min(ranges, key=error), parts=whole.parts)
 
 
 def quantise(network: nn.Module, ranges: Mapping[str, Range]) -> None:

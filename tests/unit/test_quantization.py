@@ -23,11 +23,13 @@ from pipelines.ffdnet import FFDNet
 from pipelines.network import NetworkPipeline
 from pipelines.openvino_core import compile_model, convolution_precisions, cpu_supports
 from pipelines.openvino_planes import OpenVINOPlanes, read_graph
+from pipelines.openvino_segments import SIGNED_ZERO, Code, Reach
 from pipelines.resunet import ResUNet
 from pipelines.runtime import WEIGHTS, choose, read_card, read_file
 from pipelines.scaling import to_hu
 from pipelines.shipped import Factory, fast_2p5d
 from pipelines.stresnet import SRResNet3D, STResNet
+from training import quantization
 from training import quantize as command
 from training.__main__ import main
 from training.data import Batch
@@ -50,8 +52,8 @@ from training.sources import scans
 
 vnni = pytest.mark.skipif(not cpu_supports("int8"), reason="needs a CPU with VNNI: others saturate")
 
-SIGNED, UNSIGNED = Range(127 / 64, True), Range(255 / 64, False)
-"""Steps of 1/64: with weights that are whole numbers of 1/512 every product and sum is exact in float32."""
+STEP = 1 / 64
+"""With weights that are whole numbers of 1/512 every product and sum is exact in float32."""
 
 
 def _exact(network: nn.Module) -> nn.Module:
@@ -86,7 +88,7 @@ def _quantised(network: nn.Module, predict: Predict, batch: Batch, *, exact: boo
     ranges = calibrate(made, predict, [batch])
     if exact:
         widths = {name: one.weight.shape[1] for name, one in convolutions(made).items()}
-        ranges = {k: replace(SIGNED if v.signed else UNSIGNED, parts=_halves(widths[k])) for k, v in ranges.items()}
+        ranges = {name: Range(STEP, found.zero, _halves(widths[name])) for name, found in ranges.items()}
     quantise(made, ranges)
     return made
 
@@ -107,8 +109,8 @@ def test_rounds_as_whole_numbers_do() -> None:
     torch.manual_seed(0)
     x, conv = torch.randn(1, 3, 6, 7), nn.Conv2d(3, 4, 3)
     quantised = QuantisedConvolution(conv)
-    quantised.range = Range(1.5, True)
-    codes = np.clip(np.rint(x.numpy()[0] / (1.5 / 127)), -128, 127).astype(np.int64)
+    quantised.range = Range(1.5 / 127, 100)
+    codes = np.clip(np.rint(x.numpy()[0] / (1.5 / 127)), -100, 155).astype(np.int64)
     weight = conv.weight.detach().numpy()
     scale = np.abs(weight).max((1, 2, 3), keepdims=True) / 127
     windows = np.lib.stride_tricks.sliding_window_view(codes, (3, 3), (1, 2))
@@ -129,7 +131,6 @@ def test_channels_of_a_size_of_their_own_lose_less() -> None:
     (reach,) = calibrate(made, plane, [batch]).values()
     assert reach.parts[0] == 1
     assert np.argsort(reach.parts).tolist() == [2, 1, 3, 0]
-    assert Range.of(reach.reach, signed=True).parts == pytest.approx(reach.parts)
     losses = []
     for each in (reach, replace(reach, parts=())):
         quantise(made, {"0": each})
@@ -137,7 +138,7 @@ def test_channels_of_a_size_of_their_own_lose_less() -> None:
     assert losses[0] < losses[1] / 4
     quantised = convolutions(made)["0"]
     quantised.range = reach
-    codes = torch.round(x / (torch.tensor(reach.parts).view(1, -1, 1, 1) * reach.step)).clamp(-128, 127)
+    codes = torch.round(x / (torch.tensor(reach.parts).view(1, -1, 1, 1) * reach.step)).clamp(*reach.codes)
     weight = conv.weight * torch.tensor(reach.parts).view(1, -1, 1, 1)
     scale = weight.abs().amax((1, 2, 3), keepdim=True) / 127
     expected = functional.conv2d(codes * reach.step, torch.round(weight / scale) * scale, conv.bias, padding=1)
@@ -148,7 +149,7 @@ def test_gradient_passes_the_rounding_but_not_the_end_of_the_range() -> None:
     torch.manual_seed(0)
     x = torch.tensor([[0.3, -0.2, 5.0]]).view(1, 1, 1, 3).requires_grad_()
     quantised = QuantisedConvolution(nn.Conv2d(1, 2, 1))
-    quantised.range = Range(1.0, True)
+    quantised.range = Range(1 / 127, 128)
     quantised(x).sum().backward()
     assert x.grad is not None
     assert quantised.weight.grad is not None
@@ -161,7 +162,7 @@ def test_gradient_passes_the_rounding_but_not_the_end_of_the_range() -> None:
 def test_mixed_precision_multiplies_the_codes() -> None:
     torch.manual_seed(0)
     x, quantised = torch.randn(1, 16, 8, 8), QuantisedConvolution(nn.Conv2d(16, 8, 3))
-    quantised.range = Range(3.0, True)
+    quantised.range = Range(3 / 127, 128)
     exact = quantised(x)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = quantised(x)
@@ -215,32 +216,94 @@ def test_what_is_not_called_stays() -> None:
     assert isinstance(made.get_submodule("lent.1"), nn.BatchNorm2d)
 
 
-def test_range_has_the_least_squared_error() -> None:
+@pytest.mark.parametrize(
+    ("lowest", "highest", "step", "zero"),
+    [
+        (-1, 3, 3 / 191, 64),
+        (-2, 2, 2 / 127, 128),
+        (-99, 156, 156 / 155, 100),
+        (0, 2, 2 / 255, 0),
+        (-2, 0, 2 / 254, 254),
+    ],
+)
+def test_range_spans_what_occurs(lowest: float, highest: float, step: float, zero: int) -> None:
+    reach = Range.spanning(lowest, highest)
+    assert reach.step == pytest.approx(step)
+    assert reach.zero == zero
+    ends = [code * reach.step for code in reach.codes]
+    assert ends[0] <= lowest
+    assert ends[1] >= highest * (1 - 1e-9)
+
+
+def test_range_of_zeros_has_codes() -> None:
+    assert Range.spanning(0, 0).step > 0
+
+
+@pytest.mark.parametrize(("reach", "signed"), [(1.5, True), (2.0, False), ([1.0, 0.5, 2.0], True)])
+def test_range_is_that_of_its_file(reach: Reach, signed: bool) -> None:
+    assert Range.of(reach, signed=signed).reach == pytest.approx(reach)
+    largest = Code.of_range(reach, signed=signed)
+    assert largest.step is not None
+    assert Range.of(reach, signed=signed).step == pytest.approx(largest.step.max())
+    assert Range.of(reach, signed=signed).zero == largest.zero
+
+
+def _squared_error(x: torch.Tensor, reach: Range) -> float:
+    return float((torch.fake_quantize_per_tensor_affine(x, reach.step, 0, *reach.codes) - x).square().sum())
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_range_has_the_least_squared_error(side: int) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))
     made = quantisable(network.eval(), plane, _batch(1))
-    x = torch.randn(4, 1, 64, 64)
-    x[0, 0, 0, 0] = 30  # alone so large: worth cutting off
-    batch = Batch(x, x, torch.ones(4))
+    x = side * (torch.randn(1, 1, 512, 512).abs() - 0.5)
+    x[0, 0, 0, 0] = -side * 2  # alone on that side so far away: worth cutting off
+    batch = Batch(x, x, torch.ones(1))
     ranges = calibrate(made, plane, [batch])
-    assert ranges["0"].signed
-    assert not ranges["2"].signed
-    errors = {}
-    for largest in np.linspace(2, 30, 57):
-        reach = Range(float(largest), True)
-        rounded = torch.fake_quantize_per_tensor_affine(x, reach.step, 0, *reach.codes)
-        errors[float(largest)] = float((rounded - x).square().sum())
-    best = replace(ranges["0"], largest=ranges["0"].largest / HEADROOM)
-    rounded = torch.fake_quantize_per_tensor_affine(x, best.step, 0, *best.codes)
-    assert best.largest < 30
-    assert float((rounded - x).square().sum()) <= 1.05 * min(errors.values())
+    assert ranges["2"].zero == 0
+    best = replace(ranges["0"], step=ranges["0"].step / HEADROOM)
+    near, far = np.linspace(0.4, 2, 9), np.linspace(2, 5, 13)
+    ends = [(-low, high) if side > 0 else (-high, low) for low in near for high in far]
+    least = min(_squared_error(x, Range.spanning(*pair)) for pair in ends)
+    assert _squared_error(x, best) <= 1.02 * least
+    assert max(-best.codes[0] if side > 0 else best.codes[1], 1) * best.step < 1  # cut off
+
+
+def test_parts_of_the_channels_are_those_that_change_the_result_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the range that each would have: here a channel reaches far in one place, and is small elsewhere."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, padding=1).requires_grad_(False)
+    x = torch.randn(2, 3, 32, 32) * torch.tensor([1.0, 0.3, 0.05]).view(1, -1, 1, 1)
+    x[0, 2, 5, 5] = 4
+    batch = Batch(x, x, torch.ones(2))
+    made = quantisable(nn.Sequential(conv).eval(), plane, batch)
+
+    def error() -> float:
+        quantise(made, {})
+        quantise(made, calibrate(made, plane, [batch]))
+        return float((made(x) - conv(x)).square().mean())
+
+    chosen, errors = error(), []
+    for power in quantization.BALANCES:
+        monkeypatch.setattr(quantization, "BALANCES", (power,))
+        errors.append(error())
+    assert chosen == min(errors)
+    assert max(errors) > 1.2 * chosen
+
+
+def test_volumes_have_the_two_zeros_of_streams() -> None:
+    batch = _batch(5, 16, 1)
+    made = quantisable(STResNet(8, 1).eval(), volume, batch)
+    ranges = calibrate(made, volume, [batch])
+    assert {reach.zero for reach in ranges.values()} == {SIGNED_ZERO, 0}
 
 
 def test_checkpoint_holds_the_range() -> None:
     one, other = (QuantisedConvolution(nn.Conv2d(1, 1, 1)) for _ in range(2))
-    one.range = UNSIGNED
+    one.range = Range(STEP, 3, (0.5,))
     other.load_state_dict(one.state_dict())
-    assert other.range == UNSIGNED
+    assert other.range == one.range
 
 
 def test_products_are_counted() -> None:
@@ -257,7 +320,7 @@ def test_dear_layers_stay_in_float(capsys: pytest.CaptureFixture[str]) -> None:
     batch = _batch(1)
     made = quantisable(network, plane, batch)
     ranges = calibrate(made, plane, [batch])
-    ranges["2"] = replace(ranges["2"], largest=ranges["2"].largest / 10)  # cuts off nearly all
+    ranges["2"] = replace(ranges["2"], step=ranges["2"].step / 10)  # cuts off nearly all
     parts = multiplications(made, plane, batch)
     chosen = choose_layers(made, ranges, parts, Comparison(network, plane, [batch]), 0.1)
     assert set(chosen) == {"1"}  # the first and the last have one channel, "2" is dear and small
