@@ -26,8 +26,7 @@ from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from pydicom import Dataset
-from pydicom.uid import generate_uid
+from pydicom.uid import UID, generate_uid
 
 from dicomnode import jobs as job_table
 from dicomnode.answers import Verdict, judge_commitment
@@ -35,6 +34,7 @@ from dicomnode.config import Config
 from dicomnode.db import DeliveryState, TransferState, commitments, deliveries, now, transfers
 from dicomnode.delivery import counts, pause, peer, refusals
 from dicomnode.errors import NoStorageCommitment, PeerError, fault
+from dicomnode.received_header import read_report
 from dicomnode.scu import request_commitment
 from dicomnode.settlement import settle
 
@@ -60,8 +60,9 @@ class _Report:
     """SOP Instance UID → Failure Reason (0008,1197)."""
 
 
-def _read(information: Dataset) -> _Report:
+def _read(encoded: bytes, syntax: UID) -> _Report:
     """An Event Information (PS3.4 table J.3-3); raises whatever its garbage provokes."""
+    information = read_report(encoded, syntax)
     failed = information.get("FailedSOPSequence") or ()
     return _Report(
         str(information.TransactionUID),
@@ -207,15 +208,15 @@ class Commitment:
                         rejections=rejections,
                     )
 
-    def report(self, event_type: int, information: Dataset) -> int:
+    def report(self, event_type: int, information: bytes, syntax: UID) -> int:
         """Take a report; from any thread.
 
         Parameters
         ----------
         event_type
             1 or 2 (PS3.4 table J.3-2).
-        information
-            Event Information; from the network, so anything.
+        information, syntax
+            Event Information as it was encoded, and how; from the network, so anything.
 
         Returns
         -------
@@ -226,7 +227,7 @@ class Commitment:
             log.warning("a report on a storage commitment has the unknown event type %d", event_type)
             return NO_SUCH_EVENT_TYPE
         try:
-            report = _read(information)
+            report = _read(information, syntax)
         except Exception as error:  # whatever the garbage provokes; not its words, they may quote it
             log.warning("a report on a storage commitment cannot be read (%s)", type(error).__name__)
             return INVALID_ARGUMENT_VALUE

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from oracle import StorageOracle
 from peers import HOST
 from pydicom import Dataset
+from pydicom.uid import UID
 from pynetdicom import AE, build_role, evt
 from sender import Sender
 from tables import history
@@ -172,8 +173,8 @@ class Site(Sender):
         self.delivery = Delivery(self.config, self.database, self.spool)
         self.commitment = Commitment(self.config, self.database)
 
-    def take(self, event_type: int, information: Dataset) -> int:
-        return self.commitment.report(event_type, information)
+    def take(self, event_type: int, information: bytes, syntax: UID) -> int:
+        return self.commitment.report(event_type, information, syntax)
 
     def ask(self) -> dict[str, Any]:
         """The next attempt, when it is due to ask; the row after it."""

@@ -14,6 +14,7 @@ from committing import INSTANCE, NO_SUCH_OBJECT, TIMEOUT_S, CommittingOracle, Ma
 from oracle import Script
 from peers import free_port, wait_for
 from pydicom import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
 from sender import COUNT, PROMPT, UIDS
 from tables import CT, events, row, rows
 
@@ -287,6 +288,14 @@ def test_what_is_no_report_is_answered_so_and_changes_nothing(
     change(information)
     assert pacs.say(event_type, information) == status
     assert (site.states(), site.row()["state"]) == (["ACCEPTED"] * COUNT, S.COMMITTING)
+
+
+@pytest.mark.parametrize(
+    "information",
+    [b"", b"\x08\x00\x95", b"\x08\x00\x99\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00", b"\0" * 40],
+)
+def test_what_cannot_be_read_is_answered_so(site: Site, information: bytes) -> None:
+    assert site.commitment.report(1, information, ExplicitVRLittleEndian) == 0x0115
 
 
 @pytest.mark.usefixtures("at_once")
