@@ -20,21 +20,13 @@ from dicomnode import jobs as job_table
 from dicomnode.answers import Answers
 from dicomnode.config import Config
 from dicomnode.config import Delivery as DeliverySettings
-from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
+from dicomnode.db import BEGUN, DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
 from dicomnode.errors import NodeError, PeerError, fault
 from dicomnode.requestor import Peer
 from dicomnode.scu import Outgoing, store
 from dicomnode.settlement import settle
 
 log = logging.getLogger(__name__)
-
-_STATE_BEFORE = {
-    DeliveryState.WAITING: DeliveryState.WAITING,
-    DeliveryState.SENDING: DeliveryState.WAITING,
-    DeliveryState.COMMITTING: DeliveryState.COMMITTING,
-    DeliveryState.REQUESTING: DeliveryState.COMMITTING,
-}
-"""State of a delivery with an attempt to come or under way → its state before that attempt."""
 
 
 def peer(config: Config, name: str) -> Peer:
@@ -119,10 +111,10 @@ def put_back(connection: sa.Connection, job_id: str, destination: str, attempts:
             deliveries.c.job_id == job_id,
             deliveries.c.destination == destination,
             deliveries.c.attempts == attempts,
-            deliveries.c.state.in_(_STATE_BEFORE),
+            deliveries.c.state.in_([*BEGUN, *BEGUN.values()]),
         )
         .values(
-            state=sa.case(_STATE_BEFORE, value=deliveries.c.state),
+            state=sa.case(BEGUN, value=deliveries.c.state, else_=deliveries.c.state),
             enqueued=deliveries.c.enqueued + 1,
             updated_at=now(),
         )
