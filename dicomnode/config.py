@@ -35,7 +35,7 @@ from dicomnode.config_fields import (
     Seconds,
     Text,
 )
-from dicomnode.config_reception import Reception as Reception  # what the rest of the node takes it from here
+from dicomnode.config_reception import Reception as Reception  # re-exported: the node takes every section from here
 from dicomnode.config_section import FOLDER, Section, refuse
 from dicomnode.config_tls import TlsIn, TlsOut
 from dicomnode.config_words import did_you_mean, in_words, where

@@ -164,7 +164,7 @@ class Connection:
             while (left := until - time.monotonic()) > 0 and drained_bytes < _FAREWELL_BYTES:
                 self._socket.settimeout(left)
                 if deaf:
-                    time.sleep(left)
+                    time.sleep(left)  # for what was sent to arrive before the socket is closed
                 elif count := self._socket.recv_into(self._buffer):
                     drained_bytes += count
                 else:

@@ -49,7 +49,7 @@ def check_stays_open(node: NodeProcess, images: list[Image]) -> None:
     end = time.monotonic() + IN_TIME_S
     while time.monotonic() < end:
         assert node.series(images[0].series_uid).get("state", "OPEN") == "OPEN"
-        time.sleep(0.1)
+        time.sleep(0.1)  # that nothing happens takes time
 
 
 def test_released(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
