@@ -6,11 +6,14 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from ct_builder import uid, write_series
 from torch import nn
 
-from training.card import Plateau, Source, TrainingRecord, plateau_in_words, write_network
+from training.card import UNCHECKED, Plateau, Source, TrainingRecord, plateau_in_words, source_of, write_network
+from training.sources.layouts import Case
 
 RECORD = TrainingRecord(
     command="python -m training train x",
@@ -134,3 +137,18 @@ def test_weights_that_half_precision_cannot_hold_are_not_written(tmp_path: Path,
     with pytest.raises(ValueError, match="not finite in half precision, the first is weight"):
         write_network(tmp_path, {"name": "x"}, network, RECORD)
     assert not list(tmp_path.iterdir())
+
+
+def test_licence_and_attribution_come_from_beside_the_images(tmp_path: Path) -> None:
+    files = tuple(write_series(tmp_path, np.zeros((1, 8, 8))))
+    case = Case("somebody", "a series", files, None, None, "", 1.0)
+    assert source_of(case).licence == "not stated"
+    assert source_of(case).study_uid == uid("study")
+    path = tmp_path / "SOURCE.txt"
+    path.write_text("licence: CC BY 4.0\nlicence status: read\nattribution:\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="does not name attribution"):
+        source_of(case)
+    path.write_text("licence: CC BY 4.0\nlicence status: read\nattribution: A: b\n", encoding="utf-8")
+    assert source_of(case) == Source(tmp_path.name, "CC BY 4.0", "read", "A: b", uid("study"))
+    path.write_text("licence: CC BY 4.0\nlicence status: UNVERIFIED: said\nattribution: A: b\n", encoding="utf-8")
+    assert source_of(case) == Source(tmp_path.name, "CC BY 4.0", UNCHECKED, "A: b", uid("study"))
