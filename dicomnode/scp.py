@@ -34,6 +34,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 from pynetdicom import AllStoragePresentationContexts, build_context, evt
+from pynetdicom.dimse_primitives import N_EVENT_REPORT
 from pynetdicom.events import Event, InterventionEvent
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at import time
     StorageCommitmentPushModel,
@@ -168,6 +169,7 @@ class StorageServer:
             contexts.append(context)
 
             def on_report(event: Event) -> tuple[int, None]:
+                assert isinstance(event.request, N_EVENT_REPORT)
                 coded = event.request.EventInformation
                 information = b"" if coded is None else coded.getvalue()
                 return report(event.event_type or 0, information, UID(event.context.transfer_syntax)), None
