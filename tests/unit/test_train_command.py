@@ -227,7 +227,8 @@ def _first_stage(folder: Path, *taught: str) -> None:
         "", "", "", "", 1, 0.0, 1, 1, "", 0, series, len(series), at_rest, (2.0, 2.0), (3.0, 3.0), ""
     )
     folder.mkdir(parents=True)
-    write_network(folder, recipe("drl").card, recipe("drl").network(), record)
+    how = recipe("drl")
+    write_network(folder, {**how.card, "patch_zyx": how.patch_zyx}, how.network(), record)
 
 
 def test_each_fold_of_a_second_stage_begins_with_a_first_one_that_never_saw_it(tmp_path: Path) -> None:

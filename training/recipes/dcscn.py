@@ -73,7 +73,6 @@ def _card(name: str, halo: int, limits: str) -> dict[str, Any]:
         "network. Proc. SPIE 11113, Developments in X-Ray Tomography XII, 2019.",
         "doi": "",
         "input": "slice",
-        "patch_zyx": [1, PATCH, PATCH],
         "overlap_zyx": [0, halo, halo],
         "noise_map": False,
         "limits": f"Blind to the noise level; sees one slice at a time. {limits}".strip(),
