@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import platform
 import sys
@@ -36,7 +35,7 @@ from torch import nn
 
 from pipelines.scaling import to_hu, to_network
 from pipelines.volume import read_volume
-from training.card import source_of
+from training.card import source_of, write_card
 from training.command_line import without_folders
 from training.features import CT_AE_SLOPE, CT_AE_WEIGHTS, CT_AE_WIDTHS, ct_encoder
 from training.sources.layouts import Case, find
@@ -189,9 +188,7 @@ def _write(out: Path, network: CtAutoEncoder, facts: dict[str, Any]) -> None:
         "never_tried_on": "Sharp (lung, bone) kernels, limbs, children, dual-energy and cone-beam CT. Whether its "
         "features agree with what a radiologist sees has not been measured.",
     }
-    (out / CT_AE_WEIGHTS.with_suffix(".json").name).write_text(
-        json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_card(out / CT_AE_WEIGHTS.with_suffix(".json").name, card)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,7 +12,16 @@ import torch
 from ct_builder import uid, write_series
 from torch import nn
 
-from training.card import UNCHECKED, Plateau, Source, TrainingRecord, plateau_in_words, source_of, write_network
+from training.card import (
+    UNCHECKED,
+    Plateau,
+    Source,
+    TrainingRecord,
+    plateau_in_words,
+    source_of,
+    write_card,
+    write_network,
+)
 from training.sources.layouts import Case
 
 RECORD = TrainingRecord(
@@ -43,6 +52,18 @@ def test_a_card_before_the_plateau_is_strict_json(tmp_path: Path) -> None:
 
     card = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert card["training"]["plateau"] == {"gain_db": None, "reached": False, "obstacle": ""}
+
+
+def test_a_card_reads_as_it_is_written_and_knows_numbers_alone(tmp_path: Path) -> None:
+    card = {"name": "x", "limits": "−160 to 240 HU, 5×5, µ", "measured": {"psnr_db": [30.5, 1e-7]}}
+    write_card(tmp_path / "x.json", card)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == card
+    assert '\n  "limits": "−160 to 240 HU, 5×5, µ",\n' in text
+    assert text.endswith("}\n")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_card(tmp_path / "x.json", card | {"int8_loss_db": float("nan")})
+    assert (tmp_path / "x.json").read_text(encoding="utf-8") == text
 
 
 def _plateau(tmp_path: Path, values: list[float], same_since: int = 0, obstacle: str = "") -> Plateau:

@@ -30,6 +30,7 @@ from pipelines.shipped import Factory, fast_2p5d
 from pipelines.stresnet import SRResNet3D, STResNet
 from training import quantize as command
 from training.__main__ import main
+from training.card import write_card
 from training.data import Batch
 from training.float_layers import Comparison, Loss
 from training.float_layers import choose as choose_layers
@@ -327,6 +328,9 @@ def test_streams_are_the_very_network(make: Callable[[], nn.Module], monkeypatch
     assert set(json.loads(files["int8.ranges"])) == set(convolutions(made))
 
 
+LIMITS = "−5 °C"
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Weights and card of fast-2.5d in a folder, and a command that takes seconds."""
@@ -346,6 +350,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for suffix in ("json", "safetensors", "xml"):
         shutil.copy(WEIGHTS / f"fast-2.5d.{suffix}", folder)
+    write_card(folder / "fast-2.5d.json", {**_card(folder), "limits": LIMITS})
     return folder
 
 
@@ -387,6 +392,8 @@ def test_command_installs_what_a_node_runs(installed: Path, tmp_path: Path, caps
     words += ["--out", str(tmp_path / "out"), "--threads", "1"]
     main([*words, "--max-loss-db", "99"])
     full = _card(installed)
+    assert full["limits"] == LIMITS
+    assert LIMITS in (installed / "fast-2.5d.json").read_text(encoding="utf-8")  # as people read it
     entry = full["int8"]
     assert entry["tuning_steps"] == 0
     assert entry["command"].startswith("python -m training quantize fast-2.5d --phantoms 1 --weights weights")
