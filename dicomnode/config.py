@@ -262,11 +262,13 @@ class Config(Section):
             name: {"uses": name} | (given or {}) if given is None or isinstance(given, dict) else given
             for name, given in value.items()
         }
-        return {name: {"uses": name} for name in base.names()} | named
+        # Not validated: to look up twenty names among all installed packages takes longer than all else here.
+        return {name: PipelineOptions.model_construct(uses=name) for name in base.names()} | named
 
     @field_validator("pipelines")
     @classmethod
     def _installed_keep_their_names(cls, pipelines: Mapping[str, PipelineOptions]) -> Mapping[str, PipelineOptions]:
+        installed = base.names()
         refuse(
             "pipelines",
             [
@@ -275,7 +277,7 @@ class Config(Section):
                     f"{name} is the name of an installed pipeline; choose another for one that uses {options.uses}",
                 )
                 for name, options in pipelines.items()
-                if name in base.names() and options.uses != name
+                if name in installed and options.uses != name
             ],
         )
         return pipelines
