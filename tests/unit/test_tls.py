@@ -150,7 +150,8 @@ def test_nothing_older_than_tls_1_2(certificates: Certificates) -> None:
 
 
 def test_a_peer_without_tls(certificates: Certificates) -> None:
-    with StorageOracle() as oracle, pytest.raises(PeerError, match=r"does not speak TLS|closed the connection"):
+    refused = pytest.raises(PeerError, match=r"does not speak TLS|closed the connection")
+    with StorageOracle(acse_timeout_s=0.5) as oracle, refused:
         echo(peer_at(oracle.port, out(certificates)))
 
 
