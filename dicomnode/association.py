@@ -34,7 +34,7 @@ from typing import Protocol
 
 from dicomnode import pdu, tls
 from dicomnode.config import Reception
-from dicomnode.connection import Connection, encrypt
+from dicomnode.connection import Connection, begin_tls, shake_hands
 from dicomnode.errors import MalformedPdu, PeerAborted, PeerError, PeerTimedOut, TlsFailed, fault
 from dicomnode.message import Message
 from dicomnode.negotiation import PROTOCOL_VERSION, Negotiator, Rejection, Request
@@ -186,7 +186,7 @@ class Association:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             patience_s = self._limits.acse_timeout_s
             deadline = time.monotonic() + (min(patience_s, _DECLINED_WITHIN_S) if self.declined else patience_s)
-            if self._tls_context is not None and not self._encrypt(self._tls_context):
+            if self._tls_context is not None and not self._encrypt(self._tls_context, deadline):
                 return b""
             self._wire = Connection(self._socket, self.address, stall_timeout_s=self._limits.network_timeout_s)
             return self._converse(deadline)
@@ -207,10 +207,13 @@ class Association:
             log.error("association of %s aborted: a fault of the node: %s", self.address, fault(error))
             return pdu.ABORT
 
-    def _encrypt(self, context: ssl.SSLContext) -> bool:
+    def _encrypt(self, context: ssl.SSLContext, deadline: float) -> bool:
         """Go over to TLS, in this thread, so that a client who is silent holds nobody else; False if it cannot be."""
         try:
-            self._socket = encrypted = encrypt(self._socket, self.address, context, self._limits.acse_timeout_s)
+            self._socket = encrypted = begin_tls(self._socket, self.address, context)
+            if self._ending:  # who asked for it meanwhile may have missed the new socket
+                return False
+            shake_hands(encrypted, self.address, max(deadline - time.monotonic(), 0.001))
         except (TlsFailed, PeerTimedOut) as error:
             log.warning("connection from %s closed: %s", self.address, error)
             return False
@@ -218,7 +221,7 @@ class Association:
             log.debug("%s", error)
             return False
         self.common_name = tls.common_name(encrypted)
-        return not self._ending  # who asked for it meanwhile may have missed the new socket
+        return True
 
     def _converse(self, deadline: float) -> bytes:
         """From the request, whole by `deadline`, to the release; what is to be said last."""

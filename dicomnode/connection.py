@@ -196,10 +196,10 @@ def _gone(peer: str, error: OSError) -> PeerError:
     return PeerAborted(f"{peer} closed the connection ({error.strerror or error})")
 
 
-def encrypt(
-    connected: socket.socket, peer: str, context: ssl.SSLContext, timeout_s: float, *, server_name: str | None = None
+def begin_tls(
+    connected: socket.socket, peer: str, context: ssl.SSLContext, server_name: str | None = None
 ) -> ssl.SSLSocket:
-    """The TLS connection on a TCP connection, which is closed if there can be none.
+    """A TCP connection that will speak TLS, once hands were shaken on it; `connected` is none any more.
 
     Parameters
     ----------
@@ -208,31 +208,36 @@ def encrypt(
         What errors call it.
     context
         Of a server or of a client.
-    timeout_s
-        For the whole handshake.
     server_name
         Name that must be in the certificate, for a client.
 
     Raises
     ------
-    TlsFailed, PeerTimedOut, PeerAborted
+    TlsFailed, PeerAborted
     """
     server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
-    wrapped: socket.socket = connected
     try:
-        wrapped = encrypted = context.wrap_socket(
+        return context.wrap_socket(
             connected, server_side=server_side, server_hostname=server_name, do_handshake_on_connect=False
         )
+    except OSError as error:
+        raise _gone(peer, error) from error
+
+
+def shake_hands(encrypted: ssl.SSLSocket, peer: str, timeout_s: float) -> None:
+    """Do the TLS handshake, all of it in `timeout_s`, with a peer that errors call `peer`.
+
+    Raises
+    ------
+    TlsFailed, PeerTimedOut, PeerAborted
+    """
+    try:
         encrypted.settimeout(timeout_s)
         encrypted.do_handshake()
-    except BaseException as error:  # whatever ends the handshake, the socket must not stay open
-        wrapped.close()
-        if isinstance(error, TimeoutError):
-            raise PeerTimedOut(f"{peer} took too long with the TLS handshake; the connection was dropped") from None
-        if isinstance(error, OSError):
-            raise _gone(peer, error) from error
-        raise
-    return encrypted
+    except TimeoutError:
+        raise PeerTimedOut(f"{peer} took too long with the TLS handshake; the connection was dropped") from None
+    except OSError as error:
+        raise _gone(peer, error) from error
 
 
 def connect(
@@ -255,7 +260,7 @@ def connect(
     stall_timeout_s
         As for `Connection`.
     context, server_name
-        With TLS: as for `encrypt`, in `connect_timeout_s`.
+        With TLS: as for `begin_tls`; the handshake has `connect_timeout_s`.
 
     Raises
     ------
@@ -268,6 +273,11 @@ def connect(
     except (OSError, UnicodeError) as error:  # UnicodeError: a host name that IDNA cannot encode
         why = getattr(error, "strerror", None) or error
         raise PeerUnreachable(f"no connection to {peer}: {why}; is it running, and its address right?") from error
-    if context is not None:
-        connected = encrypt(connected, peer, context, connect_timeout_s, server_name=server_name)
-    return Connection(connected, peer, stall_timeout_s=stall_timeout_s)
+    try:
+        if context is not None:
+            connected = encrypted = begin_tls(connected, peer, context, server_name)
+            shake_hands(encrypted, peer, connect_timeout_s)
+        return Connection(connected, peer, stall_timeout_s=stall_timeout_s)
+    except BaseException:  # whatever ends the handshake, the socket must not stay open
+        connected.close()
+        raise

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from caller import Caller
 from certificates import Certificates
 from conftest import require_peer
 from oracle import StorageOracle
@@ -304,6 +305,27 @@ def test_silent_clients_block_nobody_and_are_closed(
         assert echo(peer_at(port, out(certificates))) > 0
         assert all(one.recv(100) in (b"", b"\x15\x03\x01\0\2\2\x28") for one in silent)
         assert time.monotonic() - begun < 1.5 + 5
+
+
+def test_silent_clients_who_are_too_many_are_closed_at_once(
+    certificates: Certificates, listener: Callable[..., int]
+) -> None:
+    """They wait in their handshake, and make room as they would without TLS."""
+    port = listener({"max_associations_per_peer": 2})
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection((HOST, port), timeout=10)) for _ in range(12)]
+        assert all(one.recv(1) in (b"", b"\x15") for one in silent[:10]), "closed, or told so before"
+
+
+def test_who_is_one_too_many_has_no_more_time_for_tls(certificates: Certificates, listener: Callable[..., int]) -> None:
+    port = listener({"max_associations_per_peer": 1})
+    context = ssl.create_default_context(cafile=certificates.authority)
+    with Caller(port, tls=context) as first:
+        first.associate(called="ANY")
+        begun = time.monotonic()
+        with socket.create_connection((HOST, port), timeout=10) as second:
+            assert second.recv(1) == b""
+        assert time.monotonic() - begun < 3 + 1
 
 
 def test_who_speaks_no_tls_is_closed(
