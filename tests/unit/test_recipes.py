@@ -87,7 +87,7 @@ def test_the_printed_weight_of_vgg_belongs_to_images_that_are_1_at_400_hu(monkey
     assert (loss.features, loss.steady_after) == ("vgg16 12ab", 0)
 
 
-@pytest.mark.parametrize(("name", "weight"), [("dcscn", 1), ("cnn-l1", 1), ("dcswgan", 100), ("wgan", 0)])
+@pytest.mark.parametrize(("name", "weight"), [("dcscn", 1), ("cnn-l1", 1), ("dcswgan", 100), ("wgan", 100)])
 def test_dcscn_learns_by_l1_and_its_opponents_by_the_critic_too(name: str, weight: float) -> None:
     denoised, target, batch = _pair()
     expected = weight * float((denoised - target).abs().mean())
