@@ -112,8 +112,8 @@ RECIPES = {
     "dcscn": _alone("dcscn", DCSCN, HALO),
     "cnn-l1": _alone("cnn-l1", PlainCNN, PLAIN_HALO, REDRAWN),
     "dcswgan": _adversarial("dcswgan", "dcscn", DCSCN, HALO),
-    # Whether the paper's WGAN has the L1 term is not stated. Without it 1200 steps made the image worse than it came in
-    # (52.83 → 43.95 dB over the whole range of a phantom at quarter dose): a critic alone does not hold tissues in place.
+    # Whether the paper's WGAN has the L1 term is not stated. Without it 1200 steps made an image worse than it came in
+    # (52.83 → 43.95 dB over the whole range of a phantom at quarter dose): a critic alone holds no tissue in place.
     # With it, WGAN differs from DCSWGAN by the network alone, as CNN-L1 from DCSCN.
     "wgan": _adversarial("wgan", "cnn-l1", PlainCNN, PLAIN_HALO, f"{REDRAWN} {ADVERSARIAL}"),
 }
