@@ -205,7 +205,7 @@ class Association:
             return pdu.provider_abort(AbortReason.INVALID_PARAMETER)
         except Exception as error:  # a fault of ours: this association ends, and the log says where to look
             log.error("association of %s aborted: a fault of the node: %s", self.address, fault(error))
-            return pdu.ABORT
+            return pdu.ABORT if self.admitted else b""  # there may be no connection to say it on
 
     def _encrypt(self, context: ssl.SSLContext, deadline: float) -> bool:
         """Go over to TLS, in this thread, so that a client who is silent holds nobody else; False if it cannot be."""
