@@ -6,7 +6,7 @@ import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import sqlalchemy as sa
 from oracle import StorageOracle
@@ -161,6 +161,13 @@ class Site(Sender):
         self.use(commitment_timeout_s=TIMEOUT_S)
         listening = self.config.model_copy(update={"node": self.config.node.model_copy(update={"port": port})})
         self.server = StorageServer(listening, Spool(folder / "received"), [], lambda *_: None, self.take)
+
+    def __enter__(self) -> Self:
+        self.server.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.stop(5)
 
     def use(self, config: Config | None = None, **changes: Any) -> None:
         """Go on as a new process, with another configuration."""

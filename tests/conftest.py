@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from certificates import Certificates
 from ct_builder import phantom, write_series
 from oracle import StorageOracle
 from sender import COUNT, Sender
@@ -95,6 +96,13 @@ def oracle() -> Iterator[StorageOracle]:
 def sender(database: sa.Engine, sent_series: list[Path], oracle: StorageOracle) -> Sender:
     """Delivers the series to the oracle."""
     return Sender(database, sent_series, {"pacs": oracle.port})
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Of an authority, those whom it knows, and a stranger."""
+    require_peer("openssl")
+    return Certificates.made(tmp_path_factory.mktemp("tls") / "certificates")
 
 
 @pytest.fixture(scope="session")
