@@ -51,7 +51,14 @@ class Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, pieces: Iterable[pdu.Buffer], deadline: float, what: str) -> None:
-        """Send all of `pieces` by `deadline` (of `time.monotonic`), without a copy of any."""
+        """Send all of `pieces` by `deadline` (of `time.monotonic`); without TLS, without a copy of any.
+
+        Raises
+        ------
+        PeerTimedOut
+            At the deadline, or after `stall_timeout_s` in which the peer took nothing.
+        PeerAborted, TlsFailed
+        """
         source = iter(pieces)
         window: deque[pdu.Buffer] = deque()
         while True:
@@ -86,6 +93,12 @@ class Connection:
 
         The bytes stay as they are until the next call. The buffer grows with the PDUs that come, not with those that
         are announced to come, and only up to what holds `max_length`.
+
+        Raises
+        ------
+        ProtocolViolation
+            If a PDU of more than `max_length` bytes is announced.
+        PeerTimedOut, PeerAborted, TlsFailed
         """
         self._fill(pdu.HEADER_BYTES, deadline, what)
         header = memoryview(self._buffer)[self._begin : self._begin + pdu.HEADER_BYTES]
@@ -153,6 +166,7 @@ class Connection:
         Parameters
         ----------
         pdu_bytes
+            Sent as far as the socket takes it at once.
         deaf
             The receiving side was shut down, so that nobody sees whether the peer closed.
         """
