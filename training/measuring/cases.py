@@ -21,14 +21,15 @@ from pipelines.noise import noise_level
 from pipelines.safety import LOWEST_HU, network_input
 from pipelines.volume import Geometry, Volume
 from training.blur import sigma_mm
-from training.physics import lesion, smoothed_masks
+from training.physics import lesion
 from training.simulate import F50, unit_noise
 from training.simulation.calibration import calibrate
 from training.simulation.simulated_series import read_series
 from training.simulation.simulated_volume import simulate
 from training.sources.layouts import Origin, find, origin
 from training.sources.pairs import load_pair
-from training.sources.phantom import chest_abdomen, tissue_masks
+from training.sources.phantom import chest_abdomen
+from training.tissues import smoothed_masks, tissue_masks
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]

@@ -16,7 +16,8 @@ from training.card import plateau_in_words, write_card
 from training.measuring.cases import PHANTOM_PIXEL_MM, PHANTOM_SEED, PHANTOM_SPACING_MM, volume_of
 from training.metrics import FULL, SOFT_TISSUE, psnr
 from training.simulate import low_dose
-from training.sources.phantom import chest_abdomen, tissue_masks
+from training.sources.phantom import chest_abdomen
+from training.tissues import tissue_masks
 
 Array = NDArray[np.float32]
 
