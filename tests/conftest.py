@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 from certificates import Certificates
 from ct_builder import phantom, write_series
+from node_process import NodeProcess
 from oracle import StorageOracle
 from sender import COUNT, Sender
 from small_disk import require_small_disks
@@ -89,6 +90,22 @@ def sent_series(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def oracle() -> Iterator[StorageOracle]:
     """A storage SCP that does as it is told."""
     with StorageOracle() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pacs() -> Iterator[StorageOracle]:
+    """The destination of `node`."""
+    with StorageOracle(ae_title="PACS") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def node(
+    tmp_path_factory: pytest.TempPathFactory, pacs: StorageOracle, request: pytest.FixtureRequest
+) -> Iterator[NodeProcess]:
+    """One node for all tests of a file, configured by its `SETTINGS`."""
+    with NodeProcess(tmp_path_factory.mktemp("node"), pacs.port, request.module.SETTINGS) as made:
         yield made
 
 
