@@ -180,8 +180,8 @@ def test_series_of_one_name_are_refused_at_once(monkeypatch: pytest.MonkeyPatch)
         evaluate.measure(_parsed("soft", "--series", "a/x", "b/x"))
 
 
-@pytest.mark.parametrize("dose", ["0", "1", "1.5", "-0.1"])
-def test_a_dose_is_a_part(dose: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", [["--doses", "1"], ["--doses", "nan"], ["--slices", "0"], ["--slices", "-3"]])
+def test_numbers_out_of_range_are_usage_errors(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        _parsed("soft", "--doses", dose)
-    assert "between 0 and 1" in capsys.readouterr().err
+        _parsed("soft", *words)
+    assert f"argument {words[0]}: " in capsys.readouterr().err
