@@ -321,16 +321,7 @@ def test_a_cancel_between_look_and_begin_wins(
     site: Site, pacs: CommittingOracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.sent()
-    get = job_table.get
-
-    def get_then_cancel(connection: sa.Connection, identity: str) -> Any:
-        job = get(connection, identity)
-        monkeypatch.setattr(job_table, "get", get)
-        with site.database.begin() as other:
-            assert job_table.cancel(other, identity)
-        return job
-
-    monkeypatch.setattr(job_table, "get", get_then_cancel)
+    site.cancel_after_look(monkeypatch)
     assert site.ask()["state"] == S.CANCELLED
     assert pacs.asked == []
 
