@@ -110,8 +110,8 @@ def test_200_silent_connections_while_c_echo_answers(node: NodeProcess, tls: ssl
         costs.check_memory()
 
 
-def test_an_abort_in_the_middle_of_a_handshake(node: NodeProcess, tls: ssl.SSLContext, costs: Costs) -> None:
-    """Of many at once, each after another piece of it."""
+def test_who_leaves_in_the_middle_of_a_handshake(node: NodeProcess, tls: ssl.SSLContext, costs: Costs) -> None:
+    """Each after another piece of it."""
     said = hello()
     for end in range(0, len(said), 40):
         with Caller(node.port) as caller:
