@@ -3,9 +3,9 @@
     python tests/soak.py [--associations 10000]
 
 Each association asks for a C-ECHO; every twentieth brings an image of a new series, too, which the node denoises (the
-pipeline ``identity``) and sends to a PACS. Between any two of them somebody connects and says nothing. What the node
-has is printed before, after a warm-up of the same, and after each tenth. Exit status 1: it has over 10 % more memory
-than after the warm-up, or more threads or descriptors.
+pipeline ``identity``) and sends to a PACS. Before each of them somebody connects and says nothing. Eight call at once.
+What the node has is printed before, after a warm-up of the same, and after each tenth. Exit status 1: it has over 10 %
+more memory than after the warm-up, or more threads or descriptors.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -32,6 +33,8 @@ from scanner import Image, Scanner, image, renamed
 STEPS = 10
 SLICES = 10
 STORES_EVERY = 20
+CALLERS = 8
+"""At once."""
 FLAT = 0.10
 """Part of the memory after the warm-up by which it may be more later."""
 _ENDS_S = 300.0
@@ -45,13 +48,17 @@ def new_images(folder: Path) -> Iterator[Image]:
 
 def step(node: NodeProcess, associations: int, images: Iterator[Image]) -> None:
     """So many associations, and as many callers who say nothing; all is answered, and all jobs end."""
-    for k in range(associations):
+
+    def call(brought: list[Image]) -> None:
         Caller(node.port).close()
-        brought = [next(images)] if k % STORES_EVERY == 0 else []
         with Scanner(node.port, brought) as scanner:
             assert scanner.echo() == 0x0000
             for one in brought:
                 assert scanner.store(one) == 0x0000
+
+    with ThreadPoolExecutor(CALLERS) as callers:
+        for _ in callers.map(call, [[next(images)] if k % STORES_EVERY == 0 else [] for k in range(associations)]):
+            pass
     wait_for(lambda: at_rest(node), _ENDS_S, "the end of every job")
 
 
