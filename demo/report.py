@@ -16,7 +16,7 @@ from demo.series import Source
 from dicomnode.db import JobKind, JobState
 from dicomnode.denoise import seconds_in_words
 from training.metrics import SOFT_TISSUE, psnr, ssim
-from training.sources.phantom import tissue_masks
+from training.tissues import tissue_masks
 
 Array = NDArray[np.float32]
 

@@ -12,7 +12,8 @@ next message                                                  its first PDU with
 each PDU              what we announced, and a little         whole within `network_timeout_s` of the one before
 message                                                       1 kB/s, after the first `network_timeout_s`
 command set           64 KiB, counted while it comes
-data set              `max_object_mb`, counted while it comes
+data set of a C-STORE `max_object_mb`, counted while it comes
+any other data set    5.8 MB: a report on 20,000 instances
 all data sets         twice that, over all associations
 ===================== ======================================= ======================================================
 
@@ -33,11 +34,12 @@ from typing import Protocol
 
 from dicomnode import pdu, tls
 from dicomnode.config import Reception
-from dicomnode.connection import Connection, encrypt
+from dicomnode.connection import Connection, begin_tls, shake_hands
 from dicomnode.errors import MalformedPdu, PeerAborted, PeerError, PeerTimedOut, TlsFailed, fault
 from dicomnode.message import Message
 from dicomnode.negotiation import PROTOCOL_VERSION, Negotiator, Rejection, Request
 from dicomnode.pdu import AbortReason, Element, PduType
+from dicomnode.received_header import MAX_REPORT_BYTES
 from dicomnode.services import Services
 
 log = logging.getLogger(__name__)
@@ -184,7 +186,7 @@ class Association:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             patience_s = self._limits.acse_timeout_s
             deadline = time.monotonic() + (min(patience_s, _DECLINED_WITHIN_S) if self.declined else patience_s)
-            if self._tls_context is not None and not self._encrypt(self._tls_context):
+            if self._tls_context is not None and not self._encrypt(self._tls_context, deadline):
                 return b""
             self._wire = Connection(self._socket, self.address, stall_timeout_s=self._limits.network_timeout_s)
             return self._converse(deadline)
@@ -203,12 +205,15 @@ class Association:
             return pdu.provider_abort(AbortReason.INVALID_PARAMETER)
         except Exception as error:  # a fault of ours: this association ends, and the log says where to look
             log.error("association of %s aborted: a fault of the node: %s", self.address, fault(error))
-            return pdu.ABORT
+            return pdu.ABORT if self.admitted else b""  # there may be no connection to say it on
 
-    def _encrypt(self, context: ssl.SSLContext) -> bool:
+    def _encrypt(self, context: ssl.SSLContext, deadline: float) -> bool:
         """Go over to TLS, in this thread, so that a client who is silent holds nobody else; False if it cannot be."""
         try:
-            self._socket = encrypted = encrypt(self._socket, self.address, context, self._limits.acse_timeout_s)
+            self._socket = encrypted = begin_tls(self._socket, self.address, context)
+            if self._ending:  # who asked for it meanwhile may have missed the new socket
+                return False
+            shake_hands(encrypted, self.address, max(deadline - time.monotonic(), 0.001))
         except (TlsFailed, PeerTimedOut) as error:
             log.warning("connection from %s closed: %s", self.address, error)
             return False
@@ -216,7 +221,7 @@ class Association:
             log.debug("%s", error)
             return False
         self.common_name = tls.common_name(encrypted)
-        return not self._ending  # who asked for it meanwhile may have missed the new socket
+        return True
 
     def _converse(self, deadline: float) -> bytes:
         """From the request, whole by `deadline`, to the release; what is to be said last."""
@@ -304,15 +309,23 @@ class Association:
                     fast_enough = time.monotonic() + limits.network_timeout_s
                 whole_message = message.add(item)
                 self._remember(len(message.data))
-                if len(message.data) > limits.max_object_mb * _MEGABYTE + _MAX_COMMAND_BYTES:
-                    # A little more is taken and answered with a status; without an end to come nothing can be answered.
-                    raise _Abort(AbortReason.NOT_SPECIFIED, "its message is larger than reception.max_object_mb")
+                self._check_length(message)
                 if whole_message:
                     if next(items, None) is not None:
                         raise MalformedPdu("data behind the end of a message")
                     return message
                 fast_enough += len(item.data) / _SLOWEST_BYTES_PER_S
             deadline = min(time.monotonic() + limits.network_timeout_s, fast_enough)
+
+    def _check_length(self, message: Message) -> None:
+        if not message.data:
+            return
+        most, what = MAX_REPORT_BYTES, "the longest report"
+        if pdu.read_us(message.elements, Element.COMMAND_FIELD) == pdu.C_STORE_RQ:
+            # A little more is taken and answered with a status; without an end to come nothing can be answered.
+            most, what = self._limits.max_object_mb * _MEGABYTE + _MAX_COMMAND_BYTES, "reception.max_object_mb"
+        if len(message.data) > most:
+            raise _Abort(AbortReason.NOT_SPECIFIED, f"its message is larger than {what}")
 
     def _remember(self, data_bytes: int) -> None:
         """Take memory for so much of a data set."""

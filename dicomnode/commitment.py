@@ -26,15 +26,15 @@ from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from pydicom import Dataset
-from pydicom.uid import generate_uid
+from pydicom.uid import UID, generate_uid
 
 from dicomnode import jobs as job_table
 from dicomnode.answers import Verdict, judge_commitment
 from dicomnode.config import Config
 from dicomnode.db import DeliveryState, TransferState, commitments, deliveries, now, transfers
-from dicomnode.delivery import counts, pause, peer, refusals
+from dicomnode.delivery import begin, counts, pause, peer, refusals
 from dicomnode.errors import NoStorageCommitment, PeerError, fault
+from dicomnode.received_header import read_report
 from dicomnode.scu import request_commitment
 from dicomnode.settlement import settle
 
@@ -60,8 +60,9 @@ class _Report:
     """SOP Instance UID → Failure Reason (0008,1197)."""
 
 
-def _read(information: Dataset) -> _Report:
+def _read(encoded: bytes, syntax: UID) -> _Report:
     """An Event Information (PS3.4 table J.3-3); raises whatever its garbage provokes."""
+    information = read_report(encoded, syntax)
     failed = information.get("FailedSOPSequence") or ()
     return _Report(
         str(information.TransactionUID),
@@ -119,17 +120,8 @@ class Commitment:
     def _begin(self, job_id: str, destination: str, attempt: int) -> tuple[str, list[tuple[str, str]]] | None:
         """Transaction UID and (SOP class, SOP instance) UIDs to ask for; None if there is nothing to ask."""
         with self._database.begin() as connection:
-            row = _delivery(connection, job_id, destination)
-            job = job_table.get(connection, job_id)
-            if row is None or job is None or job.cancel_requested or job.state not in job_table.SENDING:
-                return None
-            first = row.state == DeliveryState.COMMITTING and row.attempts == attempt
-            again = row.state == DeliveryState.REQUESTING and row.attempts == attempt + 1
-            if not first and not again:
-                return None
-            if destination not in self._config.destinations:
-                reason = f"destination {destination} is no longer in config.yaml; put it back and retry the job"
-                _move(connection, row, DeliveryState.FAILED, reason)
+            row = begin(connection, self._config, job_id, destination, attempt, DeliveryState.REQUESTING)
+            if row is None:
                 return None
             if self._config.destinations[destination].commitment_timeout_s is None:
                 _move(connection, row, DeliveryState.SENT, "all accepted; storage commitment is no longer asked for")
@@ -149,11 +141,6 @@ class Commitment:
                 sa.insert(commitments).values(
                     transaction_uid=transaction_uid, job_id=job_id, destination=destination, asked_at=now()
                 )
-            )
-            connection.execute(
-                sa.update(deliveries)
-                .where(*_mine(job_id, destination))
-                .values(state=DeliveryState.REQUESTING, attempts=attempt + 1, updated_at=now())
             )
         return transaction_uid, [(one.sop_class_uid, one.sop_instance_uid) for one in instances]
 
@@ -207,15 +194,15 @@ class Commitment:
                         rejections=rejections,
                     )
 
-    def report(self, event_type: int, information: Dataset) -> int:
+    def report(self, event_type: int, information: bytes, syntax: UID) -> int:
         """Take a report; from any thread.
 
         Parameters
         ----------
         event_type
             1 or 2 (PS3.4 table J.3-2).
-        information
-            Event Information; from the network, so anything.
+        information, syntax
+            Event Information as it was encoded, and how; from the network, so anything.
 
         Returns
         -------
@@ -226,7 +213,7 @@ class Commitment:
             log.warning("a report on a storage commitment has the unknown event type %d", event_type)
             return NO_SUCH_EVENT_TYPE
         try:
-            report = _read(information)
+            report = _read(information, syntax)
         except Exception as error:  # whatever the garbage provokes; not its words, they may quote it
             log.warning("a report on a storage commitment cannot be read (%s)", type(error).__name__)
             return INVALID_ARGUMENT_VALUE

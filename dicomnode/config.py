@@ -35,7 +35,7 @@ from dicomnode.config_fields import (
     Seconds,
     Text,
 )
-from dicomnode.config_reception import Reception as Reception  # what the rest of the node takes it from here
+from dicomnode.config_reception import Reception as Reception  # re-exported: the node takes every section from here
 from dicomnode.config_section import FOLDER, Section, refuse
 from dicomnode.config_tls import TlsIn, TlsOut
 from dicomnode.config_words import did_you_mean, in_words, where
@@ -262,11 +262,13 @@ class Config(Section):
             name: {"uses": name} | (given or {}) if given is None or isinstance(given, dict) else given
             for name, given in value.items()
         }
-        return {name: {"uses": name} for name in base.names()} | named
+        # Not validated: to look up twenty names among all installed packages takes longer than all else here.
+        return {name: PipelineOptions.model_construct(uses=name) for name in base.names()} | named
 
     @field_validator("pipelines")
     @classmethod
     def _installed_keep_their_names(cls, pipelines: Mapping[str, PipelineOptions]) -> Mapping[str, PipelineOptions]:
+        installed = base.names()
         refuse(
             "pipelines",
             [
@@ -275,7 +277,7 @@ class Config(Section):
                     f"{name} is the name of an installed pipeline; choose another for one that uses {options.uses}",
                 )
                 for name, options in pipelines.items()
-                if name in base.names() and options.uses != name
+                if name in installed and options.uses != name
             ],
         )
         return pipelines

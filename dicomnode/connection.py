@@ -51,7 +51,14 @@ class Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, pieces: Iterable[pdu.Buffer], deadline: float, what: str) -> None:
-        """Send all of `pieces` by `deadline` (of `time.monotonic`), without a copy of any."""
+        """Send all of `pieces` by `deadline` (of `time.monotonic`); without TLS, without a copy of any.
+
+        Raises
+        ------
+        PeerTimedOut
+            At the deadline, or after `stall_timeout_s` in which the peer took nothing.
+        PeerAborted, TlsFailed
+        """
         source = iter(pieces)
         window: deque[pdu.Buffer] = deque()
         while True:
@@ -86,6 +93,12 @@ class Connection:
 
         The bytes stay as they are until the next call. The buffer grows with the PDUs that come, not with those that
         are announced to come, and only up to what holds `max_length`.
+
+        Raises
+        ------
+        ProtocolViolation
+            If a PDU of more than `max_length` bytes is announced.
+        PeerTimedOut, PeerAborted, TlsFailed
         """
         self._fill(pdu.HEADER_BYTES, deadline, what)
         header = memoryview(self._buffer)[self._begin : self._begin + pdu.HEADER_BYTES]
@@ -153,6 +166,7 @@ class Connection:
         Parameters
         ----------
         pdu_bytes
+            Sent as far as the socket takes it at once.
         deaf
             The receiving side was shut down, so that nobody sees whether the peer closed.
         """
@@ -164,7 +178,7 @@ class Connection:
             while (left := until - time.monotonic()) > 0 and drained_bytes < _FAREWELL_BYTES:
                 self._socket.settimeout(left)
                 if deaf:
-                    time.sleep(left)
+                    time.sleep(left)  # for what was sent to arrive before the socket is closed
                 elif count := self._socket.recv_into(self._buffer):
                     drained_bytes += count
                 else:
@@ -196,10 +210,10 @@ def _gone(peer: str, error: OSError) -> PeerError:
     return PeerAborted(f"{peer} closed the connection ({error.strerror or error})")
 
 
-def encrypt(
-    connected: socket.socket, peer: str, context: ssl.SSLContext, timeout_s: float, *, server_name: str | None = None
+def begin_tls(
+    connected: socket.socket, peer: str, context: ssl.SSLContext, server_name: str | None = None
 ) -> ssl.SSLSocket:
-    """The TLS connection on a TCP connection, which is closed if there can be none.
+    """A TCP connection that will speak TLS, once hands were shaken on it; `connected` is none any more.
 
     Parameters
     ----------
@@ -208,31 +222,36 @@ def encrypt(
         What errors call it.
     context
         Of a server or of a client.
-    timeout_s
-        For the whole handshake.
     server_name
         Name that must be in the certificate, for a client.
 
     Raises
     ------
-    TlsFailed, PeerTimedOut, PeerAborted
+    TlsFailed, PeerAborted
     """
     server_side = context.protocol == ssl.PROTOCOL_TLS_SERVER
-    wrapped: socket.socket = connected
     try:
-        wrapped = encrypted = context.wrap_socket(
+        return context.wrap_socket(
             connected, server_side=server_side, server_hostname=server_name, do_handshake_on_connect=False
         )
+    except OSError as error:
+        raise _gone(peer, error) from error
+
+
+def shake_hands(encrypted: ssl.SSLSocket, peer: str, timeout_s: float) -> None:
+    """Do the TLS handshake, all of it in `timeout_s`, with a peer that errors call `peer`.
+
+    Raises
+    ------
+    TlsFailed, PeerTimedOut, PeerAborted
+    """
+    try:
         encrypted.settimeout(timeout_s)
         encrypted.do_handshake()
-    except BaseException as error:  # whatever ends the handshake, the socket must not stay open
-        wrapped.close()
-        if isinstance(error, TimeoutError):
-            raise PeerTimedOut(f"{peer} took too long with the TLS handshake; the connection was dropped") from None
-        if isinstance(error, OSError):
-            raise _gone(peer, error) from error
-        raise
-    return encrypted
+    except TimeoutError:
+        raise PeerTimedOut(f"{peer} took too long with the TLS handshake; the connection was dropped") from None
+    except OSError as error:
+        raise _gone(peer, error) from error
 
 
 def connect(
@@ -255,7 +274,7 @@ def connect(
     stall_timeout_s
         As for `Connection`.
     context, server_name
-        With TLS: as for `encrypt`, in `connect_timeout_s`.
+        With TLS: as for `begin_tls`; the handshake has `connect_timeout_s`.
 
     Raises
     ------
@@ -268,6 +287,11 @@ def connect(
     except (OSError, UnicodeError) as error:  # UnicodeError: a host name that IDNA cannot encode
         why = getattr(error, "strerror", None) or error
         raise PeerUnreachable(f"no connection to {peer}: {why}; is it running, and its address right?") from error
-    if context is not None:
-        connected = encrypt(connected, peer, context, connect_timeout_s, server_name=server_name)
-    return Connection(connected, peer, stall_timeout_s=stall_timeout_s)
+    try:
+        if context is not None:
+            connected = encrypted = begin_tls(connected, peer, context, server_name)
+            shake_hands(encrypted, peer, connect_timeout_s)
+        return Connection(connected, peer, stall_timeout_s=stall_timeout_s)
+    except BaseException:  # whatever ends the handshake, the socket must not stay open
+        connected.close()
+        raise

@@ -59,6 +59,10 @@ class DeliveryState(StrEnum):
     CANCELLED = "CANCELLED"
 
 
+BEGUN = {DeliveryState.SENDING: DeliveryState.WAITING, DeliveryState.REQUESTING: DeliveryState.COMMITTING}
+"""State of a delivery during an attempt → its state before; a delivery in any other state is through."""
+
+
 class TransferState(StrEnum):
     """Life of one instance on its way to one destination."""
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
@@ -20,21 +20,13 @@ from dicomnode import jobs as job_table
 from dicomnode.answers import Answers
 from dicomnode.config import Config
 from dicomnode.config import Delivery as DeliverySettings
-from dicomnode.db import DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
+from dicomnode.db import BEGUN, DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
 from dicomnode.errors import NodeError, PeerError, fault
 from dicomnode.requestor import Peer
 from dicomnode.scu import Outgoing, store
 from dicomnode.settlement import settle
 
 log = logging.getLogger(__name__)
-
-_STATE_BEFORE = {
-    DeliveryState.WAITING: DeliveryState.WAITING,
-    DeliveryState.SENDING: DeliveryState.WAITING,
-    DeliveryState.COMMITTING: DeliveryState.COMMITTING,
-    DeliveryState.REQUESTING: DeliveryState.COMMITTING,
-}
-"""State of a delivery with an attempt to come or under way → its state before that attempt."""
 
 
 def peer(config: Config, name: str) -> Peer:
@@ -119,14 +111,52 @@ def put_back(connection: sa.Connection, job_id: str, destination: str, attempts:
             deliveries.c.job_id == job_id,
             deliveries.c.destination == destination,
             deliveries.c.attempts == attempts,
-            deliveries.c.state.in_(_STATE_BEFORE),
+            deliveries.c.state.in_([*BEGUN, *BEGUN.values()]),
         )
         .values(
-            state=sa.case(_STATE_BEFORE, value=deliveries.c.state),
+            state=sa.case(BEGUN, value=deliveries.c.state, else_=deliveries.c.state),
             enqueued=deliveries.c.enqueued + 1,
             updated_at=now(),
         )
     )
+
+
+def begin(
+    connection: sa.Connection,
+    config: Config,
+    job_id: str,
+    destination: str,
+    attempt: int,
+    state: Literal[DeliveryState.SENDING, DeliveryState.REQUESTING],
+) -> sa.Row[Any] | None:
+    """Begin attempt number `attempt` (from 0) of a delivery, which brings it into `state`; its row before.
+
+    None if there is nothing to do: the attempt is over, its job does not send any more, or the destination is gone.
+    """
+    mine = (deliveries.c.job_id == job_id, deliveries.c.destination == destination)
+    row = connection.execute(sa.select(deliveries).where(*mine)).one_or_none()
+    job = job_table.get(connection, job_id)
+    if row is None or job is None or job.cancel_requested or job.state not in job_table.SENDING:
+        return None
+    first = row.state == BEGUN[state] and row.attempts == attempt
+    again = row.state == state and row.attempts == attempt + 1
+    if not first and not again:
+        return None
+    begun = connection.execute(
+        sa.update(deliveries)
+        # Read before we had the lock: a cancel may have been faster.
+        .where(*mine, deliveries.c.state == row.state, deliveries.c.attempts == row.attempts)
+        .values(state=state, attempts=attempt + 1, updated_at=now())
+    ).rowcount
+    if not begun:
+        return None
+    if destination not in config.destinations:
+        reason = f"destination {destination} is no longer in config.yaml; put it back and retry the job"
+        connection.execute(sa.update(deliveries).where(*mine).values(state=DeliveryState.FAILED, reason=reason))
+        job_table.add_event(connection, job_id, job.state, f"{destination}: {reason}")
+        settle(connection, job_id)
+        return None
+    return row
 
 
 def pause(settings: DeliverySettings, failures: int) -> timedelta:
@@ -205,31 +235,8 @@ class Delivery:
         self._finish(job_id, destination, trouble, rejected, answers)
 
     def _begin(self, job_id: str, destination: str, attempt: int) -> list[Outgoing] | None:
-        mine = (deliveries.c.job_id == job_id, deliveries.c.destination == destination)
         with self._database.begin() as connection:
-            row = connection.execute(sa.select(deliveries).where(*mine)).one_or_none()
-            job = job_table.get(connection, job_id)
-            if row is None or job is None or job.cancel_requested or job.state not in job_table.SENDING:
-                return None
-            first = row.state == DeliveryState.WAITING and row.attempts == attempt
-            again = row.state == DeliveryState.SENDING and row.attempts == attempt + 1
-            if not first and not again:
-                return None
-            at = now()
-            begun = connection.execute(
-                sa.update(deliveries)
-                # Read before we had the lock: a cancel may have been faster.
-                .where(*mine, deliveries.c.state == row.state, deliveries.c.attempts == row.attempts)
-                .values(state=DeliveryState.SENDING, attempts=attempt + 1, updated_at=at)
-            ).rowcount
-            if not begun:
-                return None
-            if destination not in self._config.destinations:
-                reason = f"destination {destination} is no longer in config.yaml; put it back and retry the job"
-                connection.execute(
-                    sa.update(deliveries).where(*mine).values(state=DeliveryState.FAILED, reason=reason, updated_at=at)
-                )
-                settle(connection, job_id)
+            if begin(connection, self._config, job_id, destination, attempt, DeliveryState.SENDING) is None:
                 return None
             ours = (transfers.c.job_id == job_id, transfers.c.destination == destination)
             # Of an attempt whose process died: nobody knows which of them was on the wire.
@@ -244,7 +251,7 @@ class Delivery:
             connection.execute(
                 sa.update(transfers)
                 .where(*ours, transfers.c.state == TransferState.WAITING)
-                .values(state=TransferState.OFFERED, updated_at=at)
+                .values(state=TransferState.OFFERED, updated_at=now())
             )
         return [
             Outgoing(

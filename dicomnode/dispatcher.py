@@ -17,7 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from dicomnode import jobs as job_table
-from dicomnode.db import DeliveryState, JobState, deliveries, jobs, now
+from dicomnode.db import BEGUN, DeliveryState, JobState, deliveries, jobs, now
 from dicomnode.delivery import put_back
 from dicomnode.engine import Engine
 from dicomnode.jobs import FINAL
@@ -26,9 +26,6 @@ from dicomnode.worker import Worker
 
 log = logging.getLogger(__name__)
 
-_OPEN = (DeliveryState.WAITING, DeliveryState.COMMITTING)
-"""Deliveries that wait for their next attempt, to send or to ask for storage commitment."""
-_BEGUN = (DeliveryState.SENDING, DeliveryState.REQUESTING)
 _LOOK_EVERY_S = 0.5
 _CHECK_EVERY_S = 15.0
 """How often keys handed over earlier are checked for having ended without moving their row."""
@@ -99,11 +96,11 @@ class Dispatcher:
                 sa.select(deliveries, jobs.c.priority)
                 .join(jobs, jobs.c.id == deliveries.c.job_id)
                 .where(
-                    deliveries.c.state.in_([*_OPEN, *_BEGUN]),
+                    deliveries.c.state.in_([*BEGUN, *BEGUN.values()]),
                     jobs.c.state.in_(job_table.SENDING),
                     sa.not_(jobs.c.cancel_requested),
                     sa.or_(
-                        deliveries.c.state.in_(_BEGUN),
+                        deliveries.c.state.in_(BEGUN),
                         deliveries.c.next_try_at.is_(None),
                         deliveries.c.next_try_at <= at,
                     ),
@@ -125,7 +122,7 @@ class Dispatcher:
         )
 
     def _send_attempt(self, row: Any) -> _Attempt:
-        begun = row.state in _BEGUN
+        begun = row.state in BEGUN
         number = row.attempts - begun
         key = f"{row.job_id}:{row.destination}:{number}:{row.enqueued}"
         return _Attempt(

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from dicomnode.db import (
+    BEGUN,
     DeliveryState,
     JobKind,
     JobState,
@@ -327,14 +328,7 @@ def cancel(connection: sa.Connection, identity: str) -> bool:
         sa.update(deliveries)
         .where(
             deliveries.c.job_id == identity,
-            deliveries.c.state.in_(
-                [
-                    DeliveryState.WAITING,
-                    DeliveryState.SENDING,
-                    DeliveryState.COMMITTING,
-                    DeliveryState.REQUESTING,
-                ]
-            ),
+            deliveries.c.state.in_([*BEGUN, *BEGUN.values()]),
         )
         .values(state=DeliveryState.CANCELLED, updated_at=now())
     )

@@ -24,6 +24,7 @@ from dicomnode.connection import connect
 from dicomnode.errors import AssociationRejected, MalformedPdu, PeerAborted, PeerError, ProtocolViolation, TlsFailed
 from dicomnode.message import Message
 from dicomnode.pdu import Element, PduType
+from dicomnode.received_header import MAX_REPORT_BYTES
 from dicomnode.spool import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME
 from dicomnode.tls import TlsFileError
 
@@ -33,8 +34,6 @@ MAX_RECEIVED_PDU = 16384
 """Announced to the peer, in bytes; it sends us responses, and reports of some 150 bytes for each instance."""
 _MAX_ASSOCIATE_PDU = 131072
 _MAX_COMMAND_SET = 16384
-_MAX_EVENT_BYTES = 16_777_216
-"""Of the data set of one event report; 100,000 instances."""
 _RELEASE_TIMEOUT_S = 5.0
 """Everything is answered by then; a peer that is slow to say goodbye delays nobody."""
 _EVENT_LOOK_S = 0.1
@@ -240,7 +239,7 @@ class Association:
                 if item.context_id != context_id:
                     raise MalformedPdu("P-DATA that is no part of the response")
                 whole = message.add(item)
-                if len(message.data) > _MAX_EVENT_BYTES:
+                if len(message.data) > MAX_REPORT_BYTES:
                     raise MalformedPdu("a data set without end")
                 if whole or (message.elements and not self._is_event(message)):
                     if next(items, None) is not None:

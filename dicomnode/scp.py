@@ -23,7 +23,6 @@ import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
-from pydicom import Dataset
 from pydicom.datadict import tag_for_keyword
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
@@ -35,6 +34,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 from pynetdicom import AllStoragePresentationContexts, build_context, evt
+from pynetdicom.dimse_primitives import N_EVENT_REPORT
 from pynetdicom.events import Event, InterventionEvent
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]  # made at import time
     StorageCommitmentPushModel,
@@ -108,8 +108,8 @@ class StorageServer:
     stored
         Called when an object is safe and before it is acknowledged; must not block.
     report
-        Takes event type and information of reports on storage commitment (PS3.4 J.3.3) and gives the status that
-        answers them. Without it none are taken.
+        Takes event type, encoded information and its transfer syntax of reports on storage commitment (PS3.4 J.3.3)
+        and gives the status that answers them. Without it none are taken.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class StorageServer:
         spool: Spool,
         keywords: Collection[str],
         stored: Stored,
-        report: Callable[[int, Dataset], int] | None = None,
+        report: Callable[[int, bytes, UID], int] | None = None,
     ) -> None:
         self._reception = config.reception
         self._called = set(config.reception.called_ae_titles or (config.node.ae_title,))
@@ -167,10 +167,14 @@ class StorageServer:
             context = build_context(StorageCommitmentPushModel, list(_NATIVE_SYNTAXES[:2]))
             context.scu_role, context.scp_role = False, True  # who reports is the SCP of the service, and calls us
             contexts.append(context)
-            handlers[evt.EVT_N_EVENT_REPORT] = lambda event: (
-                report(event.event_type or 0, event.event_information),
-                None,
-            )
+
+            def on_report(event: Event) -> tuple[int, None]:
+                assert isinstance(event.request, N_EVENT_REPORT)
+                coded = event.request.EventInformation
+                information = b"" if coded is None else coded.getvalue()
+                return report(event.event_type or 0, information, UID(event.context.transfer_syntax)), None
+
+            handlers[evt.EVT_N_EVENT_REPORT] = on_report
         negotiator = Negotiator(contexts, MAX_PDU_BYTES)
         services = Services(handlers)
 

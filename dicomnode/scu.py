@@ -8,12 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 from pydicom import Dataset
 from pydicom.uid import UID
-from pynetdicom.dsutils import decode, encode
+from pynetdicom.dsutils import encode
 
 from dicomnode import pdu
 from dicomnode.encoding import UNCOMPRESSED, data_set
@@ -23,7 +22,6 @@ from dicomnode.pdu import Element
 from dicomnode.requestor import Association, Peer
 
 _SUCCESS = 0x0000
-_PROCESSING_FAILURE = 0x0110
 _STORAGE_COMMITMENT = "1.2.840.10008.1.20.1"
 _STORAGE_COMMITMENT_INSTANCE = "1.2.840.10008.1.20.1.1"
 """Well-known SOP instance (PS3.4 J.3.5)."""
@@ -128,7 +126,7 @@ def request_commitment(
     instances: Sequence[tuple[str, str]],
     *,
     on_answer: Callable[[int], None],
-    on_report: Callable[[int, Dataset], int],
+    on_report: Callable[[int, bytes, UID], int],
     enough: Callable[[], bool],
 ) -> None:
     """Ask a peer to commit to the storage of instances (N-ACTION, PS3.4 J.3.2), and wait a moment for its report.
@@ -143,8 +141,8 @@ def request_commitment(
     on_answer
         Called with the status that answers the request.
     on_report
-        Called with event type and Event Information of each report on this association (N-EVENT-REPORT, PS3.4 J.3.3);
-        returns the status that answers it.
+        Called with event type, encoded Event Information and its transfer syntax of each report on this association
+        (N-EVENT-REPORT, PS3.4 J.3.3); returns the status that answers it.
     enough
         Asked again and again; True if no report needs to be waited for.
 
@@ -156,11 +154,7 @@ def request_commitment(
     syntax = ""
 
     def take(event: Message) -> int:
-        try:
-            information = decode(BytesIO(event.data), UID(syntax).is_implicit_VR, True)
-        except Exception:  # its parser has no error of its own: what it raises depends on the garbage
-            return _PROCESSING_FAILURE
-        return on_report(pdu.read_us(event.elements, Element.EVENT_TYPE_ID), information)
+        return on_report(pdu.read_us(event.elements, Element.EVENT_TYPE_ID), bytes(event.data), UID(syntax))
 
     with Association(peer, [(_STORAGE_COMMITMENT, UNCOMPRESSED)], take) as association:
         if not association.accepted:

@@ -74,7 +74,7 @@ def evidence(headers: Sequence[Header]) -> Evidence:
 def proven(headers: Sequence[Header]) -> bool:
     """Whether nothing can be missing, by what the sender says and by geometry; quick to answer where that is not so."""
     count = len(headers)
-    if count < 2 or any(_count(header, "NumberOfSeriesRelatedInstances") != count for header in headers):
+    if count < 2 or any(_count(header.get("NumberOfSeriesRelatedInstances")) != count for header in headers):
         return False
     positions = _positions(headers)
     if positions is None or len(positions) != count:
@@ -84,8 +84,8 @@ def proven(headers: Sequence[Header]) -> bool:
     return usual > 0 and bool((np.abs(steps - usual) <= _EVEN * usual).all())
 
 
-def _count(header: Header, keyword: str) -> int | None:
-    value = header.get(keyword)
+def _count(value: object) -> int | None:
+    """A number of images, as which a sender may give anything."""
     return value if isinstance(value, int) and value > 0 else None
 
 
@@ -104,7 +104,7 @@ def _agreed(headers: Sequence[Header], keyword: str) -> int | None:
     if len(values) != 1:
         return None
     (value,) = values
-    return value if isinstance(value, int) and value > 0 else None
+    return _count(value)
 
 
 def _gap(headers: Sequence[Header]) -> str | None:

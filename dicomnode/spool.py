@@ -41,6 +41,8 @@ _GROUP_LENGTH_BYTES = 12
 IMPLEMENTATION_CLASS_UID = "2.25.67879297425467467846419863404848455815"
 IMPLEMENTATION_VERSION_NAME = "DICOMNODE_0_1"
 PART_SUFFIX = ".part"
+_LASTING_FOLDERS = 1000
+"""Remembered as such; far more than are received at once."""
 
 
 def valid_uid(text: str) -> str:
@@ -215,6 +217,8 @@ class Spool:
         if folder not in self._lasting or not folder.is_dir():
             folder.mkdir(exist_ok=True)
             sync_folder(under)
+            if len(self._lasting) >= _LASTING_FOLDERS:
+                self._lasting.clear()  # a node runs for years; forgetting costs a sync
             self._lasting.add(folder)
         return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -28,6 +29,8 @@ CONTEXTS: list[pdu.Context] = [
 ]
 CT, ECHO, WORKLIST = (pdu.context_id(k) for k in range(3))
 """Context IDs of `CONTEXTS`; the last one is not accepted."""
+_GONE = (ConnectionError, ssl.SSLError)
+"""The node closed the connection; over TLS without a word."""
 
 
 def whole(kind: int, body: bytes = b"") -> bytes:
@@ -73,9 +76,14 @@ def store_rq(one: Image, **changes: bytes | None) -> bytes:
 
 
 class Caller:
-    """A TCP connection to the node; `receive_buffer` is the room for answers that nobody reads, in bytes."""
+    """A TCP connection to the node, with `tls` encrypted.
 
-    def __init__(self, port: int, source: str = HOST, *, receive_buffer: int | None = None) -> None:
+    `receive_buffer` is the room for answers that nobody reads, in bytes.
+    """
+
+    def __init__(
+        self, port: int, source: str = HOST, *, receive_buffer: int | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._socket = socket.socket()
         self._socket.settimeout(20)
         if receive_buffer is not None:
@@ -83,6 +91,8 @@ class Caller:
         self._socket.bind((source, 0))
         try:
             self._socket.connect((HOST, port))
+            if tls is not None:
+                self._socket = tls.wrap_socket(self._socket, server_hostname=HOST)
         except OSError:
             self._socket.close()
             raise
@@ -106,7 +116,7 @@ class Caller:
         """Send as long as the node takes it; False if it closed the connection before the end."""
         try:
             self._socket.sendall(data)
-        except ConnectionError:
+        except _GONE:
             return False
         return True
 
@@ -117,7 +127,7 @@ class Caller:
             for k in range(len(data)):
                 self._socket.sendall(data[k : k + 1])
                 over.wait(pause_s)
-        except ConnectionError:
+        except _GONE:
             return
 
     def receive(self) -> tuple[int, bytes] | None:
@@ -128,7 +138,7 @@ class Caller:
                 return None
             kind, length = pdu.read_header(header)
             return kind, self._file.read(length)
-        except ConnectionError:
+        except _GONE:
             return None
 
     def associate(self, **titles: str) -> Self:

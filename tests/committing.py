@@ -6,12 +6,13 @@ import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import sqlalchemy as sa
 from oracle import StorageOracle
 from peers import HOST
 from pydicom import Dataset
+from pydicom.uid import UID
 from pynetdicom import AE, build_role, evt
 from sender import Sender
 from tables import history
@@ -161,6 +162,13 @@ class Site(Sender):
         listening = self.config.model_copy(update={"node": self.config.node.model_copy(update={"port": port})})
         self.server = StorageServer(listening, Spool(folder / "received"), [], lambda *_: None, self.take)
 
+    def __enter__(self) -> Self:
+        self.server.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.stop(5)
+
     def use(self, config: Config | None = None, **changes: Any) -> None:
         """Go on as a new process, with another configuration."""
         config = config or self.config
@@ -172,8 +180,8 @@ class Site(Sender):
         self.delivery = Delivery(self.config, self.database, self.spool)
         self.commitment = Commitment(self.config, self.database)
 
-    def take(self, event_type: int, information: Dataset) -> int:
-        return self.commitment.report(event_type, information)
+    def take(self, event_type: int, information: bytes, syntax: UID) -> int:
+        return self.commitment.report(event_type, information, syntax)
 
     def ask(self) -> dict[str, Any]:
         """The next attempt, when it is due to ask; the row after it."""

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from certificates import Certificates
 from ct_builder import phantom, write_series
+from node_process import NodeProcess
 from oracle import StorageOracle
 from sender import COUNT, Sender
 from small_disk import require_small_disks
@@ -91,10 +93,33 @@ def oracle() -> Iterator[StorageOracle]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def pacs() -> Iterator[StorageOracle]:
+    """The destination of `node`."""
+    with StorageOracle(ae_title="PACS") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def node(
+    tmp_path_factory: pytest.TempPathFactory, pacs: StorageOracle, request: pytest.FixtureRequest
+) -> Iterator[NodeProcess]:
+    """One node for all tests of a file, configured by its `SETTINGS`."""
+    with NodeProcess(tmp_path_factory.mktemp("node"), pacs.port, request.module.SETTINGS) as made:
+        yield made
+
+
 @pytest.fixture
 def sender(database: sa.Engine, sent_series: list[Path], oracle: StorageOracle) -> Sender:
     """Delivers the series to the oracle."""
     return Sender(database, sent_series, {"pacs": oracle.port})
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Of an authority, those whom it knows, and a stranger."""
+    require_peer("openssl")
+    return Certificates.made(tmp_path_factory.mktemp("tls") / "certificates")
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def main(database: str, folder: Path, name: str) -> None:
         note(f"begin {name} {what}")
         end = time.monotonic() + _DEADLINE_S
         while (folder / f"hold-{name}").exists() and time.monotonic() < end:
-            time.sleep(0.02)
+            time.sleep(0.02)  # a test in another process ends the wait
         if "broken" in what:
             raise RuntimeError("the database failed under it")
         note(f"end {name} {what}")

@@ -44,7 +44,7 @@ from dicomnode import pdu
 from dicomnode.association import MAX_PDU_BYTES, Association, Memory
 from dicomnode.errors import MalformedPdu
 from dicomnode.negotiation import Negotiator
-from dicomnode.received_header import Unreadable, read_header, uid_of
+from dicomnode.received_header import Unreadable, read_header, read_report, uid_of
 from dicomnode.router import header_values
 from dicomnode.scp import StorageServer
 from dicomnode.series import KEYWORDS
@@ -233,6 +233,7 @@ def readers(files: Sequence[Path]) -> dict[str, Reader]:
         "command set": Reader(pdu.read_command_set, commands, MalformedPdu),
         "service": Reader(serve, [struct.pack("<H", len(one)) + one + _asked() for one in commands], MalformedPdu),
         "header": Reader(read_any_header, headers, Unreadable),
+        "report": Reader(lambda data: read_report(data, UID(Implicit)), [_asked()], Unreadable),
         "start of a file": Reader(lambda data: index_start(data[: 2**15], len(data)), whole_files, HandedOver),
         "file": Reader(index_file, whole_files, HandedOver),
     }

@@ -1,11 +1,15 @@
-"""What hostile and broken peers say, byte by byte, and what each is owed."""
+"""What hostile and broken peers say, byte by byte, what each is owed, and how long it may take."""
 
 from __future__ import annotations
 
 import random
 import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
-from caller import CT, ECHO, WORKLIST, command, p_data, pdv, request, whole
+from caller import CT, ECHO, WORKLIST, Caller, command, p_data, pdv, request, seconds_until_closed, whole
 
 from dicomnode import pdu
 from dicomnode.pdu import AbortReason
@@ -77,3 +81,30 @@ REFUSED = {
     "class-of-another-context": (p_data(ECHO, 3, command()) + p_data(ECHO, 2, bytes(8)), 0xA900),
 }
 """Within an association: a C-STORE, and the status that answers it."""
+
+Act = tuple[Callable[[], Caller], Callable[[Caller], object]]
+"""How somebody calls, and what is done then."""
+
+
+@contextmanager
+def at_once(peers: Mapping[str, Act], within_s: float) -> Iterator[list[str]]:
+    """All these peers during the block; afterwards the list tells whose connection was not closed in time."""
+    late: list[str] = []
+
+    def suffer(name: str, call: Callable[[], Caller], act: Callable[[Caller], object]) -> None:
+        with call() as caller:
+            begun = time.monotonic()
+            act(caller)
+            seconds_until_closed(caller)
+            if (took_s := time.monotonic() - begun) > within_s:
+                late.append(f"{name}: {took_s:.1f} s")
+
+    threads = [threading.Thread(target=suffer, args=(name, *peer)) for name, peer in peers.items()]
+    for thread in threads:
+        thread.start()
+    try:
+        yield late
+    finally:
+        for thread in threads:
+            thread.join(30)
+    assert not any(thread.is_alive() for thread in threads), "somebody is never closed"

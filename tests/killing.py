@@ -82,7 +82,7 @@ class Sending:
                     if scanner.store(one) != 0x0000:
                         break
                     self.acknowledged.append(one)
-                    time.sleep(self.pause_s)
+                    time.sleep(self.pause_s)  # as long as a scanner takes to make the next one
             self._given_up.wait(0.05)
 
     def finish(self, timeout_s: float) -> None:
@@ -108,7 +108,7 @@ def run(ward: Ward, seed: str, folder: Path) -> str:
     for stage in sorted(chance.choices(STAGES, k=chance.choice([1, 1, 2, 3])), key=STAGES.index):
         what, count = chance.choice(["node", "node", "worker"]), chance.randrange(1, SLICES)
         _await(ward, sending, stage, count)
-        time.sleep(chance.uniform(0, _JITTER_S))
+        time.sleep(chance.uniform(0, _JITTER_S))  # the moment of the kill, which nothing may depend on
         safe = list(sending.acknowledged)
         _kill(node, what)
         if what == "node":

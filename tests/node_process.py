@@ -17,7 +17,7 @@ import yaml
 from peers import free_port, wait_for
 
 PLUGINS = Path(__file__).parent / "plugins"
-_START_S = 30.0
+_START_S = 60.0
 _STOP_S = 30.0
 
 

@@ -88,6 +88,8 @@ class StorageOracle:
         Largest PDU it takes, in bytes; 0 is no limit.
     port
         To come back at the same place after `stop`.
+    acse_timeout_s
+        Longest wait for the request of somebody who connected; `stop` waits for its end, too.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class StorageOracle:
         sop_classes: Sequence[str] | None = None,
         max_pdu: int = 16382,
         port: int | None = None,
+        acse_timeout_s: float = 30.0,
     ) -> None:
         self.script = script or Script()
         self.ae_title = ae_title
@@ -123,6 +126,7 @@ class StorageOracle:
         self._ae = AE(ae_title)
         self._ae.maximum_pdu_size = max_pdu
         self._ae.maximum_associations = 1000
+        self._ae.acse_timeout = acse_timeout_s
         self._ae.add_supported_context(VERIFICATION)
         classes = sop_classes or [str(context.abstract_syntax) for context in AllStoragePresentationContexts]
         for sop_class in classes:

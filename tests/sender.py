@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 from ct_builder import uid
 from scanner import image
 from tables import CT, EXPLICIT, add_job, config_of, row
 
+from dicomnode import jobs as job_table
 from dicomnode.db import JobState
 from dicomnode.delivery import Delivery, plan
 from dicomnode.scu import Outgoing
@@ -51,3 +53,16 @@ class Sender:
     @property
     def job(self) -> dict[str, Any]:
         return row(self.database, "jobs")
+
+    def cancel_after_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Somebody else cancels the job right after it is looked at next."""
+        get = job_table.get
+
+        def get_then_cancel(connection: sa.Connection, identity: str) -> Any:
+            job = get(connection, identity)
+            monkeypatch.setattr(job_table, "get", get)
+            with self.database.begin() as other:
+                assert job_table.cancel(other, identity)
+            return job
+
+        monkeypatch.setattr(job_table, "get", get_then_cancel)

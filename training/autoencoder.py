@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import platform
 import sys
@@ -36,11 +35,13 @@ from torch import nn
 
 from pipelines.scaling import to_hu, to_network
 from pipelines.volume import read_volume
-from training.card import source_of
+from training.card import source_of, write_card
 from training.command_line import without_folders
+from training.data import AIR_PATCH_HU
 from training.features import CT_AE_SLOPE, CT_AE_WEIGHTS, CT_AE_WIDTHS, ct_encoder
 from training.sources.layouts import Case, find
 from training.sources.phantom import chest_abdomen
+from training.sources.scans import HU_RANGE
 
 Half = NDArray[np.float16]
 
@@ -51,11 +52,8 @@ LEARNING_RATE = 1e-3
 FINAL_RATE = 0.01
 """Learning rate at the end of the cosine, as a part of the first."""
 REAL_PART = 0.5
-HU_RANGE = (-1024.0, 4000.0)
-"""Patches are clipped to this: padding becomes air."""
 PHANTOMS = 10
 PHANTOM_SLICES = 10
-_AIR_PATCH_HU = -970.0
 _HELD_OUT_SEED = 900_001
 
 
@@ -97,7 +95,7 @@ def patches(volumes: Sequence[Sequence[Half]], step: int, seed: int) -> torch.Te
         while True:
             z, top, left = (int(rng.integers(0, n - p + 1)) for n, p in zip(volume.shape, (1, 64, 64), strict=True))
             patch = volume[z, top : top + PATCH_PX, left : left + PATCH_PX].astype(np.float32)
-            if rng.random() < 0.1 or patch.mean() > _AIR_PATCH_HU:
+            if rng.random() < 0.1 or patch.mean() > AIR_PATCH_HU:
                 break
         if rng.random() < 0.5:
             patch = patch[::-1]
@@ -189,9 +187,7 @@ def _write(out: Path, network: CtAutoEncoder, facts: dict[str, Any]) -> None:
         "never_tried_on": "Sharp (lung, bone) kernels, limbs, children, dual-energy and cone-beam CT. Whether its "
         "features agree with what a radiologist sees has not been measured.",
     }
-    (out / CT_AE_WEIGHTS.with_suffix(".json").name).write_text(
-        json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_card(out / CT_AE_WEIGHTS.with_suffix(".json").name, card)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -277,4 +277,15 @@ def write_network(out: Path, card: Mapping[str, Any], network: nn.Module, record
         "training": asdict(record),
         "measured": {},
     }
-    (out / f"{card['name']}.json").write_text(json.dumps(full, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_card(out / f"{card['name']}.json", full)
+
+
+def write_card(path: Path, card: Mapping[str, Any]) -> None:
+    """Write a card as JSON in UTF-8, as programs and people read it.
+
+    Raises
+    ------
+    ValueError
+        For what JSON has no word for: NaN and infinities.
+    """
+    path.write_text(json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,10 +1,27 @@
-"""The command that made a result, as cards and reports state it."""
+"""What the commands share: numbers that they take, and how cards and reports state them."""
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+
+def dose_fraction(word: str) -> float:
+    """A fraction of full dose, above 0 and below 1; anything else is an error of usage."""
+    value = float(word)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"a fraction of full dose is above 0 and below 1, not {word}")
+    return value
+
+
+def positive(word: str) -> int:
+    """A number of things, at least 1; anything else is an error of usage."""
+    value = int(word)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"at least 1 is needed, not {word}")
+    return value
 
 
 def without_folders(words: Sequence[str], paths: Iterable[Path | None]) -> str:

@@ -30,7 +30,8 @@ LESION_EDGE_PX = 0.6
 LESION_AREA_PX = 32 * 32
 """Of a patch, for each lesion: their contrasts come out together (`training.losses.contrast_loss`), so that what counts
 is how much of them is lost on average, not how much it differs from one noise to the next."""
-_AIR_PATCH_HU = -970.0
+AIR_PATCH_HU = -970.0
+"""A patch whose mean is lower shows air; one of ten that are drawn so is kept."""
 
 
 def _log_uniform(limits: tuple[float, float], rng: np.random.Generator) -> float:
@@ -107,7 +108,7 @@ class Sampler(torch.utils.data.Dataset[Batch]):
             top, left = int(rng.integers(0, rows - y + 1)), int(rng.integers(0, columns - x + 1))
             planes = np.clip(np.arange(first, first + z), 0, n - 1)
             window = slice(top, top + y), slice(left, left + x)
-            if rng.random() < 0.1 or scan.target[planes[z // 2]][window].mean(dtype=np.float32) > _AIR_PATCH_HU:
+            if rng.random() < 0.1 or scan.target[planes[z // 2]][window].mean(dtype=np.float32) > AIR_PATCH_HU:
                 return planes, *window
 
     def _noisy(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipelines.base import Execution, Options, Pipeline, check_options, load, names
-from training.command_line import without_folders
+from training.command_line import dose_fraction, positive, without_folders
 from training.measuring import bar, classical, model_page, rods, seen
 from training.measuring.cases import Trial, pair_trials, phantom_trials, simulated_trials
 from training.measuring.lpips import BACKBONE_FILE, HEADS_FILE, digests, lpips
@@ -24,13 +24,6 @@ from training.measuring.uninstalled import load_from
 from training.metrics import LUNG
 
 HELP = "measure pipelines on phantoms, series and pairs, and write a report with tables and pictures"
-
-
-def _dose(text: str) -> float:
-    dose = float(text)
-    if not 0 < dose < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no part of the full dose: give a number between 0 and 1")
-    return dose
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--phantom", action="store_true", help="measure on the phantom too (always without --series and --pairs)")
     add(
         "--doses",
-        type=_dose,
+        type=dose_fraction,
         nargs="+",
         default=[0.25, 0.1],
         metavar="PART",
@@ -73,7 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="number formats, in each of which every network is measured (default: fp32; a node takes the fastest of "
         "its machine, auto)",
     )
-    add("--slices", type=int, default=12, help="slices of each series, from its middle (default: %(default)s)")
+    add("--slices", type=positive, default=12, help="slices of each series, from its middle (default: %(default)s)")
     add("--out", type=Path, default=Path("evaluation"), help="folder of the report (default: %(default)s)")
     add("--title", default="Measured image quality", help="heading of the report (default: %(default)s)")
     add(

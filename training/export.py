@@ -19,7 +19,7 @@ from pathlib import Path
 from pipelines.base import ENTRY_POINT_GROUP, WeightsDamaged
 from pipelines.runtime import WEIGHTS, read_card
 from pipelines.shipped import Factory
-from training.card import LOGS, card_in
+from training.card import LOGS, card_in, write_card
 from training.ir import graph
 
 HELP = "install the result of a training for the node"
@@ -88,7 +88,7 @@ def write_graph(name: str, weights: Path) -> bool:
     for key in ("int8_loss_db", "int8_bound_hu", "int8"):
         full.pop(key, None)
     full["files_sha256"] = {"xml": hashlib.sha256(content).hexdigest()}
-    path.write_text(json.dumps(full, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_card(path, full)
     return True
 
 

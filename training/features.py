@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -31,7 +30,6 @@ from training.losses import mse, unit_range
 from training.metrics import SOFT_TISSUE, Window
 
 Backbone = Literal["ct-ae", "vgg16", "vgg19", "random"]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 CT_AE_WEIGHTS = Path(__file__).parent / "weights" / "ct-ae.safetensors"
 CT_AE_WIDTHS = (32, 64, 128)
@@ -285,7 +283,7 @@ class ShareWeight(nn.Module):
 
 
 class PerceptualLoss(nn.Module):
-    """``pixel + λ·L_P`` (Ataei et al.: mean square error, λ = 0.1, VGG16).
+    """``MSE + λ·L_P`` (Ataei et al.: mean square error, λ = 0.1, VGG16).
 
     Parameters
     ----------
@@ -294,17 +292,15 @@ class PerceptualLoss(nn.Module):
     weight
         λ, or how to find it. A λ printed for images on [0, 1] of W HU is λ·(W/1000)² beside the mean square error of
         network units: 0.1 is 0.016 on 400 HU.
-    pixel
-        The other term.
     """
 
-    def __init__(self, features: FeatureLoss, weight: float | ShareWeight, pixel: Loss = mse) -> None:
+    def __init__(self, features: FeatureLoss, weight: float | ShareWeight) -> None:
         super().__init__()
-        self.features, self.weight, self.pixel = features, weight, pixel
+        self.features, self.weight = features, weight
 
     def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss, a scalar."""
-        pixel = self.pixel(output, target)
+        pixel = mse(output, target)
         perceptual: torch.Tensor = self.features(output, target)
         weight = self.weight(pixel, perceptual) if isinstance(self.weight, ShareWeight) else self.weight
         return pixel + weight * perceptual

@@ -20,7 +20,7 @@ from safetensors.numpy import load
 from safetensors.torch import save
 from torch import nn
 
-from pipelines.openvino_core import Precision, ov
+from pipelines.openvino_core import ov
 from pipelines.openvino_planes import OpenVINOPlanes
 from pipelines.openvino_stream import StreamEngine
 from training.data import Batch
@@ -100,18 +100,16 @@ class Deployed(nn.Module):
         Content of ``NAME.safetensors``, for a network of whole volumes that was not fine-tuned.
     threads
         CPU cores to use.
-    precision
-        ``int8``; ``fp32`` for what a network of whole volumes does without its ranges.
     """
 
-    def __init__(self, files: Mapping[str, bytes], weights: bytes, threads: int, precision: Precision = "int8") -> None:
+    def __init__(self, files: Mapping[str, bytes], weights: bytes, threads: int) -> None:
         super().__init__()
-        self._files, self._threads, self._precision = files, threads, precision
+        self._files, self._threads = files, threads
         self._weights = load(files.get(TUNED, weights))
         self._planes: OpenVINOPlanes | None = None
         if RANGES not in files:
             graph, own = (files[suffix] for suffix in PLANES)
-            self._planes = OpenVINOPlanes(graph, own, precision, threads)
+            self._planes = OpenVINOPlanes(graph, own, "int8", threads)
         self._streams: StreamEngine | None = None
 
     def forward(self, *given: torch.Tensor) -> torch.Tensor:
@@ -130,7 +128,7 @@ class Deployed(nn.Module):
             self._streams = StreamEngine(
                 self._weights,
                 shape,
-                precision=self._precision,
+                precision="int8",
                 ranges=json.loads(self._files[RANGES]),
                 threads=self._threads,
             )

@@ -13,10 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter1d
 from scipy.special import j1
-
-from training.sources.phantom import tissue_masks
 
 Array = NDArray[np.floating]
 Float64 = NDArray[np.float64]
@@ -30,7 +27,6 @@ _ESF_BIN_PX = 0.1
 """Radial step of the edge spread function."""
 _FREQUENCY_STEP = 0.005
 """1/mm, of the TTF, at most; the line spread function is padded with zeros to get there."""
-_MASK_SIGMA_MM = 2.0
 _SUPERSAMPLING = 7
 
 
@@ -210,13 +206,16 @@ def falls_to(curve: Curve, level: float) -> float:
     return float(curve.frequency[k - 1] + part * (curve.frequency[k] - curve.frequency[k - 1]))
 
 
-def disc_task(diameter_mm: float = LESION_MM, contrast_hu: float = LESION_HU) -> Callable[[Float64], Float64]:
-    """The task "is a disc there": ``W(f) = C·R·J1(2πRf)/f``, its Fourier transform, HU mm² of f in 1/mm (TG-233)."""
-    radius = diameter_mm / 2
+def disc_task() -> Callable[[Float64], Float64]:
+    """The task "is a disc of `LESION_MM` and `LESION_HU` there" (TG-233).
+
+    ``W(f) = C·R·J1(2πRf)/f``, its Fourier transform, HU mm² of f in 1/mm.
+    """
+    radius = LESION_MM / 2
 
     def task(frequency: Float64) -> Float64:
         x = 2 * np.pi * radius * frequency
-        area = contrast_hu * np.pi * radius**2
+        area = LESION_HU * np.pi * radius**2
         return np.asarray(area * np.where(x > 0, 2 * j1(x) / np.where(x > 0, x, 1), 1))
 
     return task
@@ -319,25 +318,8 @@ def contrast_recovery(with_lesion: Array, without_lesion: Array, inserted: Array
     return float(difference.mean()) / contrast_in
 
 
-def smoothed(hu: Array, pixel_mm: float) -> NDArray[np.float32]:
-    """A noisy image (z, y, x) as masks are taken from: smoothed in the plane (σ 2 mm)."""
-    smooth = hu.astype(np.float32)
-    for axis in (1, 2):
-        smooth = gaussian_filter1d(smooth, _MASK_SIGMA_MM / pixel_mm, axis=axis)
-    return smooth
-
-
-def smoothed_masks(hu: Array, pixel_mm: float) -> dict[str, Mask]:
-    """Masks of `training.sources.phantom.TISSUES` from a noisy image, (z, y, x), `smoothed`.
-
-    A threshold on the noisy image itself selects noise with the tissue, which denoising then removes: a bias of some HU
-    that is none.
-    """
-    return tissue_masks(smoothed(hu, pixel_mm))
-
-
 def hu_bias(after: Array, before: Array, masks: dict[str, Mask]) -> dict[str, float]:
-    """``mean(after − before)`` in HU of each tissue that is there; `masks` of the truth or `smoothed_masks`."""
+    """``mean(after − before)`` in HU of each tissue that is there; `masks` of `training.tissues`."""
     return {
         name: float((after[mask].astype(np.float64) - before[mask]).mean())
         for name, mask in masks.items()

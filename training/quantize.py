@@ -28,7 +28,7 @@ from pipelines.openvino_core import cpu_supports
 from pipelines.runtime import WEIGHTS, read_card, read_weights
 from pipelines.shipped import Factory
 from pipelines.torch_engine import load_network
-from training.card import commit
+from training.card import commit, write_card
 from training.command_line import without_folders
 from training.data import Sampler
 from training.float_layers import Comparison, Loss, choose
@@ -258,5 +258,4 @@ def install(
 def _write(folder: Path, name: str, files: Mapping[str, bytes], card: Mapping[str, Any]) -> None:
     for suffix, content in files.items():
         (folder / f"{name}.{suffix}").write_bytes(content)
-    text = json.dumps(card, indent=2, allow_nan=False) + "\n"
-    (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    write_card(folder / f"{name}.json", card)

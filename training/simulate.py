@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.simulation.counts import N0, Beam, Draw, added, added_poisson, full_dose, poisson_streams
+from training.simulation.counts import Beam, Draw, added, added_poisson, full_dose, poisson_streams
 from training.simulation.projection import MU_WATER_PER_MM, Grid, Kernel, line_integrals, reconstruct
 
 Array = NDArray[np.float32]
@@ -41,11 +41,9 @@ def unit_noise(
     truth_hu: Array,
     pixel_mm: float,
     seed: int,
-    n0: float = N0,
     f50: float = F50,
     boost: float = 0.0,
     overlap: float = 1.0,
-    device: str = "cpu",
 ) -> Array:
     """Noise of a full-dose scan of `truth_hu`.
 
@@ -57,15 +55,11 @@ def unit_noise(
         Pixel size, which is also the width of a detector bin, unless the kernel needs finer ones.
     seed
         Same seed, same noise.
-    n0
-        Unattenuated photons per mm of detector and degree of rotation.
     f50, boost
         `training.simulation.projection.Kernel`: half-value frequency in 1/mm; 0 for soft kernels, about 2 for sharp
         ones.
     overlap
         Slice thickness over increment. Above 1, neighbouring slices share part of their noise, as `slice_weights` says.
-    device
-        Of torch.
 
     Returns
     -------
@@ -73,7 +67,7 @@ def unit_noise(
         float32 HU, (z, y, x). At the dose fraction d the noise is this divided by √d; what must be added to an image
         that holds full-dose noise already is this times √(1/d − 1).
     """
-    return full_dose_noise(truth_hu, pixel_mm, seed, Kernel(f50, boost), Beam(n0), overlap, device=device)
+    return full_dose_noise(truth_hu, pixel_mm, seed, Kernel(f50, boost), Beam(), overlap)
 
 
 def full_dose_noise(
@@ -90,12 +84,14 @@ def full_dose_noise(
 
     Parameters
     ----------
-    hu, pixel_mm, seed, overlap, device
+    hu, pixel_mm, seed, overlap
         As in `unit_noise`.
     kernel, beam
         Of the scanner; `training.simulation.calibration` finds them.
     current
         Tube current of each slice, that of `beam` being 1; empty: 1 everywhere.
+    device
+        Of torch.
     """
     scan = _Scan(hu, pixel_mm, kernel, beam, overlap, device, tuple(current))
     return scan.noise(full_dose(beam, scan.grid), 1, seed)
@@ -124,9 +120,9 @@ def added_noise(
     poisson
         Draw counts instead of Gaussian noise of the same variance. It differs where hardly any photons arrive: streaks,
         and line integrals that are too high on average.
-    pixel_mm, seed, overlap, device
+    pixel_mm, seed, overlap
         As in `unit_noise`.
-    kernel, beam, current
+    kernel, beam, current, device
         As in `full_dose_noise`.
 
     Returns
@@ -148,9 +144,7 @@ def mix(noise_a: Array, noise_b: Array, angle: float) -> Array:
     return np.float32(math.cos(angle)) * noise_a + np.float32(math.sin(angle)) * noise_b
 
 
-def low_dose(
-    truth_hu: Array, pixel_mm: float, dose: float, seed: int, n0: float = N0, f50: float = F50, boost: float = 0.0
-) -> Array:
+def low_dose(truth_hu: Array, pixel_mm: float, dose: float, seed: int) -> Array:
     """A scan of the noise-free `truth_hu` at the fraction `dose` of full dose.
 
     Parameters
@@ -161,7 +155,7 @@ def low_dose(
         Pixel size.
     dose
         Fraction of full dose, 0 < dose ≤ 1; the noise holds everything, that of the full dose too.
-    seed, n0, f50, boost
+    seed
         As in `unit_noise`.
 
     Returns
@@ -170,7 +164,7 @@ def low_dose(
         float32 HU, (z, y, x).
     """
     _check_dose(dose)
-    noise = unit_noise(truth_hu, pixel_mm, seed, n0, f50, boost)
+    noise = unit_noise(truth_hu, pixel_mm, seed)
     return np.asarray(truth_hu + noise / np.float32(math.sqrt(dose)), np.float32)
 
 

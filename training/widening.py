@@ -12,9 +12,11 @@ from torch import nn
 
 SMALLEST_PART = 0.25
 """Of a feature that is there twice, what a reader takes at least from each; halves would keep them alike for ever."""
+_SEED = 1
+"""Of the parts."""
 
 
-def widen(narrow: nn.Module, wide: nn.Module, seed: int = 1) -> None:
+def widen(narrow: nn.Module, wide: nn.Module) -> None:
     """Fill `wide` so that it computes what `narrow` does, to rounding.
 
     Parameters
@@ -23,15 +25,13 @@ def widen(narrow: nn.Module, wide: nn.Module, seed: int = 1) -> None:
         Trained; of convolutions that know no groups, of sums, and of functions of single features.
     wide
         The same with twice as many features, and as many inputs and outputs.
-    seed
-        Of the parts.
 
     Raises
     ------
     ValueError
         `wide` is not that.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_SEED)
     wider = {name: parameter for name, parameter in wide.named_parameters() if parameter.requires_grad}
     weights = dict(narrow.named_parameters())
     if weights.keys() != wider.keys():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from ct_builder import phantom, write_series
 from holdings import check_holds_one_derived
 from node_process import NodeProcess
@@ -16,19 +14,8 @@ from scanner import Image, Scanner, image, send
 
 SLICES = 8
 IN_TIME_S = 3.0
-AS_SHIPPED = {"assembly": {"quiet_s": 15.0, "quiet_without_evidence_s": 120.0}}
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Iterator[StorageOracle]:
-    with StorageOracle(ae_title="PACS") as peer:
-        yield peer
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory, oracle: StorageOracle) -> Iterator[NodeProcess]:
-    with NodeProcess(tmp_path_factory.mktemp("arrival"), oracle.port, AS_SHIPPED) as process:
-        yield process
+SETTINGS = {"assembly": {"quiet_s": 15.0, "quiet_without_evidence_s": 120.0}}
+"""As shipped."""
 
 
 def series(folder: Path, name: str) -> list[Image]:
@@ -49,15 +36,15 @@ def check_stays_open(node: NodeProcess, images: list[Image]) -> None:
     end = time.monotonic() + IN_TIME_S
     while time.monotonic() < end:
         assert node.series(images[0].series_uid).get("state", "OPEN") == "OPEN"
-        time.sleep(0.1)
+        time.sleep(0.1)  # that nothing happens takes time
 
 
-def test_released(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_released(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path, "released")
     send(node.port, images)
     check_closed_in_time(node, images, time.monotonic())
     node.wait_series(images[0].series_uid, "DONE")
-    check_holds_one_derived(oracle, images)
+    check_holds_one_derived(pacs, images)
 
 
 def test_the_scanner_goes_on_with_another_series(node: NodeProcess, tmp_path: Path) -> None:
@@ -74,7 +61,7 @@ def test_the_scanner_goes_on_with_another_series(node: NodeProcess, tmp_path: Pa
         check_closed_in_time(node, others, time.monotonic())
 
 
-def test_capped_transfers(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_capped_transfers(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path, "capped")
     send(node.port, images[:5])
     check_stays_open(node, images)
@@ -88,4 +75,4 @@ def test_capped_transfers(node: NodeProcess, oracle: StorageOracle, tmp_path: Pa
     check_closed_in_time(node, images, time.monotonic())
     (job,) = node.wait_series(images[0].series_uid, "DONE")
     assert job["n_in"] == SLICES
-    check_holds_one_derived(oracle, images)
+    check_holds_one_derived(pacs, images)

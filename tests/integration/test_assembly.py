@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,18 +47,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def oracle() -> Iterator[StorageOracle]:
-    with StorageOracle(ae_title="PACS") as peer:
-        yield peer
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory, oracle: StorageOracle) -> Iterator[NodeProcess]:
-    with NodeProcess(tmp_path_factory.mktemp("assembly"), oracle.port, SETTINGS) as process:
-        yield process
-
-
 def series(folder: Path, name: str, slices: int = SLICES, **overrides: object) -> list[Image]:
     return [image(path) for path in write_series(folder, phantom(slices), name=name, **overrides)]
 
@@ -78,7 +65,7 @@ def flush(node: NodeProcess, folder: Path, name: str) -> None:
 
 
 def test_a_pause_shorter_than_the_quiet_time_is_one_series(
-    node: NodeProcess, oracle: StorageOracle, tmp_path: Path
+    node: NodeProcess, pacs: StorageOracle, tmp_path: Path
 ) -> None:
     images = series(tmp_path, "short pause")
     # A gap is left in the middle: nothing is complete before the second association.
@@ -89,16 +76,16 @@ def test_a_pause_shorter_than_the_quiet_time_is_one_series(
     (job,) = node.wait_series(images[0].series_uid, "DONE")
     assert (job["n_in"], job["n_out"], job["generation"]) == (SLICES, SLICES, 1)
     assert node.series(images[0].series_uid)["evidence"] == f"{SLICES} slices without a gap"
-    check_holds_one_derived(oracle, images)
+    check_holds_one_derived(pacs, images)
 
 
-def test_a_late_slice_supersedes(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_a_late_slice_supersedes(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path, "late")
     uid = images[0].series_uid
     send(node.port, images[:-1])
     (first,) = node.wait_series(uid, "DONE")
     assert first["n_out"] == SLICES - 1
-    first_derived = check_holds_one_derived(oracle, images[:-1])
+    first_derived = check_holds_one_derived(pacs, images[:-1])
 
     send(node.port, images[-1:])
     first, second = node.wait_series(uid, "DONE", "DONE")
@@ -106,14 +93,14 @@ def test_a_late_slice_supersedes(node: NodeProcess, oracle: StorageOracle, tmp_p
     assert any("superseded" in event and second["id"] in event for event in node.events(first["id"]))
     assert (second["generation"], second["n_in"], second["n_out"]) == (2, SLICES, SLICES)
     assert (node.series(uid)["generation"], node.series(uid)["n_instances"]) == (2, SLICES)
-    found = derived_series(oracle, images)
+    found = derived_series(pacs, images)
     assert set(found) == {first_derived, second["derived_series_uid"]}
     assert sorted(found[second["derived_series_uid"]].values()) == sorted(one.sop_instance_uid for one in images)
     assert not set(found[first_derived]) & set(found[second["derived_series_uid"]])
     check_kept(node, images)
 
 
-def test_a_late_slice_stops_what_runs(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_a_late_slice_stops_what_runs(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path, "late while running")
     uid = images[0].series_uid
     with node.holding():
@@ -126,13 +113,13 @@ def test_a_late_slice_stops_what_runs(node: NodeProcess, oracle: StorageOracle, 
         assert first["superseded_by"] == second["id"]
         assert not alive(child)
         assert not list((node.spool / "derived").glob(f"{first['id']}*"))
-        assert not derived_series(oracle, images)
+        assert not derived_series(pacs, images)
     _, second = node.wait_series(uid, "CANCELLED", "DONE")
     assert (second["crashes"], second["n_out"]) == (0, SLICES)
-    assert check_holds_one_derived(oracle, images) == second["derived_series_uid"]
+    assert check_holds_one_derived(pacs, images) == second["derived_series_uid"]
 
 
-def test_an_abort_is_a_pause(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_an_abort_is_a_pause(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path, "abort")
     with Scanner(node.port, images) as scanner:
         for one in (*images[:2], *images[4:]):
@@ -147,20 +134,20 @@ def test_an_abort_is_a_pause(node: NodeProcess, oracle: StorageOracle, tmp_path:
     (job,) = node.wait_series(images[0].series_uid, "DONE")
     assert (job["n_in"], job["generation"]) == (SLICES, 1)
     check_kept(node, images)
-    check_holds_one_derived(oracle, images)
+    check_holds_one_derived(pacs, images)
 
 
-def test_interleaved_series_stay_apart(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_interleaved_series_stay_apart(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     one, other = series(tmp_path, "interleaved one"), series(tmp_path, "interleaved other")
     send(node.port, [each for pair in zip(one, other, strict=True) for each in pair])
     for images in (one, other):
         (job,) = node.wait_series(images[0].series_uid, "DONE")
         assert (job["n_in"], job["n_out"]) == (SLICES, SLICES)
         check_kept(node, images)
-        check_holds_one_derived(oracle, images)
+        check_holds_one_derived(pacs, images)
 
 
-def test_parallel_associations_bring_one_series(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_parallel_associations_bring_one_series(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path, "parallel", 12)
     together = threading.Barrier(3)
     failures: list[Exception] = []
@@ -184,10 +171,10 @@ def test_parallel_associations_bring_one_series(node: NodeProcess, oracle: Stora
     assert (job["n_in"], job["generation"]) == (12, 1)
     assert node.series(images[0].series_uid)["n_conflicts"] == 0
     check_kept(node, images)
-    check_holds_one_derived(oracle, images)
+    check_holds_one_derived(pacs, images)
 
 
-def test_a_series_stays_open_while_its_sender_does(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_a_series_stays_open_while_its_sender_does(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path, "open association")
     with Scanner(node.port, images) as scanner:
         for one in images:
@@ -195,16 +182,16 @@ def test_a_series_stays_open_while_its_sender_does(node: NodeProcess, oracle: St
         pause(3 * QUIET_S)
         assert node.series(images[0].series_uid)["state"] == "OPEN"
     node.wait_series(images[0].series_uid, "DONE")
-    check_holds_one_derived(oracle, images)
+    check_holds_one_derived(pacs, images)
 
 
-def test_the_same_image_again(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_the_same_image_again(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path, "again")
     uid = images[0].series_uid
     send(node.port, images)
     node.wait_series(uid, "DONE")
-    jobs, derived = node.jobs(), derived_series(oracle, images)
-    copies = {one: list(oracle.received[one]) for one in next(iter(derived.values()))}
+    jobs, derived = node.jobs(), derived_series(pacs, images)
+    copies = {one: list(pacs.received[one]) for one in next(iter(derived.values()))}
 
     send(node.port, images[2:4])
     flush(node, tmp_path, "again")
@@ -213,13 +200,11 @@ def test_the_same_image_again(node: NodeProcess, oracle: StorageOracle, tmp_path
     assert len(list((node.spool / "instances" / uid).iterdir())) == SLICES
     assert not (node.spool / "conflicts" / uid).exists()
     node.wait_series(uid, "DONE")
-    assert derived_series(oracle, images) == derived
-    assert {one: list(oracle.received[one]) for one in copies} == copies
+    assert derived_series(pacs, images) == derived
+    assert {one: list(pacs.received[one]) for one in copies} == copies
 
 
-def test_the_same_image_with_other_bytes_is_kept_apart(
-    node: NodeProcess, oracle: StorageOracle, tmp_path: Path
-) -> None:
+def test_the_same_image_with_other_bytes_is_kept_apart(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path, "conflict")
     uid = images[0].series_uid
     send(node.port, images)
@@ -237,20 +222,20 @@ def test_the_same_image_with_other_bytes_is_kept_apart(
     row = node.series(uid)
     assert (row["state"], row["generation"], row["n_instances"]) == ("CLOSED", 1, SLICES)
     node.wait_series(uid, "DONE")
-    check_holds_one_derived(oracle, images)
+    check_holds_one_derived(pacs, images)
 
 
-def test_a_missing_slice_is_named(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_a_missing_slice_is_named(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path, "gap")
     send(node.port, [*images[:3], *images[4:]], calling="STACK")
     (job,) = node.wait_series(images[0].series_uid, "SKIPPED")
     # Slices at -100, -98, … mm: the fourth, at -94 mm, is not there.
     assert job["reason"].startswith("gap: 1 slice(s) missing between -96.00 and -92.00 mm")
     assert "4.00 mm between the slices at -96.00 mm and -92.00 mm" in node.series(images[0].series_uid)["evidence"]
-    assert not derived_series(oracle, images)
+    assert not derived_series(pacs, images)
 
 
-def test_an_announced_number_that_does_not_come(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_an_announced_number_that_does_not_come(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path, "announced", ImagesInAcquisition=SLICES + 2)
     begun = time.monotonic()
     send(node.port, images)
@@ -259,10 +244,10 @@ def test_an_announced_number_that_does_not_come(node: NodeProcess, oracle: Stora
     short = f"{SLICES} of {SLICES + 2} images came"
     assert node.series(images[0].series_uid)["evidence"] == short
     assert f"QUEUED series closed: {short}" in node.events(job["id"])
-    check_holds_one_derived(oracle, images)
+    check_holds_one_derived(pacs, images)
 
 
-def test_a_localizer_inside_a_series_goes_its_own_way(node: NodeProcess, oracle: StorageOracle, tmp_path: Path) -> None:
+def test_a_localizer_inside_a_series_goes_its_own_way(node: NodeProcess, pacs: StorageOracle, tmp_path: Path) -> None:
     types = [["ORIGINAL", "PRIMARY", "AXIAL"]] * SLICES
     types[0] = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
     images = series(tmp_path, "localizer inside", ImageType=lambda k: types[k])
@@ -270,29 +255,29 @@ def test_a_localizer_inside_a_series_goes_its_own_way(node: NodeProcess, oracle:
     (job,) = node.wait_series(images[0].series_uid, "DONE")
     node.wait_series(images[0].series_uid, "DONE", kind="ORIGINALS")
     assert job["n_in"] == SLICES - 1
-    check_holds_one_derived(oracle, images[1:])
-    assert oracle.received[images[0].sop_instance_uid] == [images[0].sha256]
-    assert not set(oracle.sop_instance_uids()) & {one.sop_instance_uid for one in images[1:]}
+    check_holds_one_derived(pacs, images[1:])
+    assert pacs.received[images[0].sop_instance_uid] == [images[0].sha256]
+    assert not set(pacs.sop_instance_uids()) & {one.sop_instance_uid for one in images[1:]}
 
 
 @pytest.mark.parametrize(("calling", "state"), [("CRASH", "FAILED"), ("HARMFUL", "WITHHELD")])
 def test_originals_go_out_whatever_happens_to_the_denoising(
-    node: NodeProcess, oracle: StorageOracle, tmp_path: Path, calling: str, state: str
+    node: NodeProcess, pacs: StorageOracle, tmp_path: Path, calling: str, state: str
 ) -> None:
     images = series(tmp_path, f"originals {calling}")
     uid = images[0].series_uid
     with Scanner(node.port, images, calling=calling) as scanner:
         for one in images[:-1]:
             assert scanner.store(one) == 0x0000
-        wait_for(lambda: set(oracle.sop_instance_uids()) >= {one.sop_instance_uid for one in images[:-1]}, 20)
+        wait_for(lambda: set(pacs.sop_instance_uids()) >= {one.sop_instance_uid for one in images[:-1]}, 20)
         assert node.series(uid)["state"] == "OPEN"
         assert scanner.store(images[-1]) == 0x0000
     (job,) = node.wait_series(uid, state)
     (originals,) = node.wait_series(uid, "DONE", kind="ORIGINALS")
     assert originals["n_out"] == SLICES
     for one in images:
-        assert oracle.received[one.sop_instance_uid] == [one.sha256]
-    assert not derived_series(oracle, images)
+        assert pacs.received[one.sop_instance_uid] == [one.sha256]
+    assert not derived_series(pacs, images)
     assert job["derived_series_uid"] is None
     if state == "WITHHELD":
         assert "moved by +40.0" in job["reason"]
@@ -300,12 +285,12 @@ def test_originals_go_out_whatever_happens_to_the_denoising(
         assert (job["crashes"], (node.controls / "crashes").read_text()) == (2, "xx")
 
 
-def test_nothing_came_twice_and_nothing_foreign(node: NodeProcess, oracle: StorageOracle) -> None:
+def test_nothing_came_twice_and_nothing_foreign(node: NodeProcess, pacs: StorageOracle) -> None:
     """Over all tests of this file: every object the PACS holds has one sender, one content and came once."""
     ours = {row["sop_instance_uid"] for row in node.query("SELECT sop_instance_uid FROM transfers")}
-    assert set(oracle.sop_instance_uids()) == ours
-    assert {uid: len(copies) for uid, copies in oracle.received.items() if len(copies) != 1} == {}
-    for ds in datasets(oracle).values():
+    assert set(pacs.sop_instance_uids()) == ours
+    assert {uid: len(copies) for uid, copies in pacs.received.items() if len(copies) != 1} == {}
+    for ds in datasets(pacs).values():
         assert (ds.ImageType[0] == "DERIVED") == ("SourceImageSequence" in ds)
 
 

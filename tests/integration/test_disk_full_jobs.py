@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,12 @@ from small_disk import (
 pytestmark = pytest.mark.usefixtures("small_disks")
 
 
+def end_pause(node: SmallDiskNode, series_uid: str) -> None:
+    """Make the next try of a job due now, which the node finds by itself as it does after the pause."""
+    with closing(sqlite3.connect(node.database, timeout=20)) as database, database:
+        database.execute("UPDATE jobs SET next_try_at = updated_at WHERE series_uid = ?", (series_uid,))
+
+
 def test_derivation_waits_for_space(oracle: StorageOracle, tmp_path: Path) -> None:
     images = series(tmp_path / "ct", "derivation", 8)
     uid = images[0].series_uid
@@ -34,7 +43,10 @@ def test_derivation_waits_for_space(oracle: StorageOracle, tmp_path: Path) -> No
         # Nothing half-made takes the space that is left, and what came is as it was.
         assert list((node.spool / "derived").iterdir()) == []
         check_kept(node, images)
+        pause = datetime.fromisoformat(job["next_try_at"]) - datetime.fromisoformat(job["updated_at"])
+        assert timedelta(seconds=25) < pause < timedelta(seconds=35)
         node.make_space()
+        end_pause(node, uid)
         (job,) = node.wait_series(uid, "DONE", timeout_s=AGAIN_S)
         assert (job["runs"], job["crashes"]) == (2, 0)
         assert check_holds_one_derived(oracle, images) == job["derived_series_uid"]

@@ -5,20 +5,19 @@ What each of them is answered is the matter of tests/unit/test_association.py an
 
 from __future__ import annotations
 
-import os
 import struct
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from caller import CT, Caller, command, p_data, request, seconds_until_closed, store_rq
+from caller import CT, Caller, command, p_data, request, store_rq
+from costs import Costs
 from ct_builder import phantom, uid, write_series
 from holdings import check_kept
-from hostility import BROKEN, NO_REQUEST, REFUSED
+from hostility import BROKEN, NO_REQUEST, REFUSED, Act, at_once
 from node_process import NodeProcess
 from oracle import StorageOracle
 from peers import wait_for
@@ -27,7 +26,6 @@ from scanner import Image, image
 from dicomnode.association import MAX_PDU_BYTES
 
 TIMEOUT_S = 2.0
-MAX_GROWTH_BYTES = 20 * 2**20
 ROUNDS = 5
 MR = "1.2.840.10008.5.1.4.1.1.4"
 
@@ -55,36 +53,6 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
 def one(tmp_path: Path, request: pytest.FixtureRequest) -> Image:
     """A CT image of its own for each test."""
     return image(*write_series(tmp_path, phantom(1, 64), name=request.node.name))
-
-
-class Costs:
-    """What the node has and had since this was made: memory, threads, descriptors."""
-
-    def __init__(self, node: NodeProcess) -> None:
-        self._proc = Path(f"/proc/{node.pid}")
-        self._before = self.resident_bytes()
-        self._held = self._threads_and_descriptors()
-
-    def resident_bytes(self) -> int:
-        return int((self._proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def _threads_and_descriptors(self) -> tuple[int, int]:
-        """The database is not for callers; its pool opens files when it likes."""
-        files = [os.path.realpath(one) for one in (self._proc / "fd").iterdir()]
-        return sum(1 for _ in (self._proc / "task").iterdir()), sum("/node.db" not in one for one in files)
-
-    def check_memory(self) -> None:
-        grown = self.resident_bytes() - self._before
-        assert grown <= MAX_GROWTH_BYTES, f"{grown / 2**20:.1f} MiB more than before"
-
-    def check_all(self) -> None:
-        self.check_memory()
-
-        def back() -> bool:
-            now = self._threads_and_descriptors()
-            return all(one <= before for one, before in zip(now, self._held, strict=True))
-
-        wait_for(back, 15, f"threads and descriptors to be back at {self._held}")
 
 
 @pytest.fixture
@@ -144,49 +112,35 @@ def test_what_differs_from_its_command_is_not_kept(node: NodeProcess, costs: Cos
 def test_the_slow_and_the_silent_are_closed_in_time_and_keep_nobody_out(
     node: NodeProcess, costs: Costs, one: Image
 ) -> None:
-    late: list[str] = []
+    def call() -> Caller:
+        return Caller(node.port, source="127.0.0.2")
 
-    def suffer(name: str, act: Callable[[Caller], object], *, associated: bool) -> None:
-        with Caller(node.port, source="127.0.0.2") as caller:
-            if associated:
-                caller.associate()
-            begun = time.monotonic()
-            act(caller)
-            seconds_until_closed(caller)
-            took_s = time.monotonic() - begun
-            if took_s > TIMEOUT_S + 1:
-                late.append(f"{name}: {took_s:.1f} s")
+    def associate() -> Caller:
+        return call().associate()
 
     whole_pdu = p_data(CT, 3, command())
-    peers: list[tuple[str, Callable[[Caller], object], bool]] = [
-        ("silent", lambda caller: None, False),
-        ("half a request", lambda caller: caller.send(request()[:60]), False),
-        ("request byte by byte", lambda caller: caller.trickle(request(), 0.05), False),
-        ("silent associated", lambda caller: None, True),
-        ("half a PDU", lambda caller: caller.send(whole_pdu[:30]), True),
-        ("PDU byte by byte", lambda caller: caller.trickle(whole_pdu, 0.05), True),
-        ("command without data set", lambda caller: caller.send(whole_pdu), True),
-        ("half an image", lambda caller: caller.send(store_rq(one)[:5000]), True),
-        ("announces a PDU", lambda caller: caller.send(struct.pack(">BxL", 4, MAX_PDU_BYTES)), True),
-    ]
-    threads = [
-        threading.Thread(target=suffer, args=(name, act), kwargs={"associated": associated})
-        for name, act, associated in peers
-    ]
-    for thread in threads:
-        thread.start()
-    for _ in range(5):
-        begun = time.monotonic()
-        with Caller(node.port) as caller:
-            caller.associate()
-            assert caller.echo() == 0
-            caller.send(store_rq(one))
-            assert caller.status() == 0
-            caller.release()
-        assert time.monotonic() - begun < TIMEOUT_S
-        costs.check_memory()
-    for thread in threads:
-        thread.join(30)
+    peers: dict[str, Act] = {
+        "silent": (call, lambda caller: None),
+        "half a request": (call, lambda caller: caller.send(request()[:60])),
+        "request byte by byte": (call, lambda caller: caller.trickle(request(), 0.05)),
+        "silent associated": (associate, lambda caller: None),
+        "half a PDU": (associate, lambda caller: caller.send(whole_pdu[:30])),
+        "PDU byte by byte": (associate, lambda caller: caller.trickle(whole_pdu, 0.05)),
+        "command without data set": (associate, lambda caller: caller.send(whole_pdu)),
+        "half an image": (associate, lambda caller: caller.send(store_rq(one)[:5000])),
+        "announces a PDU": (associate, lambda caller: caller.send(struct.pack(">BxL", 4, MAX_PDU_BYTES))),
+    }
+    with at_once(peers, TIMEOUT_S + 1) as late:
+        for _ in range(5):
+            begun = time.monotonic()
+            with Caller(node.port) as caller:
+                caller.associate()
+                assert caller.echo() == 0
+                caller.send(store_rq(one))
+                assert caller.status() == 0
+                caller.release()
+            assert time.monotonic() - begun < TIMEOUT_S
+            costs.check_memory()
     assert late == []
     wait_for(lambda: node.series(one.series_uid), what="the index")
     check_kept(node, [one])

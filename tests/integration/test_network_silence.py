@@ -31,21 +31,7 @@ def trace_node(folder: Path, pacs_port: int) -> str:
     """System calls of a node's life: start, one series through the identity and through a network, delivery, stop."""
     trace = folder / "trace"
     # With -D the node is our own child, which we can tell to stop; without CI libraries send their statistics.
-    strace = (
-        "env",
-        "-u",
-        "CI",
-        "strace",
-        "-D",
-        "-f",
-        "--seccomp-bpf",
-        "-e",
-        "trace=network",
-        "-s",
-        "64",
-        "-o",
-        str(trace),
-    )
+    strace = ("strace", "-D", "-f", "--seccomp-bpf", "-e", "trace=network", "-s", "64", "-o", str(trace))
     settings = {
         "routes": [
             {"name": "network", "pipeline": "fast-2.5d", "send_to": ["pacs"], "continue": True},

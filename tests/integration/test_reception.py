@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -45,25 +44,15 @@ RETIRED = {"jpeg-p10_12-retired", "jpeg-p6_8-retired"}
 SECRET_NAME, SECRET_ID, SECRET_DATE = "Zzyzx^Qwertine", "ZQ-7755331", "19530219"
 
 
-@pytest.fixture(scope="module")
-def pacs() -> Iterator[StorageOracle]:
-    with StorageOracle(ae_title="PACS") as peer:
-        yield peer
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory, pacs: StorageOracle) -> Iterator[NodeProcess]:
-    settings = {
-        "reception": {
-            "calling_ae_titles": ["SCANNER", "DCMSEND", "ECHOSCU"],
-            "networks": ["127.0.0.1/32"],
-            "max_associations": 2,
-            "max_object_mb": 1,
-            "different_duplicate": "refuse",
-        }
+SETTINGS = {
+    "reception": {
+        "calling_ae_titles": ["SCANNER", "DCMSEND", "ECHOSCU"],
+        "networks": ["127.0.0.1/32"],
+        "max_associations": 2,
+        "max_object_mb": 1,
+        "different_duplicate": "refuse",
     }
-    with NodeProcess(tmp_path_factory.mktemp("reception"), pacs.port, settings) as process:
-        yield process
+}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from committing import CommittingOracle, Manner, Site
+from committing import CommittingOracle, Site
 from conftest import require_peer
 from ct_builder import phantom, write_series
 from holdings import check_holds_one_derived
@@ -121,8 +121,8 @@ def test_a_lost_report_is_asked_for_again_and_the_command_line_tells(pacs: Commi
         assert f"{SLICES} ACCEPTED" in shown
         assert "storage commitment asked for, report awaited until " in shown
         assert pacs.asked[0].transaction_uid in shown
-        pacs.manner = Manner()
-        node.wait_jobs("DONE", timeout_s=60)
+        assert pacs.report(pacs.asked[-1]) == 0
+        node.wait_jobs("DONE")
         shown = node.command("jobs", "show", job["id"]).stdout
         assert f"delivery to pacs: COMMITTED, {SLICES} COMMITTED" in shown
     assert len({asked.transaction_uid for asked in pacs.asked}) == len(pacs.asked)
@@ -137,6 +137,7 @@ def test_what_failed_is_sent_again_by_itself(pacs: CommittingOracle, tmp_path: P
         send(node.port, images)
         (job,) = node.wait_jobs("DONE")
         assert states(node, job) == ["COMMITTED"]
+        wait_for(lambda: pacs.statuses == [0, 0], what="the answers to both reports")
     assert [len(asked.instances) for asked in pacs.asked] == [SLICES, 1]
     assert pacs.images == SLICES + 1
     assert check_holds_one_derived(pacs, images) == job["derived_series_uid"]

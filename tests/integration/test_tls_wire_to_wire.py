@@ -15,9 +15,8 @@ SLICES = 6
 
 
 @pytest.mark.peer
-def test_certificates_are_demanded_at_both_ends(tmp_path: Path) -> None:
-    require_peer("openssl", "storescp", "storescu")
-    certificates = Certificates.made(tmp_path / "certificates")
+def test_certificates_are_demanded_at_both_ends(certificates: Certificates, tmp_path: Path) -> None:
+    require_peer("storescp", "storescu")
     authority = str(certificates.authority)
     settings = {
         "tls": {**certificates.pair("node"), "client_ca_file": authority, "subjects": {"CT1": "ct1.hospital"}},

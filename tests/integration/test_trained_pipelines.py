@@ -16,7 +16,8 @@ from test_wire_to_wire import check_derived, derived_of, header, hu
 
 from pipelines.runtime import WEIGHTS
 from training.simulate import low_dose
-from training.sources.phantom import chest_abdomen, tissue_masks
+from training.sources.phantom import chest_abdomen
+from training.tissues import tissue_masks
 
 pytestmark = pytest.mark.peer
 

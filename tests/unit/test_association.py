@@ -168,6 +168,21 @@ def test_a_fault_of_ours_ends_its_association_only(
     assert "quote" not in caplog.text
 
 
+def test_a_fault_of_ours_before_an_association_closes_the_connection(
+    node: Reception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*connected: object, **times: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("dicomnode.association.Connection", broken)
+    with Caller(node.port) as caller:
+        assert caller.receive() is None
+    monkeypatch.undo()
+    with Caller(node.port) as other:
+        assert other.associate().echo() == 0
+    assert "aborted: a fault of the node: ZeroDivisionError at broken:" in caplog.text
+
+
 # ── real senders ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -6,11 +6,23 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from ct_builder import uid, write_series
 from torch import nn
 
-from training.card import Plateau, Source, TrainingRecord, plateau_in_words, write_network
+from training.card import (
+    UNCHECKED,
+    Plateau,
+    Source,
+    TrainingRecord,
+    plateau_in_words,
+    source_of,
+    write_card,
+    write_network,
+)
+from training.sources.layouts import Case
 
 RECORD = TrainingRecord(
     command="python -m training train x",
@@ -40,6 +52,18 @@ def test_a_card_before_the_plateau_is_strict_json(tmp_path: Path) -> None:
 
     card = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert card["training"]["plateau"] == {"gain_db": None, "reached": False, "obstacle": ""}
+
+
+def test_a_card_reads_as_it_is_written_and_knows_numbers_alone(tmp_path: Path) -> None:
+    card = {"name": "x", "limits": "−160 to 240 HU, 5×5, µ", "measured": {"psnr_db": [30.5, 1e-7]}}
+    write_card(tmp_path / "x.json", card)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == card
+    assert '\n  "limits": "−160 to 240 HU, 5×5, µ",\n' in text
+    assert text.endswith("}\n")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_card(tmp_path / "x.json", card | {"int8_loss_db": float("nan")})
+    assert (tmp_path / "x.json").read_text(encoding="utf-8") == text
 
 
 def _plateau(tmp_path: Path, values: list[float], same_since: int = 0, obstacle: str = "") -> Plateau:
@@ -134,3 +158,18 @@ def test_weights_that_half_precision_cannot_hold_are_not_written(tmp_path: Path,
     with pytest.raises(ValueError, match="not finite in half precision, the first is weight"):
         write_network(tmp_path, {"name": "x"}, network, RECORD)
     assert not list(tmp_path.iterdir())
+
+
+def test_licence_and_attribution_come_from_beside_the_images(tmp_path: Path) -> None:
+    files = tuple(write_series(tmp_path, np.zeros((1, 8, 8))))
+    case = Case("somebody", "a series", files, None, None, "", 1.0)
+    assert source_of(case).licence == "not stated"
+    assert source_of(case).study_uid == uid("study")
+    path = tmp_path / "SOURCE.txt"
+    path.write_text("licence: CC BY 4.0\nlicence status: read\nattribution:\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="does not name attribution"):
+        source_of(case)
+    path.write_text("licence: CC BY 4.0\nlicence status: read\nattribution: A: b\n", encoding="utf-8")
+    assert source_of(case) == Source(tmp_path.name, "CC BY 4.0", "read", "A: b", uid("study"))
+    path.write_text("licence: CC BY 4.0\nlicence status: UNVERIFIED: said\nattribution: A: b\n", encoding="utf-8")
+    assert source_of(case) == Source(tmp_path.name, "CC BY 4.0", UNCHECKED, "A: b", uid("study"))

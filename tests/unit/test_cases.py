@@ -25,7 +25,6 @@ from training.measuring.cases import (
     with_inserted,
 )
 from training.simulate import low_dose
-from training.simulation.projection import Kernel
 from training.sources.phantom import chest_abdomen
 
 MATRIX = 192
@@ -84,14 +83,6 @@ def test_a_series_gets_the_noise_of_its_dose(monkeypatch: pytest.MonkeyPatch, tm
         assert trial.again is not None
         assert noise_level(trial.low.hu, padding, 2.0) / own == pytest.approx(ratio, rel=0.1)
         assert not np.array_equal(trial.low.hu, trial.again.hu)
-
-
-def test_half_value_of_a_kernel() -> None:
-    assert cases._half_value(Kernel(0.5)) == pytest.approx(0.5, abs=0.001)
-    boosted = Kernel(0.4, 2.0)
-    half = cases._half_value(boosted)
-    assert float(boosted.apodisation(np.array([half]))[0]) == pytest.approx(0.5, abs=0.01)
-    assert half > 0.5
 
 
 def _uniform(soft: NDArray[np.bool_]) -> Trial:

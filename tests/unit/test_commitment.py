@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from committing import INSTANCE, NO_SUCH_OBJECT, TIMEOUT_S, CommittingOracle, Ma
 from oracle import Script
 from peers import free_port, wait_for
 from pydicom import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
 from sender import COUNT, PROMPT, UIDS
 from tables import CT, events, row, rows
 
 from dicomnode import jobs as job_table
-from dicomnode.db import DeliveryState, JobState, commitments, deliveries, now
+from dicomnode.db import DeliveryState, JobState, commitments, deliveries
 
 S = DeliveryState
 TRIES = PROMPT["failure_status_tries"]
@@ -32,10 +32,22 @@ def pacs() -> Iterator[CommittingOracle]:
 
 @pytest.fixture
 def site(database: sa.Engine, sent_series: list[Path], pacs: CommittingOracle, tmp_path: Path) -> Iterator[Site]:
-    made = Site(database, sent_series, pacs.port, pacs.report_to[0], tmp_path)
-    made.server.start()
-    yield made
-    made.server.stop(5)
+    with Site(database, sent_series, pacs.port, pacs.report_to[0], tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a report on the association of its request."""
+    monkeypatch.setattr("dicomnode.scu._REPORT_WAIT_S", 0.0)
+
+
+@pytest.fixture
+def waiting(site: Site, pacs: CommittingOracle, at_once: None) -> None:
+    """The site asked once, and no report came."""
+    pacs.manner.report = "never"
+    site.sent()
+    site.ask()
 
 
 def distinct(states: list[str]) -> list[str]:
@@ -136,12 +148,6 @@ def test_a_peer_without_room_is_tried_without_a_count(site: Site, pacs: Committi
 # ── no report ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for a report on the association of its request."""
-    monkeypatch.setattr("dicomnode.scu._REPORT_WAIT_S", 0.0)
-
-
 def seconds_to_next(found: dict[str, Any]) -> float:
     return float((found["next_try_at"] - found["updated_at"]).total_seconds())
 
@@ -186,12 +192,9 @@ def test_a_day_is_the_longest_wait_for_a_report_unless_the_first_is_longer(site:
     assert round(seconds_to_next(site.ask()), -1) == 100_000
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("waiting")
 def test_a_late_report_counts(site: Site, pacs: CommittingOracle) -> None:
     """On the first of two requests: all that it names is committed."""
-    pacs.manner.report = "never"
-    site.sent()
-    site.ask()
     site.ask()
     first, second = pacs.asked
     pacs.manner.leave_out = {UIDS[0]}
@@ -202,11 +205,8 @@ def test_a_late_report_counts(site: Site, pacs: CommittingOracle) -> None:
     assert (site.row()["state"], site.job["state"]) == (S.COMMITTED, JobState.DONE)
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("waiting")
 def test_the_same_report_again_changes_nothing(site: Site, pacs: CommittingOracle) -> None:
-    pacs.manner.report = "never"
-    site.sent()
-    site.ask()
     assert pacs.report(pacs.asked[0]) == 0
     before = rows(site.database, "transfers"), rows(site.database, "deliveries"), events(site.database)
     pacs.manner.failing = dict.fromkeys(UIDS, NO_SUCH_OBJECT)
@@ -214,11 +214,8 @@ def test_the_same_report_again_changes_nothing(site: Site, pacs: CommittingOracl
     assert (rows(site.database, "transfers"), rows(site.database, "deliveries"), events(site.database)) == before
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("waiting")
 def test_a_report_finds_its_request_after_a_restart(site: Site, pacs: CommittingOracle) -> None:
-    pacs.manner.report = "never"
-    site.sent()
-    site.ask()
     site.use()
     assert pacs.report(pacs.asked[0]) == 0
     assert site.job["state"] == JobState.DONE
@@ -276,27 +273,28 @@ def without_uid(information: Dataset) -> None:
         (lambda information: None, 3, 0x0113),
     ],
 )
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("waiting")
 def test_what_is_no_report_is_answered_so_and_changes_nothing(
     site: Site, pacs: CommittingOracle, change: Callable[[Dataset], None], event_type: int, status: int
 ) -> None:
-    pacs.manner.report = "never"
-    site.sent()
-    site.ask()
     _, information = pacs.information(pacs.asked[0])
     change(information)
     assert pacs.say(event_type, information) == status
     assert (site.states(), site.row()["state"]) == (["ACCEPTED"] * COUNT, S.COMMITTING)
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(
+    "information",
+    [b"", b"\x08\x00\x95", b"\x08\x00\x99\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00", b"\0" * 40],
+)
+def test_what_cannot_be_read_is_answered_so(site: Site, information: bytes) -> None:
+    assert site.commitment.report(1, information, ExplicitVRLittleEndian) == 0x0115
+
+
+@pytest.mark.usefixtures("waiting")
 def test_a_database_that_fails_under_a_report_says_so(
     site: Site, pacs: CommittingOracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pacs.manner.report = "never"
-    site.sent()
-    site.ask()
-
     def failing(*_: object) -> bool:
         raise sa.exc.OperationalError("UPDATE", {}, Exception("locked"))
 
@@ -306,94 +304,26 @@ def test_a_database_that_fails_under_a_report_says_so(
     assert pacs.report(pacs.asked[0]) == 0
 
 
-# ── trouble with the request ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_request_that_is_refused_is_made_again_a_few_times(site: Site, pacs: CommittingOracle) -> None:
-    pacs.manner.action_status = 0x0213
-    site.sent()
-    for _ in range(TRIES - 1):
-        waiting = site.ask()
-        assert waiting["state"] == S.COMMITTING
-        assert waiting["reason"] == "it answered the request for storage commitment with status 0x0213"
-        assert waiting["next_try_at"] > waiting["updated_at"]
-    assert site.ask()["state"] == S.FAILED
-    assert "0x0213" in site.job["reason"]
-
-
-def test_a_peer_that_offers_no_commitment_fails_the_job_at_once(
-    database: sa.Engine, sent_series: list[Path], tmp_path: Path
-) -> None:
-    with CommittingOracle(free_port(), offered=False) as pacs:
-        site = Site(database, sent_series, pacs.port, free_port(), tmp_path).sent()
-        failed = site.ask()
-    assert failed["state"] == S.FAILED
-    assert "does not offer Storage Commitment" in failed["reason"]
-    assert "remove commitment_timeout_s" in site.job["reason"]
-
-
-@pytest.mark.parametrize("trouble", ["down", "transient"])
-def test_trouble_that_passes_is_tried_until_the_configured_age(
-    site: Site, pacs: CommittingOracle, trouble: str
-) -> None:
-    site.sent()
-    if trouble == "down":
-        pacs.stop()
-    pacs.script = Script(reject=None if trouble == "down" else "transient")
-    for failures in range(1, TRIES + 2):
-        waiting = site.ask()
-        assert (waiting["state"], waiting["failures"]) == (S.COMMITTING, failures)
-        assert waiting["next_try_at"] > waiting["updated_at"]
-    assert site.job["state"] == JobState.COMMITTING
-    if trouble == "down":
-        pacs.start()
-    pacs.script = Script()
-    assert site.ask()["state"] == S.COMMITTED
-    with site.database.begin() as connection:
-        connection.execute(sa.update(deliveries).values(state=S.COMMITTING))
-        connection.execute(sa.text("UPDATE jobs SET state = 'COMMITTING'"))
-        old = now() - timedelta(days=site.config.delivery.give_up_after_days, seconds=1)
-        connection.execute(sa.update(deliveries).values(created_at=old))
-    pacs.stop()
-    assert site.ask()["state"] == S.FAILED
-    assert site.job["reason"].startswith("pacs: gave up: no connection to pacs")
-
-
-def test_a_permanent_rejection_is_tried_a_few_times(site: Site, pacs: CommittingOracle) -> None:
-    site.sent()
-    pacs.script = Script(reject="permanent")
-    assert [site.ask()["state"] for _ in range(TRIES)] == [*[S.COMMITTING] * (TRIES - 1), S.FAILED]
-
-
-def test_a_destination_that_left_the_configuration(site: Site, pacs: CommittingOracle) -> None:
-    site.sent()
-    site.use(site.config.model_copy(update={"destinations": {}}))
-    site.commitment.request("job", "pacs", 1)
-    assert site.row()["state"] == S.FAILED
-    assert "no longer in config.yaml" in site.job["reason"]
-
-
-def test_a_destination_that_is_no_longer_asked(site: Site, pacs: CommittingOracle) -> None:
-    site.sent()
-    site.use(commitment_timeout_s=None)
-    assert site.ask()["state"] == S.SENT
-    assert (site.job["state"], pacs.asked) == (JobState.DONE, [])
-
-
 # ── cancel, stop ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("waiting")
 def test_a_cancelled_job_stays_so(site: Site, pacs: CommittingOracle) -> None:
-    pacs.manner.report = "never"
-    site.sent()
-    site.ask()
     with site.database.begin() as connection:
         assert job_table.cancel(connection, "job")
     assert site.row()["state"] == S.CANCELLED
     assert pacs.report(pacs.asked[0]) == 0
     assert (site.row()["state"], site.job["state"]) == (S.CANCELLED, JobState.CANCELLED)
     assert site.states() == ["COMMITTED"] * COUNT
+
+
+def test_a_cancel_between_look_and_begin_wins(
+    site: Site, pacs: CommittingOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.sent()
+    site.cancel_after_look(monkeypatch)
+    assert site.ask()["state"] == S.CANCELLED
+    assert pacs.asked == []
 
 
 def test_a_stopping_node_does_not_wait_for_a_report(

@@ -177,16 +177,7 @@ def test_an_attempt_that_is_not_the_next_does_nothing(sender: Sender, oracle: St
 
 
 def test_a_cancel_between_look_and_begin_wins(sender: Sender, oracle: StorageOracle, monkeypatch: Any) -> None:
-    get = job_table.get
-
-    def get_then_cancel(connection: sa.Connection, identity: str) -> Any:
-        job = get(connection, identity)
-        monkeypatch.setattr(job_table, "get", get)
-        with sender.database.begin() as other:
-            assert job_table.cancel(other, identity)
-        return job
-
-    monkeypatch.setattr(job_table, "get", get_then_cancel)
+    sender.cancel_after_look(monkeypatch)
     sender.delivery.deliver("job", "pacs", 0)
     assert sender.row()["state"] == DeliveryState.CANCELLED
     assert oracle.images == 0

@@ -203,6 +203,7 @@ def test_the_command_makes_the_graph_of_installed_weights(tmp_path: Path, capsys
             shutil.copy(WEIGHTS / f"{name}.{suffix}", tmp_path)
     path = tmp_path / "drl.json"
     before = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("int8")}
+    before["limits"] = "−5 °C"
     path.write_text(json.dumps({**before, "files_sha256": {"int8.xml": "old"}, "int8_loss_db": 0.05}))
     (tmp_path / "drl.int8.xml").write_bytes(b"of another graph")
     (tmp_path / "st3d.int8.ranges").write_bytes(b"of no graph")
@@ -211,6 +212,7 @@ def test_the_command_makes_the_graph_of_installed_weights(tmp_path: Path, capsys
         main(["export", "--graph", "drl", "st3d", "--weights", str(tmp_path)])
         digest = hashlib.sha256((tmp_path / "drl.xml").read_bytes()).hexdigest()
         assert json.loads(path.read_text()) == {**before, "files_sha256": {"xml": digest}}
+        assert '"limits": "−5 °C"' in path.read_text(encoding="utf-8")  # as people read it
     assert not (tmp_path / "drl.int8.xml").exists()
     assert not (tmp_path / "st3d.xml").exists()
     assert (tmp_path / "st3d.int8.ranges").exists()

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines import runtime
 from pipelines.runtime import read_card
+from training.card import write_card
 from training.measuring import model_page
 from training.measuring.model_page import measure, page, write
 from training.sources.phantom import chest_abdomen
@@ -19,11 +20,14 @@ SHIPPED = sorted(path.stem for path in runtime.WEIGHTS.glob("*.json"))
 
 def test_card_and_page_hold_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = tmp_path / "fast-2.5d.json"
-    card.write_bytes((runtime.WEIGHTS / card.name).read_bytes())
+    full = json.loads((runtime.WEIGHTS / card.name).read_text(encoding="utf-8"))
+    write_card(card, {**full, "limits": "−5 °C"})
     monkeypatch.setattr(model_page, "WEIGHTS", tmp_path)
     monkeypatch.setattr(model_page, "PAGES", tmp_path / "docs")
     shown = write("fast-2.5d", "python -m training evaluate fast-2.5d --card", slices=1, seed=900_002)
-    measured = json.loads(card.read_text(encoding="utf-8"))["measured"]
+    written = card.read_text(encoding="utf-8")
+    write_card(card, {**full, "limits": "−5 °C", "measured": (measured := json.loads(written)["measured"])})
+    assert card.read_text(encoding="utf-8") == written  # nothing else was touched
     assert measured["command"] == "python -m training evaluate fast-2.5d --card"
     before, after = measured["psnr_db"]["-160 to 240 HU"]
     assert after > before

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from training.sources.phantom import TISSUES, chest_abdomen, tissue_masks
+from training.sources.phantom import chest_abdomen
+from training.tissues import tissue_masks
 
 Array = NDArray[np.float32]
 
@@ -57,14 +58,3 @@ def test_blur_halves_the_contrast_at_f50() -> None:
     at = int(np.argmin(np.abs(f - 0.25)))
     gaussian = np.exp(-np.log(2) * (f[at] / 0.25) ** 2)
     assert float(np.median(ratio[at - 3 : at + 4, :4])) == pytest.approx(gaussian, rel=0.05)
-
-
-def test_masks_are_disjoint_and_eroded(body: Array) -> None:
-    masks = tissue_masks(body)
-    assert np.sum(list(masks.values()), axis=0).max() == 1
-    low, high = TISSUES["lung"]
-    inside = (body >= low) & (body <= high)
-    lung = masks["lung"]
-    for shift in (-2, 2):
-        assert inside[np.roll(lung, shift, axis=1)].all()
-        assert inside[np.roll(lung, shift, axis=2)].all()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from training.simulation.projection import MU_WATER_PER_MM, Grid, Kernel, line_integrals, project, reconstruct
 
@@ -89,6 +90,13 @@ def test_kernel_has_its_values() -> None:
     assert soft.apodisation(np.array([0.0, 0.4])) == pytest.approx([1, 0.5])
     assert sharp.apodisation(np.array([0.0, 0.5])) == pytest.approx([1, 1.3])
     assert soft.ramp(np.array([-0.4, 0.4])) == pytest.approx([0.2, 0.2])
+
+
+def test_half_is_passed_up_to_f50_and_by_sharp_kernels_beyond() -> None:
+    soft, sharp = Kernel(0.5), Kernel(0.4, 2.0)
+    assert soft.passes_half == pytest.approx(0.5, abs=0.001)
+    exact = brentq(lambda f: (1 + 2 * (f / 0.4) ** 2) * math.exp(-math.log(2) * (f / 0.4) ** 2.5) - 0.5, 0.4, 1.6)
+    assert sharp.passes_half == pytest.approx(exact, abs=0.001)
 
 
 @pytest.mark.parametrize(("kernel", "bins"), [(Kernel(0.5), 1), (Kernel(0.72), 2), (Kernel(0.5, 1.6), 2)])

@@ -23,7 +23,7 @@ from pipelines.ffdnet import FFDNet
 from pipelines.network import NetworkPipeline
 from pipelines.openvino_core import compile_model, convolution_precisions, cpu_supports
 from pipelines.openvino_planes import OpenVINOPlanes, read_graph
-from pipelines.openvino_segments import SIGNED_ZERO, Code, Reach
+from pipelines.openvino_segments import SIGNED_ZERO, Code, Reach, parts
 from pipelines.resunet import ResUNet
 from pipelines.runtime import WEIGHTS, choose, read_card, read_file
 from pipelines.scaling import to_hu
@@ -32,6 +32,7 @@ from pipelines.stresnet import SRResNet3D, STResNet
 from training import quantization
 from training import quantize as command
 from training.__main__ import main
+from training.card import write_card
 from training.data import Batch
 from training.float_layers import Comparison, Loss
 from training.float_layers import choose as choose_layers
@@ -131,6 +132,7 @@ def test_channels_of_a_size_of_their_own_lose_less() -> None:
     (reach,) = calibrate(made, plane, [batch]).values()
     assert reach.parts[0] == 1
     assert np.argsort(reach.parts).tolist() == [2, 1, 3, 0]
+    assert parts(reach.reach) == pytest.approx(np.array(reach.parts))  # as a node reads it from the file
     losses = []
     for each in (reach, replace(reach, parts=())):
         quantise(made, {"0": each})
@@ -390,6 +392,9 @@ def test_streams_are_the_very_network(make: Callable[[], nn.Module], monkeypatch
     assert set(json.loads(files["int8.ranges"])) == set(convolutions(made))
 
 
+LIMITS = "−5 °C"
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Weights and card of fast-2.5d in a folder, and a command that takes seconds."""
@@ -409,6 +414,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for suffix in ("json", "safetensors", "xml"):
         shutil.copy(WEIGHTS / f"fast-2.5d.{suffix}", folder)
+    write_card(folder / "fast-2.5d.json", {**_card(folder), "limits": LIMITS})
     return folder
 
 
@@ -450,6 +456,8 @@ def test_command_installs_what_a_node_runs(installed: Path, tmp_path: Path, caps
     words += ["--out", str(tmp_path / "out"), "--threads", "1"]
     main([*words, "--max-loss-db", "99"])
     full = _card(installed)
+    assert full["limits"] == LIMITS
+    assert LIMITS in (installed / "fast-2.5d.json").read_text(encoding="utf-8")  # as people read it
     entry = full["int8"]
     assert entry["tuning_steps"] == 0
     assert entry["command"].startswith("python -m training quantize fast-2.5d --phantoms 1 --weights weights")

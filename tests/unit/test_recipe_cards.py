@@ -25,6 +25,12 @@ WHOLE_IMAGE = {"hqinet", "hqinet-lite"}
 CHANNELS = {"slice": 1, "slab3": 3}
 
 
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_recipe_states_what_training_does_not(name: str) -> None:
+    """What is known of the training itself, such as the size of the patches, is stated once."""
+    assert set(recipe(name).card) == {"name", "paper", "doi", "input", "overlap_zyx", "noise_map", "limits"}
+
+
 @pytest.mark.parametrize("name", sorted(FACTORIES))
 def test_the_factory_runs_the_network_of_the_recipe(name: str) -> None:
     factory: Factory = FACTORIES[name].load()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 from pipelines.base import Options, Pipeline, denoise_volume, load
 from pipelines.runtime import WEIGHTS
 from training.measuring.cases import volume_of
 from training.measuring.model_page import measure
+from training.recipes import recipe
 from training.simulate import low_dose
 from training.sources.phantom import chest_abdomen
+from training.sources.splits import entry_of
 
 Array = NDArray[np.float32]
 PIXEL_MM = 0.75
@@ -44,6 +50,34 @@ def test_shipped_weights_denoise(pipeline: Pipeline, pair: tuple[Array, Array]) 
         if tissue["voxels"] > 1000:
             assert abs(tissue["mean_shift_hu"]) < 1, name
             assert tissue["error_sd_after_hu"] < tissue["error_sd_before_hu"], name
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_card_tells_how_its_weights_came_to_be(name: str) -> None:
+    """Data, command, seed, commit, hours, hardware, what was measured, what was never tried; the weights in 16 bits."""
+    card = json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
+    training = card["training"]
+    assert training["command"].startswith(f"python -m training train {name} ")
+    commits = [part.split(" from step ") for part in training["commit"].split(", ")]
+    assert all(re.fullmatch(r"[0-9a-f]{40}\+?", commit) for commit, *_ in commits)
+    steps = [int(begun[0]) for _, *begun in commits if begun]
+    assert steps == sorted(set(steps))
+    assert all(0 < step < training["steps"] for step in steps)
+    assert training["seed"] >= 0
+    assert training["hours"] > 0
+    assert training["samples"] == training["steps"] * recipe(name).batch
+    assert training["hardware"]
+    assert training["plateau"]["reached"] in (True, False) or recipe(name).adversary
+    for source in training["series"]:
+        entry = entry_of(source["name"])
+        assert entry is not None
+        assert (entry.target, entry.study_uid) == (True, source.get("study_uid", entry.study_uid))
+        assert all(source[key] for key in ("licence", "licence_status", "attribution"))
+    assert all(card[key] for key in ("trained_on", "never_tried_on", "limits", "paper"))
+    assert card["measured"]["command"].startswith("python -m training evaluate ")
+    assert set(card["measured"]["tissues"]) == {"air", "lung", "fat", "soft", "bone"}
+    weights = load_file(WEIGHTS / f"{name}.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} <= {np.dtype(np.float16), np.dtype(np.int64)}
 
 
 def test_same_input_same_output_and_blend(pipeline: Pipeline, pair: tuple[Array, Array]) -> None:

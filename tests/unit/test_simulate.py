@@ -183,9 +183,8 @@ def test_tube_currents_must_fit_the_slices(disc: Array) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_makes_the_same_noise(disc: Array) -> None:
-    np.testing.assert_allclose(
-        unit_noise(disc[:2], PIXEL_MM, 1, device="cuda"), unit_noise(disc[:2], PIXEL_MM, 1), atol=0.05
-    )
+    of_gpu, of_cpu = (full_dose_noise(disc[:2], PIXEL_MM, 1, Kernel(F50), Beam(), device=d) for d in ("cuda", "cpu"))
+    np.testing.assert_allclose(of_gpu, of_cpu, atol=0.05)
 
 
 def test_one_seed_one_noise(disc: Array) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 from collections.abc import Callable
@@ -230,12 +229,6 @@ def test_unsuitable_series_are_refused_with_the_reason(tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=reason):
             main(["simulate", str(tmp_path / name), "--dose", "0.25", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("word", ["0", "1", "-0.1", "25"])
-def test_impossible_fractions_are_refused(word: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="fraction"):
-        simulated_series.dose_fraction(word)
 
 
 def complaints(path: Path) -> set[str]:

@@ -218,6 +218,28 @@ def test_the_same_uid_from_eight_threads_at_once(spool: Spool, data_set: bytes) 
     assert len(files(spool)) == 3
 
 
+def test_many_series_are_not_remembered_for_ever(
+    spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder's name is synced once while it is remembered, and again before the next object once it is not."""
+    synced: list[Path] = []
+    monkeypatch.setattr(module, "sync_folder", synced.append)
+    monkeypatch.setattr(module, "_LASTING_FOLDERS", 3)
+    instances = 0
+
+    def named_anew(series: int) -> bool:
+        nonlocal instances
+        instances += 1
+        synced.clear()
+        spool.store(incoming(instances, series_uid=uid("series", series)), memoryview(data_set))
+        return spool.instances in synced
+
+    assert [named_anew(series) for series in (0, 1, 2, 0, 1, 2)] == [True, True, True, False, False, False]
+    assert [named_anew(series) for series in range(3, 40)] == [True] * 37
+    assert len(spool._lasting) <= 3
+    assert [named_anew(0), named_anew(0)] == [True, False]
+
+
 # ── failing ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,30 +14,22 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from caller import Caller
 from certificates import Certificates
 from conftest import require_peer
 from oracle import StorageOracle
 from peers import HOST, free_port, storescp, storescu, wait_for
-from pydantic import ValidationError
 from scanner import data_set_of, image
 from sender import COUNT, PROMPT, Sender
 from tables import config_of
 
-from dicomnode.cli import main
-from dicomnode.config import load
-from dicomnode.config_tls import TlsIn, TlsOut
+from dicomnode.config_tls import TlsOut
 from dicomnode.delivery import Delivery
 from dicomnode.errors import AssociationRejected, PeerError, PeerTimedOut, PeerUnreachable, TlsFailed
 from dicomnode.requestor import Peer
 from dicomnode.scp import StorageServer
 from dicomnode.scu import Answer, Outgoing, echo, store
 from dicomnode.spool import Spool
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    require_peer("openssl")
-    return Certificates.made(tmp_path_factory.mktemp("tls") / "certificates")
 
 
 def out(certificates: Certificates, shown: str | None = "node", **changes: Any) -> TlsOut:
@@ -150,7 +141,8 @@ def test_nothing_older_than_tls_1_2(certificates: Certificates) -> None:
 
 
 def test_a_peer_without_tls(certificates: Certificates) -> None:
-    with StorageOracle() as oracle, pytest.raises(PeerError, match=r"does not speak TLS|closed the connection"):
+    refused = pytest.raises(PeerError, match=r"does not speak TLS|closed the connection")
+    with StorageOracle(acse_timeout_s=0.5) as oracle, refused:
         echo(peer_at(oracle.port, out(certificates)))
 
 
@@ -305,6 +297,27 @@ def test_silent_clients_block_nobody_and_are_closed(
         assert time.monotonic() - begun < 1.5 + 5
 
 
+def test_silent_clients_who_are_too_many_are_closed_at_once(
+    certificates: Certificates, listener: Callable[..., int]
+) -> None:
+    """They wait in their handshake, and make room as they would without TLS."""
+    port = listener({"max_associations_per_peer": 2})
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection((HOST, port), timeout=10)) for _ in range(12)]
+        assert all(one.recv(1) in (b"", b"\x15") for one in silent[:10]), "closed, or told so before"
+
+
+def test_who_is_one_too_many_has_no_more_time_for_tls(certificates: Certificates, listener: Callable[..., int]) -> None:
+    port = listener({"max_associations_per_peer": 1})
+    context = ssl.create_default_context(cafile=certificates.authority)
+    with Caller(port, tls=context) as first:
+        first.associate(called="ANY")
+        begun = time.monotonic()
+        with socket.create_connection((HOST, port), timeout=10) as second:
+            assert second.recv(1) == b""
+        assert time.monotonic() - begun < 3 + 1
+
+
 def test_who_speaks_no_tls_is_closed(
     certificates: Certificates, listener: Callable[..., int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -332,83 +345,3 @@ def test_an_open_association_is_aborted_at_stop(certificates: Certificates, tmp_
 def test_a_port_that_nobody_listens_on_is_not_a_matter_of_tls(certificates: Certificates) -> None:
     with pytest.raises(PeerUnreachable):
         echo(peer_at(free_port(), out(certificates)))
-
-
-# ── configuration ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def encrypted_key(certificates: Certificates, folder: Path) -> Path:
-    path = folder / "encrypted.key"
-    command = ["openssl", "rsa", "-aes256", "-passout", "pass:secret", "-in", str(certificates.key("node"))]
-    subprocess.run([*command, "-out", str(path)], check=True, capture_output=True, timeout=60)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("wrong", "key", "words"),
-    [
-        ("missing", "key_file", "cannot be read: No such file or directory"),
-        ("another's", "key_file", "is not the key of the certificate in"),
-        ("no key", "key_file", "holds no private key that can be read"),
-        ("encrypted", "key_file", "without a pass phrase"),
-        ("no certificate", "certificate_file", "holds no certificate that can be read"),
-        ("no authority", "client_ca_file", "holds no certificate that can be read"),
-    ],
-)
-def test_what_is_wrong_with_a_file_is_said_before_the_start(
-    certificates: Certificates, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str, key: str, words: str
-) -> None:
-    garbage = tmp_path / "garbage.pem"
-    garbage.write_text("no PEM\n")
-    chosen = {
-        "missing": tmp_path / "missing.key",
-        "another's": certificates.key("pacs"),
-        "no key": garbage,
-        "encrypted": encrypted_key(certificates, tmp_path) if wrong == "encrypted" else garbage,
-        "no certificate": garbage,
-        "no authority": garbage,
-    }[wrong]
-    settings = {**certificates.pair("node"), key: str(chosen)}
-    for section, at in ((["tls:"], "tls"), (["destinations:", " pacs:", "  tls:"], "destinations.pacs.tls")):
-        if at != "tls":
-            settings = {k.removeprefix("client_"): v for k, v in settings.items()}
-            settings.setdefault("ca_file", str(certificates.authority))
-            key = key.removeprefix("client_")
-        indent = " " * len(section)
-        config = tmp_path / "config.yaml"
-        entries = [f"{indent}{name}: {value}" for name, value in settings.items()]
-        beside = [] if at == "tls" else ["  ae_title: PACS", "  host: pacs.hospital", "  port: 104"]
-        config.write_text("\n".join([*section, *entries, *beside]) + "\n")
-        assert main(["check-config", "--config", str(config)]) == 2
-        line = next(
-            n for n, text in enumerate(config.read_text().splitlines(), 1) if text.strip().startswith(f"{key}:")
-        )
-        (told,) = capsys.readouterr().err.splitlines()
-        assert told.startswith(f"config.yaml:{line}: {at}.{key}: {chosen}"), told
-        assert words in told
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"certificate_file": None}, "a certificate and its key belong together"),
-        ({"key_file": None}, "a certificate and its key belong together"),
-    ],
-)
-def test_a_certificate_has_a_key(certificates: Certificates, changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
-        out(certificates, **changes)
-
-
-def test_subjects_need_certificates(certificates: Certificates) -> None:
-    with pytest.raises(ValidationError, match="client_ca_file"):
-        TlsIn.model_validate({**certificates.pair("node"), "subjects": {"CT1": "ct1.hospital"}})
-
-
-def test_paths_count_from_the_folder_of_the_file(certificates: Certificates) -> None:
-    config = certificates.folder / "config.yaml"
-    config.write_text("tls: {certificate_file: node.pem, key_file: node.key, client_ca_file: ca.pem}\n")
-    made = load(config).tls
-    assert made is not None
-    assert made.certificate_file == certificates.certificate("node")
-    assert made.client_ca_file == certificates.authority

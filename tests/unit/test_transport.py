@@ -24,6 +24,7 @@ from scanner import image
 from dicomnode import pdu
 from dicomnode.association import MAX_PDU_BYTES
 from dicomnode.pdu import AbortReason
+from dicomnode.received_header import MAX_REPORT_BYTES
 from dicomnode.scp import CANNOT_UNDERSTAND
 
 TIMEOUT_S = 1.0
@@ -198,6 +199,18 @@ def test_an_object_is_measured_while_it_comes(node: Reception, caplog: pytest.Lo
         assert caller.aborted() == AbortReason.NOT_SPECIFIED
     wait_for(lambda: node.associations() == 0)
     assert f"association of {HOST} aborted: its message is larger than reception.max_object_mb" in caplog.text
+
+
+def test_what_is_no_object_is_no_longer_than_a_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reported = p_data(ECHO, 3, command(e0100=pdu.us(pdu.N_EVENT_REPORT_RQ)))
+    with reception(tmp_path / "spool", max_object_mb=100, **PATIENT) as node, Caller(node.port) as caller:
+        caller.associate().send(reported)
+        pieces, rest = divmod(MAX_REPORT_BYTES, 100_000)
+        caller.send(p_data(ECHO, 0, bytes(100_000)) * pieces + p_data(ECHO, 0, bytes(rest)))
+        wait_for(lambda: node.memory_left() == 200_000_000 - MAX_REPORT_BYTES)
+        caller.send(p_data(ECHO, 0, bytes(1)))
+        assert caller.aborted() == AbortReason.NOT_SPECIFIED
+    assert "its message is larger than the longest report" in caplog.text
 
 
 def test_all_objects_on_their_way_are_measured_together(node: Reception, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,15 +21,15 @@ from pipelines.noise import noise_level
 from pipelines.safety import LOWEST_HU, network_input
 from pipelines.volume import Geometry, Volume
 from training.blur import sigma_mm
-from training.physics import lesion, smoothed_masks
+from training.physics import lesion
 from training.simulate import F50, unit_noise
 from training.simulation.calibration import calibrate
-from training.simulation.projection import Kernel
 from training.simulation.simulated_series import read_series
 from training.simulation.simulated_volume import simulate
 from training.sources.layouts import Origin, find, origin
 from training.sources.pairs import load_pair
-from training.sources.phantom import chest_abdomen, tissue_masks
+from training.sources.phantom import chest_abdomen
+from training.tissues import smoothed_masks, tissue_masks
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -146,12 +146,6 @@ def phantom_trials(doses: Sequence[float], slices: int, seed: int = PHANTOM_SEED
         )
 
 
-def _half_value(kernel: Kernel) -> float:
-    """The highest frequency of which `kernel` passes half, 1/mm."""
-    grid = np.linspace(0, 4 * kernel.f50, 4001)
-    return float(grid[kernel.apodisation(grid) >= 0.5 - 1e-9][-1])
-
-
 def simulated_trials(folder: Path, doses: Sequence[float], slices: int, seed: int = PHANTOM_SEED) -> Iterator[Trial]:
     """The middle of a real full-dose series at each dose: the noise that the lower dose adds is simulated.
 
@@ -183,7 +177,7 @@ def simulated_trials(folder: Path, doses: Sequence[float], slices: int, seed: in
             truth,
             scored,
             level_hu,
-            _half_value(scanner.kernel),
+            scanner.kernel.passes_half,
             origin(volume.slice_paths[0]),
         )
 

@@ -21,7 +21,7 @@ from pipelines.noise import series_noise_level
 from pipelines.safety import network_input
 from pipelines.volume import Series
 from training.measuring.cases import Trial, of_slices
-from training.metrics import SOFT_TISSUE, Window, psnr
+from training.metrics import SOFT_TISSUE, psnr
 
 Array = NDArray[np.float32]
 
@@ -131,10 +131,11 @@ class Classical:
             yield np.where(plane.padding, plane.hu, plane.hu + np.float32(options.blend) * (filtered - image))
 
 
-def tuned(name: str, trial: Trial, window: Window = SOFT_TISSUE) -> Classical:
+def tuned(name: str, trial: Trial) -> Classical:
     """The filter `name` with the parameter of highest PSNR against the truth of `trial`, sought on three slices.
 
-    In units of the noise level of the measured slices: `Classical` is given no others.
+    PSNR in the soft-tissue window, that of the bar; the parameter in units of the noise level of the measured slices:
+    `Classical` is given no others.
 
     Raises
     ------
@@ -151,7 +152,7 @@ def tuned(name: str, trial: Trial, window: Window = SOFT_TISSUE) -> Classical:
 
     def loss(parameter: float) -> float:
         out = np.stack([method.filter(image / sigma, parameter) * sigma for image in images])
-        return -psnr(out, truth, window)
+        return -psnr(out, truth, SOFT_TISSUE)
 
     low, high = method.bounds
     found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": (high - low) * _PRECISION})

@@ -63,10 +63,8 @@ def _middle(image: Array) -> Array:
     return image[rows : image.shape[0] - rows, columns : image.shape[1] - columns]
 
 
-def images(
-    folder: Path, case: str, dose: float, truth: Array, results: Mapping[str, Array], window: Window = SOFT_TISSUE
-) -> Path:
-    """The truth and each result in one window, and below each its difference from the truth.
+def images(folder: Path, case: str, dose: float, truth: Array, results: Mapping[str, Array]) -> Path:
+    """The truth and each result in the soft-tissue window, and below each its difference from the truth.
 
     Parameters
     ----------
@@ -84,9 +82,10 @@ def images(
         place.set_axis_off()
     for k, (name, image) in enumerate(shown.items()):
         above, below = axes[k // columns * 2, k % columns], axes[k // columns * 2 + 1, k % columns]
-        title = name if image is truth else f"{name}, {psnr(image, truth, window):.2f} dB"
+        title = name if image is truth else f"{name}, {psnr(image, truth, SOFT_TISSUE):.2f} dB"
         above.set_title(title, fontsize=8)
-        above.imshow(_middle(image), "gray", vmin=window.low_hu, vmax=window.high_hu, interpolation="nearest")
+        low, high = SOFT_TISSUE.low_hu, SOFT_TISSUE.high_hu
+        above.imshow(_middle(image), "gray", vmin=low, vmax=high, interpolation="nearest")
         if image is not truth:
             below.imshow(
                 _middle(image - truth), "gray", vmin=-DIFFERENCE_HU, vmax=DIFFERENCE_HU, interpolation="nearest"

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from pipelines.base import Execution, denoise_volume, load
 from pipelines.noise import noise_level
 from pipelines.runtime import WEIGHTS
-from training.card import plateau_in_words
+from training.card import plateau_in_words, write_card
 from training.measuring.cases import PHANTOM_PIXEL_MM, PHANTOM_SEED, PHANTOM_SPACING_MM, volume_of
 from training.metrics import FULL, SOFT_TISSUE, psnr
 from training.simulate import low_dose
-from training.sources.phantom import chest_abdomen, tissue_masks
+from training.sources.phantom import chest_abdomen
+from training.tissues import tissue_masks
 
 Array = NDArray[np.float32]
 
@@ -191,7 +192,7 @@ def write(name: str, command: str, slices: int = SLICES, seed: int = PHANTOM_SEE
         "slices": slices,
         **measure(before, after, truth),
     }
-    path.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_card(path, card)
     PAGES.mkdir(parents=True, exist_ok=True)
     (PAGES / f"{name}.md").write_text(page(card), encoding="utf-8")
     return table(card["measured"])

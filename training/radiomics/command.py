@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.base import Execution, Options, Pipeline, Precision, check_options, load
-from training.command_line import without_folders
+from training.command_line import positive, without_folders
 from training.radiomics.equivalence import Agreement, agree
 from training.radiomics.extraction import FEATURES, PRESET_57
 from training.radiomics.report import Setting, draw, markdown, write_comparison, write_features
@@ -47,7 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--series", type=Path, nargs="+", metavar="FOLDER", help="folders of full-dose chest CT, one DICOM series each"
     )
-    source.add_argument("--phantoms", type=_positive, metavar="N", help="this number of phantoms instead")
+    source.add_argument("--phantoms", type=positive, metavar="N", help="this number of phantoms instead")
     parser.add_argument(
         "--masks",
         type=Path,
@@ -67,7 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strength", type=float, default=1.0, help="how much is denoised, 1 as trained (default: 1)")
     parser.add_argument(
         "--nodules",
-        type=_positive,
+        type=positive,
         default=42,
         metavar="N",
         help="number of synthetic nodules in all, spread evenly over series or phantoms (default: %(default)s)",
@@ -86,13 +86,6 @@ def _dose(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"a fraction of full dose is more than 0 and at most 1, not {text}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"at least 1 is needed, not {text}")
     return value
 
 

@@ -77,7 +77,6 @@ def _card(name: str, halo: int, limits: str) -> dict[str, Any]:
         "Dose CT Denoising. IJCNN 2020.",
         "doi": "",
         "input": "slice",
-        "patch_zyx": [1, 64, 64],
         "overlap_zyx": [0, halo, halo],
         "noise_map": False,
         "limits": f"Blind to the noise level; sees one slice at a time. {limits}".strip(),

@@ -19,7 +19,7 @@ from pipelines.runtime import read_card
 from pipelines.torch_engine import load_network
 from training.critic import Critic
 from training.data import Batch
-from training.loop import Adversary, Loss, Schedule
+from training.loop import Adversary, Schedule
 from training.losses import CriticLoss, l1, wgan_critic_loss, wgan_generator_loss
 from training.recipes import Recipe, flat, plane
 
@@ -40,10 +40,6 @@ def _l1(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Ten
 
 def _weighted_l1(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
     return L1_WEIGHT * l1(denoised, target)
-
-
-def _nothing(denoised: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return denoised.new_zeros(())
 
 
 ADVERSARY = Adversary(
@@ -73,7 +69,6 @@ def _card(name: str, halo: int, limits: str) -> dict[str, Any]:
         "network. Proc. SPIE 11113, Developments in X-Ray Tomography XII, 2019.",
         "doi": "",
         "input": "slice",
-        "patch_zyx": [1, PATCH, PATCH],
         "overlap_zyx": [0, halo, halo],
         "noise_map": False,
         "limits": f"Blind to the noise level; sees one slice at a time. {limits}".strip(),
@@ -97,14 +92,13 @@ def _adversarial(
     begun_with: str,
     network: Callable[[], nn.Module],
     halo: int,
-    loss: Loss,
     limits: str = ADVERSARIAL,
 ) -> Recipe:
     return Recipe(
         card=_card(name, halo, limits),
         network=lambda: flat(network()),
         predict=plane,
-        loss=lambda: loss,
+        loss=lambda: _weighted_l1,
         patch_zyx=(1, PATCH, PATCH),
         batch=16,  # not stated
         schedule=Schedule(steps=4_000, learning_rate=1e-4, betas=(0.5, 0.9), warm_up=0),  # not stated
@@ -117,6 +111,9 @@ def _adversarial(
 RECIPES = {
     "dcscn": _alone("dcscn", DCSCN, HALO),
     "cnn-l1": _alone("cnn-l1", PlainCNN, PLAIN_HALO, REDRAWN),
-    "dcswgan": _adversarial("dcswgan", "dcscn", DCSCN, HALO, _weighted_l1),
-    "wgan": _adversarial("wgan", "cnn-l1", PlainCNN, PLAIN_HALO, _nothing, f"{REDRAWN} {ADVERSARIAL}"),
+    "dcswgan": _adversarial("dcswgan", "dcscn", DCSCN, HALO),
+    # Whether the paper's WGAN has the L1 term is not stated. Without it 1200 steps made an image worse than it came in
+    # (52.83 → 43.95 dB over the whole range of a phantom at quarter dose): a critic alone holds no tissue in place.
+    # With it, WGAN differs from DCSWGAN by the network alone, as CNN-L1 from DCSCN.
+    "wgan": _adversarial("wgan", "cnn-l1", PlainCNN, PLAIN_HALO, f"{REDRAWN} {ADVERSARIAL}"),
 }

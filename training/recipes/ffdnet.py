@@ -17,7 +17,6 @@ RECIPES = {
             "Denoising. IEEE Transactions on Image Processing 2018;27:4608-4622.",
             "doi": "10.1109/TIP.2018.2839891",
             "input": "slab3",
-            "patch_zyx": [3, 96, 96],
             "overlap_zyx": [1, 21, 21],
             "noise_map": True,
             "limits": "One noise level for the whole series: where the noise is far above that of soft tissue in the "

@@ -28,7 +28,6 @@ def _card(name: str, limits: str) -> dict[str, Any]:
         "and Channel Squeeze and Excitation.",
         "doi": "",
         "input": "slab3",
-        "patch_zyx": [3, 256, 256],
         "overlap_zyx": [1, 512, 512],  # means over the image: the whole of it
         "noise_map": False,
         "limits": limits,

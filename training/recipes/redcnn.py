@@ -18,7 +18,6 @@ RECIPES = {
             "2017;36:2524-2535.",
             "doi": "10.1109/TMI.2017.2715284",
             "input": "slice",
-            "patch_zyx": [1, 55, 55],
             "overlap_zyx": [0, 20, 20],
             "noise_map": False,
             "limits": "The yardstick, slow on a CPU. Blind to the noise level; sees one slice at a time.",

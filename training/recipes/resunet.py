@@ -17,7 +17,6 @@ RECIPES = {
             "Deep Denoiser Prior. IEEE Transactions on Pattern Analysis and Machine Intelligence 2022;44:6360-6376.",
             "doi": "10.1109/TPAMI.2021.3088914",
             "input": "slab3",
-            "patch_zyx": [3, 96, 96],
             "overlap_zyx": [1, 45, 45],
             "noise_map": True,
             "limits": "One noise level for the whole series: where the noise is far above that of soft tissue in the "

@@ -34,7 +34,6 @@ def _card(name: str, limits: str) -> dict[str, Any]:
         "MIDL 2021.",
         "doi": "",
         "input": "volume",
-        "patch_zyx": [*PATCH_ZYX],
         "overlap_zyx": [19, 19, 19],
         "noise_map": False,
         "limits": limits,

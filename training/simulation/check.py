@@ -19,6 +19,7 @@ import numpy as np
 
 from pipelines.noise import noise_level
 from pipelines.volume import SeriesRefused, Volume
+from training.command_line import positive
 from training.physics import mean_frequency, nps_2d, radial_nps
 from training.simulation.calibration import (
     Calibration,
@@ -111,7 +112,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m training.simulation.check", description=__doc__)
     parser.add_argument("series", type=Path, nargs="+", metavar="SERIES", help="folder of one CT series at full dose")
-    parser.add_argument("--slices", type=int, help="how many of each are simulated (default: all)")
+    parser.add_argument("--slices", type=positive, help="how many of each are simulated (default: all)")
     args = parser.parse_args(words)
     print(
         "| series | slices | noise (HU) | f50 (1/mm) | boost | fit | photons per mm and ° | noise at quarter dose | "

@@ -53,14 +53,18 @@ class Kernel:
         """The filter of a view, ``|f|·a(f)``, in 1/mm."""
         return np.asarray(np.abs(frequency) * self.apodisation(frequency))
 
+    @property
+    def passes_half(self) -> float:
+        """The highest frequency of which it passes half, 1/mm; without boost `f50`."""
+        grid = np.linspace(0, 4 * self.f50, 4001)
+        return float(grid[self.apodisation(grid) >= 0.5 - 1e-9][-1])
+
     def bins_per_pixel(self, pixel_mm: float) -> int:
         """Detector bins per pixel: more than 1 for a kernel that passes half beyond the Nyquist frequency of a pixel.
 
         That part of the noise is aliased in the image, as it is in a real one.
         """
-        grid = np.linspace(0, 4 * self.f50, 4001)
-        passes = float(grid[self.apodisation(grid) >= 0.5 - 1e-9][-1])
-        return max(1, math.ceil(2 * pixel_mm * passes - 1e-6))
+        return max(1, math.ceil(2 * pixel_mm * self.passes_half - 1e-6))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,10 @@ from pydicom.uid import (
 from pipelines.ct_slice import read_slice
 from pipelines.elements import BadElement, items, numbers, text, texts
 from pipelines.volume import SeriesRefused, Volume, pydicom_silent, read_volume
+from training.command_line import dose_fraction
 from training.simulation.calibration import Calibration, calibrate
 from training.simulation.simulated_volume import simulate, unmeasured
+from training.sources.layouts import is_dicom
 
 HELP = "make a low-dose series out of a full-dose one"
 NAMESPACE = uuid.UUID("0a3d5a86-8c53-4f0e-b7f1-4a5b1b7f7a0e")
@@ -90,14 +92,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def dose_fraction(word: str) -> float:
-    """A fraction of full dose, below 1."""
-    value = float(word)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"a fraction of full dose is above 0 and below 1, not {word}")
-    return value
-
-
 def run(args: argparse.Namespace) -> None:
     """Simulate and write."""
     if args.out.exists() and any(args.out.iterdir()):
@@ -150,12 +144,7 @@ def read_series(folder: Path) -> Volume:
         If these files are no series that may be processed.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return read_volume([path for path in paths if _is_dicom(path)])
-
-
-def _is_dicom(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    return read_volume([path for path in paths if is_dicom(path)])
 
 
 def write_series(volume: Volume, hu: NDArray[np.float32], dose: float, made: str, out: Path) -> list[Path]:

@@ -162,13 +162,12 @@ class _Found:
         self.mayo.append(_Series(layout, subject, role, dose, tuple(images), first))
 
     def dicom(self, files: Iterable[Path]) -> Iterator[Path]:
-        """Those that begin as a DICOM file does (PS3.10 7.1)."""
+        """Those that are DICOM."""
         for path in files:
-            with path.open("rb") as file:
-                if file.read(132)[128:] == b"DICM":
-                    yield path
-                    continue
-            self.left_out.add("files that are not DICOM", [path])
+            if is_dicom(path):
+                yield path
+            else:
+                self.left_out.add("files that are not DICOM", [path])
 
     def headers(self, files: Iterable[Path]) -> Iterator[_Header]:
         """What identifies each object, of those that are DICOM and belong to a series."""
@@ -224,6 +223,12 @@ def find(root: Path) -> list[Case]:
         cases = [*_paired(found), *_unpaired(found)]
     found.left_out.log()
     return sorted(cases, key=lambda case: (case.subject, case.name, case.full))
+
+
+def is_dicom(path: Path) -> bool:
+    """Does the file begin as one of DICOM does (PS3.10 7.1)?"""
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
 def origin(path: Path) -> Origin:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from training.physics import smoothed
+from training.tissues import smoothed
 
 Array = NDArray[np.float32]
 

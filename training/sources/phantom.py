@@ -23,17 +23,8 @@ LUNG_HU = -850.0
 FAT_HU = -100.0
 MUSCLE_HU = 55.0
 
-TISSUES: dict[str, tuple[float, float]] = {
-    "air": (-2000.0, -965.0),
-    "lung": (-930.0, -760.0),
-    "fat": (-140.0, -60.0),
-    "soft": (0.0, 140.0),
-    "bone": (300.0, 2000.0),
-}
-"""HU range of each tissue in the noise-free truth."""
-
-_EROSION_PX = 2
-"""Pixels taken off each tissue mask, so that partial volume at an edge never counts as tissue."""
+_FRACTAL_POWER = 1.4
+"""Of the frequency, with which the amplitude of the texture falls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,17 +316,15 @@ def _tree(
     return out
 
 
-def _fractal(
-    shape: tuple[int, int, int], voxel_mm: tuple[float, float, float], rng: np.random.Generator, power: float = 1.4
-) -> Array:
-    """Gaussian texture with amplitude spectrum ``1/f^power`` (f in 1/mm, flat below 1/50 mm), standard deviation 1."""
+def _fractal(shape: tuple[int, int, int], voxel_mm: tuple[float, float, float], rng: np.random.Generator) -> Array:
+    """Gaussian texture of standard deviation 1, of amplitude ``1/f^_FRACTAL_POWER`` above 1/50 mm (f in 1/mm)."""
     padded = tuple(fft.next_fast_len(n + 8, real=True) if n < 200 else n for n in shape)
     white = rng.standard_normal(padded, dtype=np.float32)
     fz, fy = (np.fft.fftfreq(n, d).astype(np.float32) for n, d in zip(padded[:2], voxel_mm[:2], strict=True))
     fx = np.fft.rfftfreq(padded[2], voxel_mm[2]).astype(np.float32)
     f2 = fz[:, None, None] ** 2 + fy[None, :, None] ** 2 + fx[None, None, :] ** 2
     spectrum = fft.rfftn(white)
-    spectrum *= (f2 + np.float32(0.02**2)) ** np.float32(-power / 2)
+    spectrum *= (f2 + np.float32(0.02**2)) ** np.float32(-_FRACTAL_POWER / 2)
     texture = fft.irfftn(spectrum, s=padded)[: shape[0], : shape[1], : shape[2]]
     return np.asarray(texture / texture.std(), np.float32)
 
@@ -396,21 +385,3 @@ def chest_abdomen(
     for axis in (1, 2):
         gaussian_filter1d(hu, sigma_px, axis=axis, output=hu, mode="nearest", truncate=3.0)
     return hu
-
-
-def tissue_masks(truth_hu: Array) -> dict[str, NDArray[np.bool_]]:
-    """Where each tissue of `TISSUES` lies, from noise-free HU (z, y, x), eroded in the plane.
-
-    A mask taken from noisy HU selects the noise with the tissue and shows a bias that is none; hence only the truth.
-    """
-    masks: dict[str, NDArray[np.bool_]] = {}
-    for name, (low, high) in TISSUES.items():
-        mask = (truth_hu >= low) & (truth_hu <= high)
-        for _ in range(_EROSION_PX):
-            inner = np.zeros_like(mask)
-            inner[:, 1:-1, 1:-1] = (
-                mask[:, 1:-1, 1:-1] & mask[:, :-2, 1:-1] & mask[:, 2:, 1:-1] & mask[:, 1:-1, :-2] & mask[:, 1:-1, 2:]
-            )
-            mask = inner
-        masks[name] = mask
-    return masks
