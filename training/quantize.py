@@ -120,8 +120,10 @@ def _trained(how: Recipe, card: ModelCard, folder: Path) -> nn.Module:
     return network
 
 
-def _tuned(network: nn.Module, how: Recipe, data: _Data, checks: Comparison, args: argparse.Namespace) -> nn.Module:
-    """`network` after quantisation-aware fine-tuning."""
+def _tuned(
+    network: nn.Module, weights: str, how: Recipe, data: _Data, checks: Comparison, args: argparse.Namespace
+) -> nn.Module:
+    """`network`, made of weights with this digest, after quantisation-aware fine-tuning."""
     loss = how.loss()
     if isinstance(loss, Faithful):  # at its full weight at once: the network is trained
         loss.steps.fill_(loss.steady_after)
@@ -131,7 +133,7 @@ def _tuned(network: nn.Module, how: Recipe, data: _Data, checks: Comparison, arg
         return {"int8_loss_db": measured.worst_db, "int8_rms_hu": measured.rms_hu}
 
     rate = TUNING_RATE * how.schedule.learning_rate
-    rounded = sorted(name for name, one in convolutions(network).items() if one.range is not None)
+    ranges = {name: one.range for name, one in convolutions(network).items() if one.range is not None}
     average = Run(
         network,
         how.predict,
@@ -140,10 +142,11 @@ def _tuned(network: nn.Module, how: Recipe, data: _Data, checks: Comparison, arg
         replace(how.schedule, steps=args.steps, learning_rate=rate),
         validate,
         args.out,
-        f"{args.network} in 8 bits, rate {rate:g}, {', '.join(rounded)}",
+        f"{args.network} in 8 bits, rate {rate:g}, {', '.join(sorted(ranges))}",
         commit(),
         device="cuda" if torch.cuda.is_available() else "cpu",
         workers=args.workers,
+        sources={"weights": weights, "ranges": hashlib.sha256(repr(sorted(ranges.items())).encode()).hexdigest()},
     ).train(lambda: None)
     return average.cpu()
 
@@ -184,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
         print("not fine-tuned: the network learnt against a critic, which is not kept")
         tune = False
     if tune:
-        quantised = _tuned(quantised, how, data, checks, args)
+        quantised = _tuned(quantised, card.weights_sha256, how, data, checks, args)
         print(f"fine-tuned: {checks.of(quantised)}")
     if card.input == "volume":
         files = stream_files(quantised, tuned=tune)
