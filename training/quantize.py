@@ -3,8 +3,8 @@
 Give the data that taught the network: the ranges of its activations are found on scans that teach, the loss is measured
 on scans that validate, and series kept for tests are never looked at. Layers that cost the image much and the processor
 little stay in float. If the loss is larger than allowed all the same, the network is fine-tuned with its own loss while
-it is rounded to 8 bits; stopped and started again, that goes on where it was. The files go beside the weights, and what
-was measured into the card.
+it is rounded to 8 bits; stopped and started again, that goes on where it was. The files go beside the weights, what was
+measured into the card, and of the installed weights onto their page in docs/models.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from training.data import Sampler
 from training.float_layers import Comparison, Loss, choose
 from training.int8_files import Deployed, plane_files, stream_files
 from training.loop import Run
+from training.measuring.model_page import write_page
 from training.measuring.uninstalled import factory_of
 from training.quantization import calibrate, convolutions, multiplications, quantisable
 from training.recipes import MODULES, Faithful, Recipe, recipe
@@ -209,6 +210,8 @@ def run(args: argparse.Namespace) -> None:
     }
     install(factory, files, entry, measured, args.weights)
     print(f"wrote {', '.join(f'{name}.{suffix}' for suffix in files)} and the card in {args.weights}")
+    if args.weights == WEIGHTS:
+        write_page(name)
 
 
 def install(

@@ -40,6 +40,7 @@ from training.float_layers import Comparison, Loss
 from training.float_layers import choose as choose_layers
 from training.int8_files import Deployed, inputs, plane_files, stream_files
 from training.loop import OtherTraining, Predict
+from training.measuring import model_page
 from training.quantization import (
     HEADROOM,
     QuantisedConvolution,
@@ -444,7 +445,9 @@ def test_what_cannot_be_compared_with_fp32_is_not_installed(tmp_path: Path) -> N
 
 
 @vnni
-def test_command_installs_what_a_node_runs(installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_installs_what_a_node_runs(
+    installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [
         "quantize",
         "fast-2.5d",
@@ -456,8 +459,13 @@ def test_command_installs_what_a_node_runs(installed: Path, tmp_path: Path, caps
         str(tmp_path / "store"),
     ]
     words += ["--out", str(tmp_path / "out"), "--threads", "1"]
+    pages = tmp_path / "pages"
+    for module in (command, model_page):
+        monkeypatch.setattr(module, "WEIGHTS", installed)
+    monkeypatch.setattr(model_page, "PAGES", pages)
     main([*words, "--max-loss-db", "99"])
     full = _card(installed)
+    assert (pages / "fast-2.5d.md").read_text(encoding="utf-8") == model_page.page(full)
     assert full["limits"] == LIMITS
     assert LIMITS in (installed / "fast-2.5d.json").read_text(encoding="utf-8")  # as people read it
     entry = full["int8"]
