@@ -32,12 +32,13 @@ from pipelines.base import Execution, ModelCard, WeightsMissing
 from pipelines.network import NetworkPipeline
 from pipelines.openvino_core import Precision, compile_model, convolution_precisions, cpu_supports, ov
 from pipelines.openvino_segments import Reach
-from pipelines.openvino_stream import StreamEngine, calibrate
+from pipelines.openvino_stream import StreamEngine
 from pipelines.runtime import WEIGHTS, read_card, read_file, read_weights
 from pipelines.scaling import to_hu
 from pipelines.stresnet import SRResNet3D, STResNet
 from training.data import Batch
-from training.quantization import Range, quantisable, quantise
+from training.float_layers import one_channel
+from training.quantization import Range, calibrate, quantisable, quantise
 from training.recipes import volume
 
 TILE = (16, 128, 128)
@@ -89,9 +90,14 @@ class Contestant:
 
     def network(self, weights: Weights) -> Network:
         """The definition with `weights`."""
-        made = self.kind(*self.size)
-        made.load_state_dict({name: torch.from_numpy(np.asarray(one, np.float32)) for name, one in weights.items()})
-        return made.eval().requires_grad_(False)
+        return filled(self.kind, weights)
+
+
+def filled(kind: type[Network], weights: Weights) -> Network:
+    """The definition with `weights`."""
+    made = kind(*size(weights))
+    made.load_state_dict({name: torch.from_numpy(np.asarray(one, np.float32)) for name, one in weights.items()})
+    return made.eval().requires_grad_(False)
 
 
 def size(weights: Weights) -> tuple[int, int]:
@@ -109,7 +115,16 @@ def random_weights(kind: type[Network]) -> Weights:
     return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
 
 
-def trained(name: str, folder: Path, tile: Array, cores: int) -> Contestant:
+def ranges_of(network: Network, tile: Array) -> dict[str, Reach]:
+    """Those of the tile."""
+    values = torch.from_numpy(tile)[None]
+    one = Batch(values, values, torch.zeros(1))
+    made = quantisable(network, volume, one)
+    in_float = one_channel(made)
+    return {name: found.reach for name, found in calibrate(made, volume, [one]).items() if name not in in_float}
+
+
+def trained(name: str, folder: Path, tile: Array) -> Contestant:
     """The network `name` with weights and card of `folder`.
 
     Raises
@@ -130,22 +145,22 @@ def trained(name: str, folder: Path, tile: Array, cores: int) -> Contestant:
         if "int8.safetensors" in card.files_sha256:
             tuned = load(read_file(card, "int8.safetensors", folder))
     features, blocks = size(weights)
-    ranges = ranges or calibrate(weights, [iter(tile)], threads=cores)
+    ranges = ranges or ranges_of(filled(kind, weights), tile)
     return Contestant(f"{kind.__name__} {features} × {blocks}, {name}", kind, weights, tuned, ranges, card)
 
 
-def found(names: Sequence[str], folder: Path, tile: Array, cores: int) -> list[Contestant]:
+def found(names: Sequence[str], folder: Path, tile: Array) -> list[Contestant]:
     """Those of `names` that are trained, and those of the paper that none of them is; SRResNet3D before STResNet."""
     made = []
     for name in names:
         try:
-            made.append(trained(name, folder, tile, cores))
+            made.append(trained(name, folder, tile))
         except WeightsMissing as error:
             print(f"left out: {error}", file=sys.stderr)
     for kind in (SRResNet3D, STResNet):
         if not any(one.kind is kind and one.size == (FEATURES, BLOCKS) for one in made):
             weights = random_weights(kind)
-            ranges = calibrate(weights, [iter(tile)], threads=cores)
+            ranges = ranges_of(filled(kind, weights), tile)
             label = f"{kind.__name__} {FEATURES} × {BLOCKS}, random weights"
             made.append(Contestant(label, kind, weights, weights, ranges, None))
     return sorted(made, key=lambda one: (one.kind is STResNet, -one.products))
@@ -320,7 +335,7 @@ def main() -> None:
     cores = own_cores()
     torch.set_num_threads(cores)
     tile = np.random.default_rng(SEED).normal(0, NOISE, TILE).astype(np.float32)
-    contestants = found(options.networks, options.weights, tile, cores)
+    contestants = found(options.networks, options.weights, tile)
     turns = prepare(contestants, tile, cores)
     with Machine(cores) as machine:
         rounds = interleaved(

@@ -21,7 +21,7 @@ the number of slices, and the result is that of the whole volume at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
@@ -38,8 +38,6 @@ Plane = NDArray[np.float32]
 
 WINDOW = 3
 """Planes that a convolution in depth sees."""
-SMALLEST_RANGE = 1e-6
-"""For a tensor of zeros only: a step of 0 has no codes."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +183,9 @@ class StreamEngine:
         sums are in `pipelines.openvino_core.float_of`.
     ranges
         For ``int8``: largest magnitude of the input of each convolution to quantise, or of each channel of it, by the
-        name of the convolution; as from `calibrate`.
+        name of the convolution.
     threads
         CPU cores to use.
-    watch
-        For `calibrate`: called with the name of a convolution and a plane of its input, (rows, columns, channels).
 
     Attributes
     ----------
@@ -214,14 +210,12 @@ class StreamEngine:
         precision: Precision,
         ranges: Mapping[str, Reach] | None,
         threads: int,
-        watch: Callable[[str, NDArray[Any]], None] | None = None,
     ) -> None:
         if precision == "int8" and not ranges:
-            raise ValueError("int8 needs the ranges of the activations: calibrate, or run in fp32 or bf16")
+            raise ValueError("int8 needs the ranges of the activations: give them, or run in fp32 or bf16")
         self.shape = shape
-        self._watch = watch
         self._volume = 0
-        levels = self._levels = _levels(weights, ranges if ranges and precision == "int8" else {})
+        levels = _levels(weights, ranges if ranges and precision == "int8" else {})
         n = self.halo = len(levels)
         features = len(levels[0].along.weight)
         working = Code.of_float(float_of(precision))
@@ -236,8 +230,6 @@ class StreamEngine:
         adds = {**{k: k - 2 for k in range(2, n - 2, 2)}, n - 2: 0}
         # a trunk is needed until the last that adds it is there, as many steps later as levels lie between
         self._trunks = {k: ring(max(j for j in adds if adds[j] == k) - k + 1, features, working) for k in adds.values()}
-        if watch is not None:
-            self._trunks = {k: self._trunks.get(k) or ring(1, features, working) for k in range(n - 1)}
         self._rings = [
             ring(
                 WINDOW,
@@ -315,66 +307,5 @@ class StreamEngine:
                     self._rings[k].outside(p)
                 elif p >= 0 and (end is None or p < end):
                     made_by.run(p)
-                    if self._watch is not None:
-                        self._show(k, p)
             if t >= self.halo:
                 yield self._result.plane(t - self.halo)[..., 0].copy()
-
-    def _show(self, k: int, p: int) -> None:
-        """Show the inputs of the convolutions of level `k`, of which plane `p` is there."""
-        assert self._watch is not None
-        if k == self.halo:  # the result: no convolution reads it
-            return
-        level = self._levels[k]
-        if level.across is not None:
-            before = self._trunks[k - 1] if k else self._input
-            self._watch(level.across.name, before.plane(p))
-        self._watch(level.along.name, self._rings[k].plane(p))
-
-
-def calibrate(
-    weights: Mapping[str, NDArray[Any]], volumes: Iterable[Iterator[Plane]], *, threads: int = 1
-) -> dict[str, float]:
-    """Find the ranges of the activations for ``int8``: the largest magnitudes that occur in fp32.
-
-    Convolutions of one channel and the tail get none and so stay in float: they are a hundredth of the operations, and
-    their rounding is a large part of the difference from fp32.
-
-    Parameters
-    ----------
-    weights
-        See `StreamEngine`.
-    volumes
-        Typical ones, each as its planes in network units; their sizes may differ.
-    threads
-        CPU cores to use.
-
-    Returns
-    -------
-    dict
-        For each convolution in the order of the network, by name, the largest magnitude of its input.
-
-    Raises
-    ------
-    ValueError
-        If there is no plane in `volumes`.
-    """
-    ranges: dict[str, float] = {}
-
-    def watch(name: str, values: NDArray[Any]) -> None:
-        ranges[name] = max(ranges.get(name, SMALLEST_RANGE), float(values.max()), -float(values.min()))
-
-    engine: StreamEngine | None = None
-    for planes in volumes:
-        first = next(planes, None)
-        if first is None:
-            continue
-        if engine is None or engine.shape != first.shape:
-            shape = (first.shape[0], first.shape[1])
-            engine = StreamEngine(weights, shape, precision="fp32", ranges=None, threads=threads, watch=watch)
-        for _ in engine.stream(chain([first], planes)):
-            pass
-    if not ranges:
-        raise ValueError("there is no slice to find the ranges of the activations with")
-    in_float = {name for name in ranges if name.startswith("tail") or weights[f"{name}.weight"].shape[1] == 1}
-    return {name: largest for name, largest in ranges.items() if name not in in_float}

@@ -97,7 +97,7 @@ class Loss:
         return f"{self.rms_hu:.2f} HU rms, loses {windows}"
 
 
-def _one_channel(network: nn.Module) -> set[str]:
+def one_channel(network: nn.Module) -> set[str]:
     """Convolutions with a single channel on one side: 8 bits make those no faster."""
     return {name for name, one in convolutions(network).items() if 1 in one.weight.shape[:2]}
 
@@ -126,7 +126,7 @@ def choose(
     max_loss_db
         Allowed.
     """
-    chosen = {name: reach for name, reach in ranges.items() if name not in _one_channel(network)}
+    chosen = {name: reach for name, reach in ranges.items() if name not in one_channel(network)}
     squared: dict[str, float] = {}
     for name, reach in chosen.items():
         quantise(network, {name: reach})

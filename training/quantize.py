@@ -3,8 +3,8 @@
 Give the data that taught the network: the ranges of its activations are found on scans that teach, the loss is measured
 on scans that validate, and series kept for tests are never looked at. Layers that cost the image much and the processor
 little stay in float. If the loss is larger than allowed all the same, the network is fine-tuned with its own loss while
-it is rounded to 8 bits; stopped and started again, that goes on where it was. The files go beside the weights, and what
-was measured into the card.
+it is rounded to 8 bits; stopped and started again, that goes on where it was. The files go beside the weights, what was
+measured into the card, and of the installed weights onto their page in docs/models.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from training.data import Sampler
 from training.float_layers import Comparison, Loss, choose
 from training.int8_files import Deployed, plane_files, stream_files
 from training.loop import Run
+from training.measuring.model_page import write_page
 from training.measuring.uninstalled import factory_of
 from training.quantization import calibrate, convolutions, multiplications, quantisable
 from training.recipes import MODULES, Faithful, Recipe, recipe
@@ -120,8 +121,10 @@ def _trained(how: Recipe, card: ModelCard, folder: Path) -> nn.Module:
     return network
 
 
-def _tuned(network: nn.Module, how: Recipe, data: _Data, checks: Comparison, args: argparse.Namespace) -> nn.Module:
-    """`network` after quantisation-aware fine-tuning."""
+def _tuned(
+    network: nn.Module, weights: str, how: Recipe, data: _Data, checks: Comparison, args: argparse.Namespace
+) -> nn.Module:
+    """`network`, made of weights with this digest, after quantisation-aware fine-tuning."""
     loss = how.loss()
     if isinstance(loss, Faithful):  # at its full weight at once: the network is trained
         loss.steps.fill_(loss.steady_after)
@@ -131,7 +134,7 @@ def _tuned(network: nn.Module, how: Recipe, data: _Data, checks: Comparison, arg
         return {"int8_loss_db": measured.worst_db, "int8_rms_hu": measured.rms_hu}
 
     rate = TUNING_RATE * how.schedule.learning_rate
-    rounded = sorted(name for name, one in convolutions(network).items() if one.range is not None)
+    ranges = {name: one.range for name, one in convolutions(network).items() if one.range is not None}
     average = Run(
         network,
         how.predict,
@@ -140,10 +143,11 @@ def _tuned(network: nn.Module, how: Recipe, data: _Data, checks: Comparison, arg
         replace(how.schedule, steps=args.steps, learning_rate=rate),
         validate,
         args.out,
-        f"{args.network} in 8 bits, rate {rate:g}, {', '.join(rounded)}",
+        f"{args.network} in 8 bits, rate {rate:g}, {', '.join(sorted(ranges))}",
         commit(),
         device="cuda" if torch.cuda.is_available() else "cpu",
         workers=args.workers,
+        sources={"weights": weights, "ranges": hashlib.sha256(repr(sorted(ranges.items())).encode()).hexdigest()},
     ).train(lambda: None)
     return average.cpu()
 
@@ -184,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
         print("not fine-tuned: the network learnt against a critic, which is not kept")
         tune = False
     if tune:
-        quantised = _tuned(quantised, how, data, checks, args)
+        quantised = _tuned(quantised, card.weights_sha256, how, data, checks, args)
         print(f"fine-tuned: {checks.of(quantised)}")
     if card.input == "volume":
         files = stream_files(quantised, tuned=tune)
@@ -206,6 +210,8 @@ def run(args: argparse.Namespace) -> None:
     }
     install(factory, files, entry, measured, args.weights)
     print(f"wrote {', '.join(f'{name}.{suffix}' for suffix in files)} and the card in {args.weights}")
+    if args.weights == WEIGHTS:
+        write_page(name)
 
 
 def install(

@@ -75,6 +75,33 @@ def test_page_says_what_a_network_began_with_and_was_compared_by() -> None:
     assert "\nCompared by the features of random, beside its values.\n" in text
 
 
+def test_page_says_what_int8_loses() -> None:
+    card = json.loads((runtime.WEIGHTS / "fast-2.5d.json").read_text(encoding="utf-8"))
+    card["int8_loss_db"] = 0.0412
+    card["int8"] = {
+        "command": "python -m training quantize fast-2.5d",
+        "commit": "abc",
+        "calibrated_on": {"phantoms": 100, "series": ["1.2", "1.3"]},
+        "validated_on": ["phantom 1", "phantom 2"],
+        "float_layers": ["convs.0"],
+        "float_part": 0.0249,
+        "tuning_steps": 0,
+        "psnr_db": {"-160 to 240 HU": [32.501, 32.46]},
+        "loss_db": {"-160 to 240 HU": 0.0412},
+        "rms_hu": 2.449,
+    }
+    text = page(card)
+    assert "\n| -160 to 240 HU | 32.50 | 32.46 | 0.041 |\n" in text
+    assert "differ by 2.45 HU (root mean square). A node takes INT8 by itself, on a CPU" in text
+    assert "100 phantoms and 2 series of its training, no fine-tuning; in float stay `convs.0`, 2.5 % of the" in text
+    assert "Commit abc:\n\n    python -m training quantize fast-2.5d\n" in text
+    card["int8_loss_db"], card["int8"]["tuning_steps"] = 0.14, 300
+    assert "**only where it is told to**, on a CPU" in page(card)
+    assert "300 steps of fine-tuning" in page(card)
+    del card["int8"]
+    assert "INT8" not in page(card)
+
+
 def test_page_says_what_spacing_was_taught() -> None:
     card = json.loads((runtime.WEIGHTS / "st3d.json").read_text(encoding="utf-8"))
     card["training"] |= {"slice_spacing_mm": [1.0, 8.0], "pixel_spacing_mm": [0.451, 1.367]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import nn
 from pipelines.base import WeightsDamaged
 from pipelines.openvino_core import compile_model, cpu_supports, give_memory_back
 from pipelines.openvino_segments import Code, Convolution, Planes, segment
-from pipelines.openvino_stream import Plane, StreamEngine, calibrate
+from pipelines.openvino_stream import Plane, StreamEngine
 from pipelines.runtime import WEIGHTS
 from pipelines.stresnet import ResNet3D, SRResNet3D, STResNet
 
@@ -47,6 +47,28 @@ def _volume(slices: int, shape: tuple[int, int] = SHAPE) -> NDArray[np.float32]:
 def _whole(network: ResNet3D, volume: NDArray[np.float32]) -> NDArray[np.float32]:
     result: NDArray[np.float32] = network(torch.from_numpy(volume)[None, None])[0, 0].numpy()
     return result
+
+
+def _largest_inputs(network: ResNet3D, volume: NDArray[np.float32]) -> dict[str, float]:
+    """Of each convolution, by hooks; those of one channel and the tail are left in float."""
+    found: dict[str, float] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
+        def see(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            found[name] = float(inputs[0].abs().max())
+
+        return see
+
+    hooks = [
+        module.register_forward_pre_hook(hook(name))
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv3d) and not name.startswith("tail") and module.in_channels > 1
+    ]
+    with torch.inference_mode():
+        _whole(network, volume)
+    for one in hooks:
+        one.remove()
+    return found
 
 
 def _streamed(engine: StreamEngine, volume: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -99,7 +121,7 @@ def test_the_shipped_network_in_fewer_bits() -> None:
     network.load_state_dict({name: torch.from_numpy(array).float() for name, array in weights.items()})
     with torch.inference_mode():
         expected = _whole(network, volume)
-    ranges = calibrate(weights, [iter(_noisy_phantom(seed=2))])
+    ranges = _largest_inputs(network, _noisy_phantom(seed=2))
 
     def rms_hu(values: NDArray[np.float32]) -> NDArray[np.float32]:
         square = np.square((values - expected) * HU).mean(axis=(1, 2))
@@ -125,7 +147,7 @@ def test_volumetric_convolutions_run_in_eight_bits() -> None:
     network, weights = _network(SRResNet3D, 16, 1, seed=5)
     volume = _volume(9)
     expected = _whole(network, volume)
-    ranges = calibrate(weights, [iter(volume)])
+    ranges = _largest_inputs(network, volume)
     engine = StreamEngine(weights, SHAPE, precision="int8", ranges=ranges, threads=1)
     assert {name for name, precision in engine.precisions.items() if precision in ("u8", "i8")} == set(ranges)
     error = np.sqrt(np.square(_streamed(engine, volume) - expected).mean(axis=(1, 2)))
@@ -139,28 +161,6 @@ def test_volumetric_convolutions_run_in_eight_bits() -> None:
     ]
     assert "Convolution" in kinds
     assert "Transpose" not in kinds  # the order of the stores is that of the kernels
-
-
-def test_calibration_finds_the_largest_inputs() -> None:
-    """Those that forward hooks see on the whole volumes; of two sizes and one of them empty."""
-    network, weights = _network(STResNet, 8, 2, seed=3)
-    volumes = [_volume(6), _volume(4, (20, 30))]
-    found: dict[str, float] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Conv3d):
-
-            def see(_: nn.Module, inputs: tuple[torch.Tensor], name: str = name) -> None:
-                found[name] = max(found.get(name, 0.0), float(inputs[0].abs().max()))
-
-            module.register_forward_pre_hook(see)
-    for volume in volumes:
-        _whole(network, volume)
-    expected = {name: value for name, value in found.items() if not name.startswith(("head.0", "tail"))}
-    ranges = calibrate(weights, [iter(volumes[0]), iter(()), iter(volumes[1])])
-    assert ranges == pytest.approx(expected, rel=1e-4)
-    assert len(ranges) == 11
-    with pytest.raises(ValueError, match="no slice"):
-        calibrate(weights, [iter(())])
 
 
 def test_a_result_comes_when_its_neighbourhood_is_there() -> None:

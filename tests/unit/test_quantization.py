@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
@@ -37,7 +39,8 @@ from training.data import Batch
 from training.float_layers import Comparison, Loss
 from training.float_layers import choose as choose_layers
 from training.int8_files import Deployed, inputs, plane_files, stream_files
-from training.loop import Predict
+from training.loop import OtherTraining, Predict
+from training.measuring import model_page
 from training.quantization import (
     HEADROOM,
     QuantisedConvolution,
@@ -442,7 +445,9 @@ def test_what_cannot_be_compared_with_fp32_is_not_installed(tmp_path: Path) -> N
 
 
 @vnni
-def test_command_installs_what_a_node_runs(installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_installs_what_a_node_runs(
+    installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [
         "quantize",
         "fast-2.5d",
@@ -454,8 +459,13 @@ def test_command_installs_what_a_node_runs(installed: Path, tmp_path: Path, caps
         str(tmp_path / "store"),
     ]
     words += ["--out", str(tmp_path / "out"), "--threads", "1"]
+    pages = tmp_path / "pages"
+    for module in (command, model_page):
+        monkeypatch.setattr(module, "WEIGHTS", installed)
+    monkeypatch.setattr(model_page, "PAGES", pages)
     main([*words, "--max-loss-db", "99"])
     full = _card(installed)
+    assert (pages / "fast-2.5d.md").read_text(encoding="utf-8") == model_page.page(full)
     assert full["limits"] == LIMITS
     assert LIMITS in (installed / "fast-2.5d.json").read_text(encoding="utf-8")  # as people read it
     entry = full["int8"]
@@ -480,6 +490,13 @@ def test_command_installs_what_a_node_runs(installed: Path, tmp_path: Path, caps
     assert [row["step"] for row in rows] == [1, 2]
     main([*words, "--max-loss-db", "-1", "--steps", "2"])  # stopped before it was installed: nothing is trained again
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 2
+    retrained = load_file(installed / "fast-2.5d.safetensors")
+    retrained["convs.1.weight"][0, 0, 0, 0] += 2**-6
+    save_file(retrained, installed / "fast-2.5d.safetensors")
+    digest = hashlib.sha256((installed / "fast-2.5d.safetensors").read_bytes()).hexdigest()
+    write_card(installed / "fast-2.5d.json", {**_card(installed), "weights_sha256": digest})
+    with pytest.raises(OtherTraining, match=r"out was trained with other (ranges|weights)"):  # of older weights
+        main([*words, "--max-loss-db", "-1", "--steps", "2"])
 
 
 def test_other_cpus_are_refused(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,7 +265,7 @@ def test_a_tile_at_once_is_what_a_node_streams(
     monkeypatch.setattr(table1, "FEATURES", 8)
     monkeypatch.setattr(table1, "BLOCKS", 1)
     tile = np.random.default_rng(0).normal(0, 0.1, table1.TILE).astype(np.float32)
-    (one,) = (one for one in table1.found(["st3d-wide"], tmp_path, tile, 1) if one.kind is kind)
+    (one,) = (one for one in table1.found(["st3d-wide"], tmp_path, tile) if one.kind is kind)
     assert "left out: there are no weights of 'st3d-wide'" in capsys.readouterr().err  # random ones stand in
     assert "random weights" in one.label
     exact = table1.eager(one, tile)()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.base import Execution, denoise_volume, load
 from pipelines.noise import noise_level
-from pipelines.runtime import WEIGHTS
+from pipelines.runtime import INT8_MAX_LOSS_DB, WEIGHTS
 from training.card import plateau_in_words, write_card
 from training.measuring.cases import PHANTOM_PIXEL_MM, PHANTOM_SEED, PHANTOM_SPACING_MM, volume_of
 from training.metrics import FULL, SOFT_TISSUE, psnr
@@ -107,6 +107,41 @@ def _taught_spacing(training: dict[str, Any]) -> str:
     )
 
 
+def _in_int8(card: dict[str, Any]) -> list[str]:
+    """Lines on the INT8 version, if there is one."""
+    if "int8" not in card:
+        return []
+    int8 = card["int8"]
+    phantoms, series = int8["calibrated_on"]["phantoms"], len(int8["calibrated_on"]["series"])
+    in_float = ", ".join(f"`{layer}`" for layer in int8["float_layers"])
+    steps = int8["tuning_steps"]
+    return [
+        "## In INT8",
+        "",
+        f"Against fp32, on patches of {', '.join(int8['validated_on'])}, at all doses that were taught:",
+        "",
+        "| PSNR | fp32 (dB) | INT8 (dB) | lost (dB) |",
+        "|---|---|---|---|",
+        *(
+            f"| {window} | {before:.2f} | {after:.2f} | {int8['loss_db'][window]:.3f} |"
+            for window, (before, after) in int8["psnr_db"].items()
+        ),
+        "",
+        f"The images differ by {int8['rms_hu']:.2f} HU (root mean square). A node takes INT8 "
+        + ("by itself" if card["int8_loss_db"] <= INT8_MAX_LOSS_DB else "**only where it is told to**")
+        + ", on a CPU that has instructions for it.",
+        "",
+        f"Ranges from {phantoms} phantoms and {series} series of its training, "
+        + (f"{steps} steps of fine-tuning" if steps else "no fine-tuning")
+        + (f"; in float stay {in_float}, " if in_float else "; in float stays nothing, ")
+        + f"{100 * int8['float_part']:.1f} % of the products."
+        + (f" Commit {int8['commit']}:" if int8["commit"] else ""),
+        "",
+        f"    {int8['command']}",
+        "",
+    ]
+
+
 def page(card: dict[str, Any]) -> str:
     """The page of a model in docs/models, from its card."""
     training, measured = card["training"], card["measured"]
@@ -121,7 +156,7 @@ def page(card: dict[str, Any]) -> str:
             "",
             f"{card['paper']}" + (f" doi:{card['doi']}" if card["doi"] else ""),
             "",
-            f"Version {card['version']}, weights SHA-256 `{card['weights_sha256']}`, runs in {card['precision']}. "
+            f"Version {card['version']}, weights SHA-256 `{card['weights_sha256']}`. "
             f"Input: {card['input']}. Noise map: {'yes, scaled by `strength`' if card['noise_map'] else 'no'}.",
             "",
             "Valid for slice spacing {:g} to {:g} mm and pixels of {:g} to {:g} mm.".format(
@@ -131,8 +166,8 @@ def page(card: dict[str, Any]) -> str:
             "",
             "## Measured",
             "",
-            f"On a phantom at {measured['dose']:g} of full dose, {measured['slices']} slices of 512×512, seed "
-            f"{measured['seed']}, which no training saw:",
+            f"In {card['precision']}, on a phantom at {measured['dose']:g} of full dose, {measured['slices']} slices "
+            f"of 512×512, seed {measured['seed']}, which no training saw:",
             "",
             table(measured),
             "",
@@ -140,6 +175,7 @@ def page(card: dict[str, Any]) -> str:
             "",
             f"    {measured['command']}",
             "",
+            *_in_int8(card),
             "## Trained",
             "",
             card["trained_on"],
@@ -160,6 +196,14 @@ def page(card: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def write_page(name: str) -> None:
+    """Write the page of the installed pipeline `name`, if it was measured."""
+    card = json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
+    if card["measured"]:
+        PAGES.mkdir(parents=True, exist_ok=True)
+        (PAGES / f"{name}.md").write_text(page(card), encoding="utf-8")
 
 
 def write(name: str, command: str, slices: int = SLICES, seed: int = PHANTOM_SEED) -> str:
@@ -193,6 +237,5 @@ def write(name: str, command: str, slices: int = SLICES, seed: int = PHANTOM_SEE
         **measure(before, after, truth),
     }
     write_card(path, card)
-    PAGES.mkdir(parents=True, exist_ok=True)
-    (PAGES / f"{name}.md").write_text(page(card), encoding="utf-8")
+    write_page(name)
     return table(card["measured"])
