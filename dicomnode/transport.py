@@ -30,8 +30,8 @@ _LAST_WORDS_S = 2.0
 """For associations that were told to end, at stop."""
 _SWITCH_INTERVAL_S = 1e-4
 """How long one thread may keep the interpreter from another. An association gives it up and wants it back ten times for
-each image; at Python's 5 ms the thread that writes rows costs reception a tenth of its wall and a fifth of its processor
-time (304 CT images from dcmsend, 14 rounds in turns)."""
+each image; at Python's 5 ms the thread that writes rows costs reception a tenth of its wall and a fifth of its
+processor time (304 CT images from dcmsend, 14 rounds in turns)."""
 
 
 class Listener:
