@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import fuse_conv_bn_eval
 
-from pipelines.openvino_segments import LARGEST_WEIGHT, LEVELS, SIGNED_ZERO, Reach
+from pipelines.openvino_segments import LARGEST_WEIGHT, LEVELS, SIGNED_ZERO, Reach, parts
 from training.data import Batch
 from training.loop import Predict
 
@@ -68,9 +68,16 @@ class Range:
     signed: bool
     parts: tuple[float, ...] = ()
 
+    @classmethod
+    def of(cls, reach: Reach, *, signed: bool) -> Range:
+        """From the largest magnitude, or that of each channel, as in a file."""
+        if isinstance(reach, Sequence):
+            return cls(max(reach), signed, tuple(map(float, parts(reach))))
+        return cls(reach, signed)
+
     @property
     def reach(self) -> Reach:
-        """The largest magnitude, or that of each channel, as in a file."""
+        """The opposite of `of`."""
         return [self.largest * part for part in self.parts] if self.parts else self.largest
 
     @property
