@@ -16,6 +16,10 @@ CT       ?=
 # More than two cores have: most tests wait for silence or a deadline. Files stay whole, they share fixtures; they run
 # in their order, or xdist would leave those with few and long tests to the end.
 TESTERS      := 3
+# Where tests write. They sync thousands of files and transactions, for which a disk takes its time; memory has to hold
+# 300 MB of real series for each tester, and what is made of them.
+SCRATCH      := $(shell df -k /dev/shm 2>/dev/null | cat - /proc/meminfo 2>/dev/null | awk '$$6 == "/dev/shm" { free = $$4 } \
+                    $$1 == "MemAvailable:" && $$2 < free { free = $$2 } END { print (free > 8e6 ? "/dev/shm" : "/tmp") }')
 TORCH_WHEELS := https://download.pytorch.org/whl/cpu
 PEERS        := Orthanc:orthanc storescu:dcmtk dciodvfy:dicom3tools strace:strace
 # Debian installs Orthanc to /usr/sbin, which is not on every user's path.
@@ -30,7 +34,8 @@ demo: $(VENV)/.for-demo
 	$(BIN)/python -m demo --pipeline '$(PIPELINE)' $(if $(CT),--ct '$(CT)')
 
 test: $(VENV)/.for-tests peers
-	$(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder
+	scratch=$$(mktemp -d $(SCRATCH)/dicomnode-XXXXXX) && PYTEST_DEBUG_TEMPROOT=$$scratch \
+	    $(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder && rm -r $$scratch
 
 lint: $(VENV)/.for-tests
 	$(BIN)/ruff check .

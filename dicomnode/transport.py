@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import selectors
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,10 @@ _ACCEPT_PAUSE_S = 0.2
 """After a connection could not be accepted, e.g. for want of descriptors."""
 _LAST_WORDS_S = 2.0
 """For associations that were told to end, at stop."""
+_SWITCH_INTERVAL_S = 1e-4
+"""How long one thread may keep the interpreter from another. An association gives it up and wants it back ten times for
+each image; at Python's 5 ms the thread that writes rows costs reception a tenth of its wall and a fifth of its
+processor time (304 CT images from dcmsend, 14 rounds in turns)."""
 
 
 class Listener:
@@ -63,6 +68,7 @@ class Listener:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
         self._selector.register(self._stopped, selectors.EVENT_READ)
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._thread = threading.Thread(target=self._listen, name="listener", daemon=True)
         self._thread.start()
 

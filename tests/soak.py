@@ -56,10 +56,17 @@ def step(node: NodeProcess, associations: int, images: Iterator[Image]) -> None:
             for one in brought:
                 assert scanner.store(one) == 0x0000
 
+    brought = [[next(images)] if k % STORES_EVERY == 0 else [] for k in range(associations)]
+    expected = indexed(node) + sum(map(len, brought))
     with ThreadPoolExecutor(CALLERS) as callers:
-        for _ in callers.map(call, [[next(images)] if k % STORES_EVERY == 0 else [] for k in range(associations)]):
+        for _ in callers.map(call, brought):
             pass
-    wait_for(lambda: at_rest(node), _ENDS_S, "the end of every job")
+    wait_for(lambda: indexed(node) == expected and at_rest(node), _ENDS_S, "the end of every job")
+
+
+def indexed(node: NodeProcess) -> int:
+    """Number of images that the node knows of."""
+    return int(node.query("SELECT count(*) AS n FROM instances")[0]["n"])
 
 
 def at_rest(node: NodeProcess) -> bool:

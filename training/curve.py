@@ -59,7 +59,8 @@ def draw(logs: Mapping[str, Path], out: Path, validated_on: str) -> None:
             axes.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=0.8, marker=".")
     # a logarithm shows no loss below 0, which that against a critic may be
     left.set(xlabel="samples", ylabel="loss", yscale="log" if lowest > 0 else "linear")
-    right.set(xlabel="samples", ylabel="validation PSNR, −160 to 240 HU (dB)", title=f"validated on {validated_on}")
+    right.set(xlabel="samples", ylabel="validation PSNR, −160 to 240 HU (dB)")
+    figure.suptitle(f"validated on {validated_on}", fontsize="medium")  # both plots wide: it is a long sentence
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()

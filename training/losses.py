@@ -206,6 +206,6 @@ def wgan_critic_loss(
 
 
 def wgan_generator_loss(critic: Critic, output: torch.Tensor) -> torch.Tensor:
-    """``−E[D(output)]``: what the network makes small beside λ1·L1 (DCSWGAN), or alone (the paper's WGAN)."""
+    """``−E[D(output)]``: what the network makes small beside λ1·L1."""
     with _float32(output):
         return -critic(output.float()).mean()

@@ -181,21 +181,25 @@ def run(args: argparse.Namespace) -> None:
     on_training = Comparison(network, how.predict, batches[calibrating:])
     chosen = choose(quantised, ranges, parts, on_training, args.max_loss_db)
     checks = Comparison(network, how.predict, [data.check[k] for k in range(checking)])
-    loss = checks.of(quantised)
-    print(f"post-training: {loss}", flush=True)
-    tune = loss.worst_db > args.max_loss_db and args.steps > 0
+
+    def deployed(*, tuned: bool) -> tuple[dict[str, bytes], Loss]:
+        """What a node runs, and what that loses: not what PyTorch computes with it, as the rest is in bfloat16."""
+        if card.input == "volume":
+            files = stream_files(quantised, tuned=tuned)
+        else:
+            files = plane_files(quantised, how.predict, batches[0], name)
+        return files, checks.of(Deployed(files, read_weights(card, args.weights), args.threads))
+
+    files, measured = deployed(tuned=False)
+    print(f"post-training: {measured}", flush=True)
+    tune = measured.worst_db > args.max_loss_db and args.steps > 0
     if tune and how.adversary:
         print("not fine-tuned: the network learnt against a critic, which is not kept")
         tune = False
     if tune:
         quantised = _tuned(quantised, card.weights_sha256, how, data, checks, args)
-        print(f"fine-tuned: {checks.of(quantised)}")
-    if card.input == "volume":
-        files = stream_files(quantised, tuned=tune)
-    else:
-        files = plane_files(quantised, how.predict, batches[0], name)
-    measured = checks.of(Deployed(files, read_weights(card, args.weights), args.threads))
-    print(f"as a node runs it: {measured}")
+        files, measured = deployed(tuned=True)
+        print(f"fine-tuned: {measured}")
     if measured.worst_db > args.max_loss_db:
         print(f"more than {args.max_loss_db:g} dB: more --steps may help; a node takes it only where it is told to")
     paths = (args.out, args.store, args.weights, *args.data)

@@ -31,7 +31,7 @@ def test_losses_below_zero_are_shown(
         logs[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     draw(logs, tmp_path / "curve.png", "4 phantoms that did not teach")
     left, right = drawn[0].axes
-    assert right.get_title() == "validated on 4 phantoms that did not teach"
+    assert drawn[0].get_suptitle() == "validated on 4 phantoms that did not teach"
     assert left.get_yscale() == scale
     assert [np.asarray(line.get_ydata()).tolist() for line in left.lines] == [[loss + 1 for loss in losses], losses]
     assert [np.asarray(line.get_ydata()).tolist() for line in right.lines] == [[31.0], [31.0]]
@@ -65,7 +65,7 @@ def test_several_trainings_are_compared_by_what_they_have_seen(
     main(["curve", flat, deep, "--out", str(tmp_path / "curve.png")])
     _, right = drawn[0].axes
     assert [line.get_label() for line in right.lines] == ["a", "b"]
-    assert right.get_title() == "validated on validation of a / validation of b"
+    assert drawn[0].get_suptitle() == "validated on validation of a / validation of b"
     words = (
         "The plateau was reached: the validated PSNR rose by 0.01 dB in the last third before the learning rate fell."
     )

@@ -136,6 +136,7 @@ def test_channels_of_a_size_of_their_own_lose_less() -> None:
     assert reach.parts[0] == 1
     assert np.argsort(reach.parts).tolist() == [2, 1, 3, 0]
     assert parts(reach.reach) == pytest.approx(np.array(reach.parts))  # as a node reads it from the file
+    assert Range.of(reach.reach, signed=True).parts == pytest.approx(reach.parts)
     losses = []
     for each in (reach, replace(reach, parts=())):
         quantise(made, {"0": each})

@@ -8,12 +8,17 @@ import re
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors
 from safetensors.numpy import load_file
 
 from pipelines.base import Options, Pipeline, denoise_volume, load
-from pipelines.runtime import WEIGHTS
+from pipelines.openvino_core import compile_model, convolution_precisions, cpu_supports
+from pipelines.openvino_planes import read_graph
+from pipelines.openvino_stream import StreamEngine
+from pipelines.runtime import INT8_MAX_LOSS_DB, WEIGHTS, read_card, read_file, read_weights
 from training.measuring.cases import volume_of
 from training.measuring.model_page import measure
+from training.measuring.uninstalled import factory_of
 from training.recipes import recipe
 from training.simulate import low_dose
 from training.sources.phantom import chest_abdomen
@@ -26,6 +31,8 @@ LEAST_GAIN_REDRAWN_DB = -0.5
 """Over the whole range, of the plain networks without a skip: they redraw the edges of bone and lung."""
 REDRAWN = {"cnn-l1", "wgan"}
 SHIPPED = sorted(path.stem for path in WEIGHTS.glob("*.json"))
+CARDS = {name: json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8")) for name in SHIPPED}
+QUANTISED = [name for name, card in CARDS.items() if "int8" in card]
 
 
 @pytest.fixture(scope="module", params=SHIPPED)
@@ -78,6 +85,40 @@ def test_a_shipped_card_tells_how_its_weights_came_to_be(name: str) -> None:
     assert set(card["measured"]["tissues"]) == {"air", "lung", "fat", "soft", "bone"}
     weights = load_file(WEIGHTS / f"{name}.safetensors")
     assert {tensor.dtype for tensor in weights.values()} <= {np.dtype(np.float16), np.dtype(np.int64)}
+
+
+def _runs_in(name: str) -> dict[str, str]:
+    """What each convolution of the INT8 version runs in."""
+    card, map_stride = read_card(name), factory_of(name).noise_map_stride
+    if card.input == "volume":
+        ranges = json.loads(read_file(card, "int8.ranges"))
+        weights = load_tensors(read_weights(card))
+        return StreamEngine(weights, (48, 48), precision="int8", ranges=ranges, threads=1).precisions
+    model = read_graph(read_file(card, "int8.xml"), read_file(card, "int8.bin"))
+    shapes = [[1, 1 if card.input == "slice" else 3, 64, 64], [1, 1, 64 // map_stride, 64 // map_stride]]
+    model.reshape(dict(zip(model.inputs, shapes, strict=False)))
+    return convolution_precisions(compile_model(model, "int8", 1))
+
+
+@pytest.mark.skipif(not cpu_supports("int8"), reason="needs a CPU with VNNI")
+@pytest.mark.parametrize("name", QUANTISED)
+def test_int8_runs_in_8_bits_but_for_the_layers_that_the_card_names(name: str) -> None:
+    """OpenVINO runs what it does not recognise in float, and says so nowhere else."""
+    kinds = _runs_in(name)
+    in_float = [layer for layer, kind in kinds.items() if kind not in ("u8", "i8")]
+    assert len(kinds) > len(in_float) == len(CARDS[name]["int8"]["float_layers"])
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_int8_can_be_made_again(name: str) -> None:
+    """Of the installed weights, by code without changes that nobody else has."""
+    assert re.fullmatch("[0-9a-f]{40}", CARDS[name]["int8"]["commit"])
+    assert "--weights" not in CARDS[name]["int8"]["command"]
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_int8_is_good_enough_to_run_by_itself(name: str) -> None:
+    assert CARDS[name]["int8_loss_db"] == max(CARDS[name]["int8"]["loss_db"].values()) <= INT8_MAX_LOSS_DB
 
 
 def test_same_input_same_output_and_blend(pipeline: Pipeline, pair: tuple[Array, Array]) -> None:
