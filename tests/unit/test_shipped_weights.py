@@ -110,13 +110,6 @@ def test_int8_runs_in_8_bits_but_for_the_layers_that_the_card_names(name: str) -
 
 
 @pytest.mark.parametrize("name", QUANTISED)
-def test_int8_can_be_made_again(name: str) -> None:
-    """Of the installed weights, by code without changes that nobody else has."""
-    assert re.fullmatch("[0-9a-f]{40}", CARDS[name]["int8"]["commit"])
-    assert "--weights" not in CARDS[name]["int8"]["command"]
-
-
-@pytest.mark.parametrize("name", QUANTISED)
 def test_int8_is_good_enough_to_run_by_itself(name: str) -> None:
     assert CARDS[name]["int8_loss_db"] == max(CARDS[name]["int8"]["loss_db"].values()) <= INT8_MAX_LOSS_DB
 
