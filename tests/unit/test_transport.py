@@ -280,7 +280,7 @@ def test_one_association_too_many_is_told_so(tmp_path: Path, caplog: pytest.LogC
 def test_a_stranger_never_gets_a_thread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     networks = (ipaddress.ip_network("127.0.0.1/32"),)
     with reception(tmp_path / "spool") as node:
-        node.server._listener._limits = node.server._reception.model_copy(update={"networks": networks})  # type: ignore[union-attr]
+        node.server._listener._limits = node.server._reception.model_copy(update={"networks": networks})  # type: ignore[union-attr]  # it listens
         with Caller(node.port, source="127.0.0.2") as stranger:
             assert stranger.receive() is None
     assert "connection from 127.0.0.2 refused: not in reception.networks" in caplog.text
