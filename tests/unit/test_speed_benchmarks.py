@@ -246,11 +246,13 @@ def test_what_slices_and_cores_cost() -> None:
 
 def test_slow_opponents_are_scaled_and_marked() -> None:
     ours, theirs, nlm = versus.Way("net", True, "int8"), versus.Way("net", False), versus.Way("nlm", False)
-    rows = versus.rows({ours: [30.0, 32.0, 28.0], theirs: [16.0], nlm: [8.0]}, 300, 16, {ours: (40.0, 50.0)})
+    times, computed = {ours: [30.0, 32.0, 28.0], theirs: [16.0], nlm: [8.0]}, {ours: 54, theirs: 54, nlm: 16}
+    scaled = "16 slices, scaled to 300"
+    rows = versus.rows(times, 300, 16, computed, {ours: (40.0, 50.0)})
     assert rows == [
         ["ours, net, int8", "30.0 [28.0-32.0]", "300 slices", "1.0", "40.00 / 50.00"],
-        ["net, eager PyTorch and pydicom", "300.0 [300.0-300.0]", "16 slices, scaled to 300", "10.0", "-"],
-        ["non-local means, scikit-image", "150.0 [150.0-150.0]", "16 slices, scaled to 300", "5.0 (the quickest)", "-"],
+        ["net, eager PyTorch and pydicom", "300.0 [300.0-300.0]", f"{scaled} (54 computed for them)", "10.0", "-"],
+        ["non-local means, scikit-image", "150.0 [150.0-150.0]", scaled, "5.0 (the quickest)", "-"],
     ]
 
 
@@ -275,6 +277,13 @@ def test_a_tile_at_once_is_what_a_node_streams(
         streamed = table1.streamed(one, precision, tile, 1)()
         assert np.abs(whole - exact).max() < within * changed
         assert np.abs(streamed - whole).max() < within * changed
+
+
+def test_a_script_for_volumes_is_given_what_its_slices_depend_on() -> None:
+    paths = [Path(str(k)) for k in range(300)]
+    assert versus.around("nlm", paths, 16, versus.WEIGHTS) == (paths[142:158], 0)
+    given, before = versus.around("st3d", paths, 16, versus.WEIGHTS)
+    assert (given, before) == (paths[123:177], 19)
 
 
 def test_the_eager_opponent_computes_the_network_slice_by_slice() -> None:
