@@ -6,6 +6,7 @@ import importlib
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +26,9 @@ from pipelines.volume import read_volume
 from training.metrics import LUNG, SOFT_TISSUE
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # they are scripts, not a package
-alone, ct_files, images, machine, operations, papers, series, table1, versus = map(
+alone, ct_files, images, machine, operations, papers, series, table1, table1_gpu, versus = map(
     importlib.import_module,
-    ("alone", "ct_files", "images", "machine", "operations", "papers", "series", "table1", "versus"),
+    ("alone", "ct_files", "images", "machine", "operations", "papers", "series", "table1", "table1_gpu", "versus"),
 )
 
 
@@ -277,6 +278,33 @@ def test_a_tile_at_once_is_what_a_node_streams(
         streamed = table1.streamed(one, precision, tile, 1)()
         assert np.abs(whole - exact).max() < within * changed
         assert np.abs(streamed - whole).max() < within * changed
+
+
+def test_what_is_timed_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU: both ways through the network agree, types round, and an iteration teaches in both of its types."""
+    monkeypatch.setattr(table1, "FEATURES", 6)
+    monkeypatch.setattr(table1, "BLOCKS", 1)
+    small = {name: replace(table1_gpu.recipe(name), patch_zyx=(3, 8, 8), batch=2) for name in table1.PAPER}
+    monkeypatch.setattr(table1_gpu, "recipe", small.__getitem__)
+    tile = np.random.default_rng(0).normal(0, 0.1, (4, 12, 16)).astype(np.float32)
+    turns = table1_gpu.prepare(tile, "cpu", tmp_path)
+    assert len(turns) == 2 * (2 * 3 + 2)
+    for name, kind in zip(table1.PAPER, (SRResNet3D, STResNet), strict=True):
+        network = table1.filled(kind, table1.random_weights(kind))
+        exact = network(torch.from_numpy(tile)[None, None])[0, 0].numpy()
+        for how in (table1_gpu.WHOLE, table1_gpu.STREAMED):
+            np.testing.assert_allclose(turns[name, how, "fp32"](), exact, atol=1e-5)
+            off = [float(np.abs(turns[name, how, kind]() - exact).max()) for kind in ("bf16", "fp16")]
+            assert 0.02 > off[0] > off[1] > 1e-6
+        losses = [[turns[name, table1_gpu.TRAINED, kind]() for _ in range(3)] for kind in ("fp32", "mixed, bf16")]
+        assert all(len(set(each)) > 1 for each in losses)  # of one batch: the weights move
+        assert 0 < abs(losses[0][0] - losses[1][0]) < 0.01 * losses[0][0]
+
+
+def test_a_row_of_table_1_on_a_gpu() -> None:
+    times = {(table1.PAPER[0], "whole tile", "fp32"): [0.4], (table1.PAPER[1], "whole tile", "fp32"): [0.2]}
+    told = table1_gpu.rows({**times, (table1.PAPER[1], "whole tile", "fp16"): [0.05, 0.04, 0.06]})
+    assert told[2] == ["st3d-wide", "whole tile", "fp16", "0.0500 [0.0400-0.0600]", "8.00", "4.00"]
 
 
 def test_a_script_for_volumes_is_given_what_its_slices_depend_on() -> None:
