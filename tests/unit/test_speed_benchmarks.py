@@ -245,6 +245,53 @@ def test_what_slices_and_cores_cost() -> None:
     assert (row["computed"], row["floor of seconds"]) == ("50%", "33%")
 
 
+@pytest.mark.parametrize(("skips", "most"), [("fp32", "2147 at most: met"), ("bf16", "1611 at most: missed")])
+def test_a_bar_is_judged_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch, skips: str, most: str) -> None:
+    monkeypatch.setattr(series, "float_of", lambda precision: skips)
+
+    def case(pipeline: str, voxels: str, slices: int = 300, cores: int = 2) -> Any:
+        return series.Case(pipeline, "int8", voxels, slices, cores)
+
+    one = series.Measured({"wall": 41.0}, 2147.0, (512, 512), (300, 400))
+    cases = {
+        case("st3d", "body"): [one],
+        case("st3d", "all"): [one],
+        case("fast-2.5d", "all"): [one],
+        case("fast-2.5d", "body"): [one],
+        case("st3d", "all", slices=200): [one],
+        case("st3d", "all", cores=1): [one],
+    }
+    told = series.bars(cases, 0.5)
+    assert told == [
+        "st3d, body: 41.0 s of 40 at most: missed.",
+        "st3d, all: 41.0 s of 60 at most: met.",
+        "fast-2.5d, all: 41.0 s of 25 at most: missed.",
+        f"st3d: 2147 MB of {most}.",
+        "fast-2.5d: 2147 MB of 2147 at most: met.",
+    ]
+    assert series.bars(cases, 0.44) == told[1:]  # little body is little work
+    hungry = {case("drl", "all"): [replace(one, peak_mb=2148.0)]}
+    assert series.bars(hungry, 0.5) == ["drl: 2148 MB of 2147 at most: missed."]
+    assert series.bars({replace(first, precision="fp32"): turns for first, turns in hungry.items()}, 0.5) == []
+
+
+def test_one_artefact_must_meet_the_whole_bar_of_table_1() -> None:
+    def row(kind: str, loss: str, part: str, ratio: str) -> list[str]:
+        return ["net", "OpenVINO", kind, "1", "20", ratio, "400", part, "40 / 50", loss, "1 / 1", "-"]
+
+    good = row("int8", "0.020 / 0.100", "80", "11.00")
+    others = [
+        row("bf16", "0.000 / 0.000", "99", "20.00"),
+        row("int8", "0.020 / 0.101", "99", "20.00"),
+        row("int8", "0.020 / 0.030", "79", "20.00"),
+        row("int8", "0.020 / 0.030", "99", "10.99"),
+        row("int8", "-", "99", "20.00"),
+    ]
+    assert table1.bar(others, 3).endswith(": missed.")
+    assert table1.bar([*others, good], 3).endswith(": met by net, OpenVINO.")
+    assert table1.bar([good], 2).endswith(": missed.")  # of too few series
+
+
 def test_slow_opponents_are_scaled_and_marked() -> None:
     ours, theirs, nlm = versus.Way("net", True, "int8"), versus.Way("net", False), versus.Way("nlm", False)
     times, computed = {ours: [30.0, 32.0, 28.0], theirs: [16.0], nlm: [8.0]}, {ours: 54, theirs: 54, nlm: 16}
