@@ -134,7 +134,11 @@ class _Nowhere:
     def free_bytes(self) -> int:
         return 2**60
 
-    def store(self, incoming: Incoming, data: memoryview, *, keep_conflict: bool) -> tuple[Kept, Instance | None]:
+    @contextmanager
+    def begin(self, incoming: Incoming, data: memoryview) -> Iterator[_Nowhere]:
+        yield self
+
+    def keep(self, series_uid: str, study_uid: str, *, keep_conflict: bool) -> tuple[Kept, Instance | None]:
         return Kept.NEW, None
 
 
