@@ -2,12 +2,13 @@
 
     python benchmarks/ingest.py FOLDER [--slices 304] [--rounds 5]
 
-FOLDER holds the DICOM files of a CT series; they are repeated under new SOP Instance UIDs up to the number of slices.
-The sender is DCMTK's dcmsend, one process for each association. Clients and peer servers run with TCP_NODELAY=1, but
-for the client named "Nagle", which is dcmsend as Debian starts it. Our server is the whole reception: digest, check of
-the UIDs, index rows. Under "no sync" it does not sync files and folders, as storescp does not; nothing but this program
-can switch that off. Between two runs every server forgets what it got. Rounds interleave all rows: only ratios within
-one run mean anything on a machine that is shared. Linux only (/proc).
+FOLDER holds the DICOM files of a CT series; they are repeated under new UIDs up to the number of slices, anew for each
+round. The sender is DCMTK's dcmsend, one process for each association. Clients and peer servers run with TCP_NODELAY=1,
+but for the client named "Nagle", which is dcmsend as Debian starts it. Our server is the whole reception: digest, check
+of the UIDs, index rows. Under "no sync" it does not sync files and folders, as storescp does not; nothing but this
+program can switch that off. Nothing is deleted before the end (where many files were just deleted, a file system may
+take several times as long to make a new one), and the disk is idle when a run begins. Rounds interleave all rows: only
+ratios within one run mean anything on a machine that is shared. Linux only (/proc).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,30 +51,20 @@ _QUIET_S = 86_400
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server and the folder whose files it may be made to forget."""
+    """A running server and the folder of what it got."""
 
     process: subprocess.Popen[bytes]
     port: int
     folder: Path
     http_port: int | None = None
 
-    def forget(self) -> int:
-        """Remove what it holds; the number of instances that it held."""
+    def held(self) -> int:
+        """Number of instances that it holds."""
         if self.http_port is None:
-            files = [path for path in self.folder.rglob("*") if path.is_file()]
-            for path in files:
-                path.unlink()
-            return len(files)
-        held = len(self._ask("GET", "/instances"))
-        for patient in self._ask("GET", "/patients"):
-            self._ask("DELETE", f"/patients/{patient}")
-        return held
-
-    def _ask(self, method: str, path: str) -> list[str]:
-        request = urllib.request.Request(f"http://{HOST}:{self.http_port}{path}", method=method)
+            return sum(1 for path in self.folder.rglob("*") if path.is_file())
+        request = urllib.request.Request(f"http://{HOST}:{self.http_port}/statistics")
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-            found: list[str] = json.loads(answer.read())
-            return found
+            return int(json.loads(answer.read())["CountInstances"])
 
     def cpu_s(self) -> float:
         """Processor time of it and of its ended children, once it has nothing more to do."""
@@ -251,16 +243,25 @@ BARS: list[tuple[str, int, int, int, float]] = [
 """Name, row, row that it is compared with, 0 for the wall or 1 for the processor time, most that the ratio may be."""
 
 
-def measure(running: dict[str, Server], folders: dict[int, list[Path]], slices: int) -> list[tuple[float, float]]:
-    """Wall and processor time of the server for each of `ROWS`, in seconds."""
+def measure(running: dict[str, Server], source: Path, folder: Path, slices: int) -> list[tuple[float, float]]:
+    """Wall and processor time of the server for each of `ROWS`, in seconds; no server gets an image twice."""
     took = []
+    sets: list[list[Path]] = []
+    turns: Counter[str] = Counter()
     for name, parts, environment in ROWS:
         server = running[name]
-        before_s = server.cpu_s()
-        wall_s = send(server.port, folders[parts], environment)
+        if turns[name] == len(sets):
+            (folder / str(len(sets))).mkdir()
+            sets.append([item.path for item in series(source, folder / str(len(sets)), slices)])
+        files = sets[turns[name]]
+        turns[name] += 1
+        folders = split(files, parts, Path(tempfile.mkdtemp(dir=folder)))
+        os.sync()
+        held, before_s = server.held(), server.cpu_s()
+        wall_s = send(server.port, folders, environment)
         took.append((wall_s, server.cpu_s() - before_s))
-        if (held := server.forget()) != slices:
-            raise SystemExit(f"{name} holds {held} instances of {slices}")
+        if (came := server.held() - held) != slices:
+            raise SystemExit(f"{name} took {came} instances of {slices}")
     return took
 
 
@@ -281,11 +282,13 @@ def main() -> None:
         (work / "in").mkdir()
         items = series(arguments.folder, work / "in", arguments.slices)
         megabytes = sum(item.path.stat().st_size for item in items) / 1e6
-        folders = {parts: split([item.path for item in items], parts, work / "in") for parts in (1, 4, 8)}
         (work / "servers").mkdir()
         running = servers(work / "servers")
         try:
-            rounds = [measure(running, folders, arguments.slices) for _ in range(arguments.rounds)]
+            rounds = []
+            for number in range(arguments.rounds):
+                (work / f"round{number}").mkdir()
+                rounds.append(measure(running, arguments.folder, work / f"round{number}", arguments.slices))
             ours = running["ours, no sync"]
             classes = [str(context.abstract_syntax) for context in AllStoragePresentationContexts]
             everything = [(one, tuple(map(str, transfer_syntaxes()))) for one in classes[: pdu.MAX_CONTEXTS]]
