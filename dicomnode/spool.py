@@ -2,7 +2,7 @@
 
 ::
 
-    <spool>/incoming/<random>.part                                  what is being written
+    <spool>/incoming/<number>.part                                  what is being written
     <spool>/instances/<SeriesInstanceUID>/<SOPInstanceUID>.dcm      what was acknowledged
     <spool>/conflicts/<SeriesInstanceUID>/<SOPInstanceUID>.<digest>.dcm
                                                                    same UID, other bytes: kept apart
@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import struct
 import threading
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -150,6 +151,7 @@ class Spool:
             self._lock_file = hold(root / "lock")
         except OSError as error:
             raise SpoolError(f"spool {root} cannot be used: {error}; check the path and its owner") from error
+        self._numbers = itertools.count(1)
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="writer")
         self._placing = threading.Lock()
         self._lasting: set[Path] = set()
@@ -177,6 +179,10 @@ class Spool:
         """Space left for us on the spool's file system."""
         status = os.statvfs(self.root)
         return status.f_bavail * status.f_frsize
+
+    def new_part(self) -> Path:
+        """A name for a file that is being written."""
+        return self.incoming / f"{next(self._numbers)}{PART_SUFFIX}"
 
     def begin(self, incoming: Incoming, data: memoryview) -> Arrival:
         """Begin to write an object; `data` must stay as it is until the arrival is over."""
@@ -224,7 +230,7 @@ class Arrival:
         self._incoming = incoming
         header = _PREAMBLE + _file_meta(incoming)
         self._size_bytes = len(header) + len(data)
-        self._part = spool.incoming / f"{uuid.uuid4().hex}{PART_SUFFIX}"
+        self._part = spool.new_part()
         self._written = spool._writers.submit(write_durably, self._part, (header, data))
         self._placed = False
         # At once: it needs no interpreter, which the writer now waits for between its system calls.
@@ -332,22 +338,30 @@ def dataset_digest(path: Path) -> str:
 
 def _file_meta(incoming: Incoming) -> bytes:
     """File Meta Information (PS3.10 section 7.1). The AE titles let the index be rebuilt from the files alone."""
-
-    def element(number: int, vr: bytes, value: str) -> bytes:
-        raw = value.encode("ascii", "replace")
-        if len(raw) % 2:
-            raw += b"\0" if vr == b"UI" else b" "
-        return struct.pack("<HH2sH", 2, number, vr, len(raw)) + raw
-
-    body = struct.pack("<HH2sHL", 2, 1, b"OB", 0, 2) + b"\0\1"
-    body += element(0x0002, b"UI", incoming.sop_class_uid)
-    body += element(0x0003, b"UI", incoming.sop_instance_uid)
-    body += element(0x0010, b"UI", incoming.transfer_syntax_uid)
-    body += element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID)
-    body += element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME)
-    body += element(0x0016, b"AE", incoming.calling_ae)
-    body += element(0x0018, b"AE", incoming.called_ae)
+    before, behind = _around(
+        incoming.sop_class_uid, incoming.transfer_syntax_uid, incoming.calling_ae, incoming.called_ae
+    )
+    body = before + _meta_element(0x0003, b"UI", incoming.sop_instance_uid) + behind
     return struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(body)) + body
+
+
+@functools.lru_cache(maxsize=64)
+def _around(sop_class_uid: str, transfer_syntax_uid: str, calling_ae: str, called_ae: str) -> tuple[bytes, bytes]:
+    """What stands before and behind the SOP instance UID in it, the same for all objects of an association."""
+    before = struct.pack("<HH2sHL", 2, 1, b"OB", 0, 2) + b"\0\1" + _meta_element(0x0002, b"UI", sop_class_uid)
+    behind = _meta_element(0x0010, b"UI", transfer_syntax_uid)
+    behind += _meta_element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID)
+    behind += _meta_element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME)
+    behind += _meta_element(0x0016, b"AE", calling_ae)
+    behind += _meta_element(0x0018, b"AE", called_ae)
+    return before, behind
+
+
+def _meta_element(number: int, vr: bytes, value: str) -> bytes:
+    raw = value.encode("ascii", "replace")
+    if len(raw) % 2:
+        raw += b"\0" if vr == b"UI" else b" "
+    return struct.pack("<HH2sH", 2, number, vr, len(raw)) + raw
 
 
 def write_durably(path: Path, parts: Sequence[bytes | memoryview]) -> None:
