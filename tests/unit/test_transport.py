@@ -187,15 +187,13 @@ def test_a_peer_that_never_reads_its_answers_is_closed_in_time(hasty: Reception)
     stuck_at: list[float] = []
     with Caller(hasty.port, receive_buffer=4096) as caller:
         caller.associate()
-
-        def closed() -> bool:
+        for _ in range(50_000):
             begun = time.monotonic()
             taken = caller.push(many)
             if time.monotonic() - begun > TIMEOUT_S / 2:
                 stuck_at.append(begun)
-            return not taken
-
-        wait_for(closed, 60, "the end of it")
+            if not taken:
+                break
         assert time.monotonic() - stuck_at[0] < SOON_S
 
 
