@@ -33,7 +33,7 @@ _HEAD_BYTES = 2**15
 _MAX_DEPTH = 16
 """Nesting of sequences of undefined length; clinical headers have up to 5."""
 _UNDEFINED = 0xFFFFFFFF
-_ANY_TAG = range(2**32)
+_ANY_TAG, _NO_TAG = range(2**32), range(0)
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _SHORT = frozenset(
     (
@@ -180,7 +180,7 @@ def _items(content: bytes, sequence: Element, implicit: bool) -> Iterator[dict[i
         if found == _SEQUENCE_END:
             return
         elements: dict[int, Element] = {}
-        at = _walk_item(content, at + 8, length, end, implicit, 0, elements)
+        at = _walk_item(content, at + 8, length, end, implicit, 0, elements, _ANY_TAG)
         yield elements
 
 
@@ -387,7 +387,7 @@ def _walk_items(content: bytes, tag: int, vr: bytes, at: int, end: int, implicit
         found, length = _item(content, at, end)
         if found == _SEQUENCE_END:
             return at + 8
-        at = _walk_item(content, at + 8, length, end, implicit, depth + 1, {})
+        at = _walk_item(content, at + 8, length, end, implicit, depth + 1, {}, _NO_TAG)
 
 
 def _item(content: bytes, at: int, end: int) -> tuple[int, int]:
@@ -402,14 +402,21 @@ def _item(content: bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def _walk_item(
-    content: bytes, at: int, length: int, end: int, implicit: bool, depth: int, elements: dict[int, Element]
+    content: bytes,
+    at: int,
+    length: int,
+    end: int,
+    implicit: bool,
+    depth: int,
+    elements: dict[int, Element],
+    tags: Container[int],
 ) -> int:
-    """Add the elements of one item; the offset behind it."""
+    """Add the elements `tags` of one item; the offset behind it."""
     if length == _UNDEFINED:
-        return _walk(content, at, end, implicit, depth + 1, elements, None, delimited=True)
+        return _walk(content, at, end, implicit, depth + 1, elements, None, delimited=True, tags=tags)
     behind = at + length
     if behind > end:
         raise HandedOver("the content ends inside an item")
-    if _walk(content, at, behind, implicit, depth + 1, elements, None) != behind:
+    if _walk(content, at, behind, implicit, depth + 1, elements, None, tags=tags) != behind:
         raise HandedOver("an item that does not end where it says")
     return behind
