@@ -6,15 +6,17 @@ FOLDER holds the DICOM files of a CT series; they are repeated under new UIDs up
 round. The sender is DCMTK's dcmsend, one process for each association. Clients and peer servers run with TCP_NODELAY=1,
 but for the client named "Nagle", which is dcmsend as Debian starts it. Our server is the whole reception: digest, check
 of the UIDs, index rows. Under "no sync" it does not sync files and folders, as storescp does not; nothing but this
-program can switch that off. Nothing is deleted before the end (where many files were just deleted, a file system may
-take several times as long to make a new one), and the disk is idle when a run begins. Rounds interleave all rows: only
-ratios within one run mean anything on a machine that is shared. Linux only (/proc).
+program can switch that off. When a run begins, the disk is idle, there is memory for its files that was in use a moment
+ago (in a virtual machine any other may come slowly), and nothing was deleted before, after which a file system may take
+several times as long to make a file. Rounds interleave all rows: only ratios within one run mean anything on a machine
+that is shared. Linux only (/proc).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import signal
 import statistics
@@ -44,6 +46,7 @@ from dicomnode.spool import Spool
 
 _IDLE, _IDLE_S = 50, 10.0
 _SETUPS = 50
+_WARM_BYTES = 2**30
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _QUIET_S = 86_400
 """No series is closed while we measure."""
@@ -195,7 +198,7 @@ def servers(work: Path) -> dict[str, Server]:
         folder.mkdir()
     configuration = {
         "StorageDirectory": str(folders["Orthanc"]),
-        "IndexDirectory": str(folders["Orthanc"]),
+        "IndexDirectory": str(work),
         "Plugins": [],
         "HttpPort": ports["http"],
         "AuthenticationEnabled": False,
@@ -256,13 +259,28 @@ def measure(running: dict[str, Server], source: Path, folder: Path, slices: int)
         files = sets[turns[name]]
         turns[name] += 1
         folders = split(files, parts, Path(tempfile.mkdtemp(dir=folder)))
-        os.sync()
+        settle()
         held, before_s = server.held(), server.cpu_s()
         wall_s = send(server.port, folders, environment)
         took.append((wall_s, server.cpu_s() - before_s))
         if (came := server.held() - held) != slices:
             raise SystemExit(f"{name} took {came} instances of {slices}")
+        empty(server.folder)
+    empty(folder)
     return took
+
+
+def settle() -> None:
+    """Wait for the disk, and give back some memory that was just in use."""
+    os.sync()
+    mmap.mmap(-1, _WARM_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+
+
+def empty(folder: Path) -> None:
+    """Make all files in it empty, however deep."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.truncate(path, 0)
 
 
 def main() -> None:
