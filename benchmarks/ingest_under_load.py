@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from machine import description, own_cores
 
 from dicomnode.benchmark import write_phantom
 from dicomnode.db import JobState, SeriesState
@@ -206,8 +207,8 @@ def main() -> None:
         one.wall_s for one in rounds[False]
     )
     print(
-        f"{arguments.slices} images of 512x512, {megabytes:.0f} MB, one association, {os.cpu_count()} cores, load "
-        f"{os.getloadavg()[0]:.1f}; {arguments.rounds} interleaved rounds, median [min-max]\n"
+        f"{description(own_cores())} Load {os.getloadavg()[0]:.1f}.\n{arguments.slices} images of 512x512, "
+        f"{megabytes:.0f} MB, one association; {arguments.rounds} interleaved rounds, median [min-max]\n"
     )
     print("| the node | wall s | MB/s | failed stores |")
     print("|---|---|---|---|")

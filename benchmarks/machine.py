@@ -105,12 +105,16 @@ class Machine:
         """Processor, memory, system, packages and peak, in a line for above a table."""
         peaks = ", ".join(f"{best:.0f} in {kind}" for kind, best in self._best.items() if best)
         tiles = " (not that of its AMX tiles, which is higher)" if "amx_int8" in _of_cpu("flags").split() else ""
-        memory_gb = int(_MEMINFO.read_text().split()[1]) * 1024 / 1e9
-        return (
-            f"{_of_cpu('model name')} (family {_of_cpu('cpu family')}, model {_of_cpu('model')}), {self.cores} of "
-            f"{os.cpu_count()} cores, {memory_gb:.0f} GB; Linux {platform.release()}, {versions()}. Peak of these "
-            f"cores: {peaks} GMAC/s{tiles}."
-        )
+        return f"{description(self.cores)} Peak of these cores: {peaks} GMAC/s{tiles}."
+
+
+def description(cores: int) -> str:
+    """Processor, so many of its cores, memory, system and packages, in a line for above a table."""
+    memory_gb = int(_MEMINFO.read_text().split()[1]) * 1024 / 1e9
+    return (
+        f"{_of_cpu('model name')} (family {_of_cpu('cpu family')}, model {_of_cpu('model')}), {cores} of "
+        f"{os.cpu_count()} cores, {memory_gb:.0f} GB; Linux {platform.release()}, {versions()}."
+    )
 
 
 def _of_cpu(key: str) -> str:

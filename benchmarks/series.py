@@ -40,11 +40,22 @@ from pipelines.base import Execution, Options, WeightsMissing
 from pipelines.body import Box
 from pipelines.body import box as real_box
 from pipelines.network import NetworkPipeline
-from pipelines.openvino_core import Precision
+from pipelines.openvino_core import Precision, float_of
 from pipelines.runtime import WEIGHTS, ExecutionRefused, choose, read_card
 from pipelines.volume import Series
 from training.measuring.uninstalled import load_from
 
+BAR_S = {
+    ("fast-2.5d", "all"): 25.0,
+    ("quality-2.5d", "all"): 75.0,
+    ("st3d", "all"): 60.0,
+    ("st3d", "body"): 40.0,
+}
+"""Most that 300 slices of 512 × 512 may take in INT8 on two cores, by pipeline and voxels."""
+BAR_BODY = 0.45
+"""Least part of the series that is body, for the bar of what leaves the air out to say something."""
+BAR_MB, BAR_HALF_MB = 2 * 2**30 / 1e6, 1.5 * 2**30 / 1e6
+"""Most memory in INT8, of any number of slices; the less where `st3d` keeps its skips in bfloat16."""
 BUSY = {stage: name for stage, name in STAGES.items() if stage != "wall"}
 FITTED = 3
 """Numbers of slices from which on a line through them says something."""
@@ -186,6 +197,29 @@ def line(slices: Sequence[int], seconds: Sequence[float]) -> tuple[float, float,
     return float(start), float(each), float(np.abs((start + each * n) / t - 1).max())
 
 
+def bars(measured: Mapping[Case, Sequence[Measured]], body: float) -> list[str]:
+    """What is asked for and whether it is met, in sentences; `body` is the part of the series that is."""
+    told = []
+    for case, turns in measured.items():
+        most = BAR_S.get((case.pipeline, case.voxels))
+        asked = (case.precision, case.slices, case.cores) == ("int8", 300, 2) and turns[0].matrix == (512, 512)
+        if most is None or not asked or (case.voxels == "body" and body < BAR_BODY):
+            continue
+        taken = statistics.median(turn.seconds for turn in turns)
+        met = "met" if taken <= most else "missed"
+        told.append(f"{case.pipeline}, {case.voxels}: {taken:.1f} s of {most:g} at most: {met}.")
+    for name in dict.fromkeys(case.pipeline for case in measured if case.precision == "int8"):
+        peak = max(
+            turn.peak_mb
+            for case, turns in measured.items()
+            for turn in turns
+            if (case.pipeline, case.precision) == (name, "int8")
+        )
+        limit = BAR_HALF_MB if name == "st3d" and float_of("int8") == "bf16" else BAR_MB
+        told.append(f"{name}: {peak:.0f} MB of {limit:.0f} at most: {'met' if peak <= limit else 'missed'}.")
+    return told
+
+
 def findings(measured: Mapping[Case, Sequence[Measured]]) -> list[str]:
     """What the table shows of linearity, memory and cores, in sentences."""
     middles = {case: statistics.median(turn.seconds for turn in turns) for case, turns in measured.items()}
@@ -235,7 +269,8 @@ def main() -> None:
         what = f"{options.series.name}, to and fro" if options.series else "a chest phantom at low dose"
         print(command([options.series, options.weights, options.folder]))
         print(f"{machine.describe()}\n{rounds.describe()}")
-        print(f"Series: {what}, {body_part(paths[:300]):.0%} body.\n")
+        body = body_part(paths[:300])
+        print(f"Series: {what}, {body:.0%} body.\n")
         measured = {case: rounds.of(case) for case in cases}
         print(
             table(
@@ -243,7 +278,7 @@ def main() -> None:
                 [row(case, many, floor_s(case, many[0], machine, options.weights)) for case, many in measured.items()],
             )
         )
-        for sentence in findings(measured):
+        for sentence in [*bars(measured, body), *findings(measured)]:
             print(f"\n{sentence}")
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from machine import description
 from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
@@ -303,6 +304,7 @@ def main() -> None:
             clock.seconds |= write_round(volume, datasets, made, folder).seconds
             rounds.append(clock)
         elements = len(dcmread(paths[0], stop_before_pixels=True))
+    print(description(1))
     print(f"{len(paths)} slices, {elements} elements each, {arguments.rounds} rounds after one not counted, medians")
     print(table(rounds[1:]))
 

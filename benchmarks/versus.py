@@ -115,15 +115,24 @@ def script(told: Any) -> float:
     return time.perf_counter() - begun
 
 
-def run_opponent(name: str, paths: Sequence[Path], slices: int, weights: Path) -> float:
-    """Seconds of `script` for `slices`; a network for volumes is given as many more on both sides as it looks at."""
+def around(name: str, paths: Sequence[Path], slices: int, weights: Path) -> tuple[Sequence[Path], int]:
+    """What `script` is given for the middle `slices`, and how many of it come before them.
+
+    A network for volumes is given as many more on both sides as it looks at.
+    """
     reach = 0 if name == NLM else read_card(name, weights).overlap_zyx[0]
     middle = (len(paths) - slices) // 2
     first = max(middle - reach, 0)
-    files = [str(path) for path in paths[first : middle + slices + reach]]
+    return paths[first : middle + slices + reach], middle - first
+
+
+def run_opponent(name: str, paths: Sequence[Path], slices: int, weights: Path) -> float:
+    """Seconds of `script` for `slices`."""
+    given, before = around(name, paths, slices, weights)
+    files = [str(path) for path in given]
     with tempfile.TemporaryDirectory(dir=paths[0].parent.parent) as out:
         told = {"name": name, "paths": files, "out": out, "weights": str(weights)}
-        return float(ask(__file__, {**told, "first": middle - first, "end": middle - first + slices}))
+        return float(ask(__file__, {**told, "first": before, "end": before + slices}))
 
 
 def raw(name: str, trial: Trial, weights: Path) -> Array:
@@ -182,7 +191,11 @@ HEAD = ("what", "seconds", "measured on", "× ours", "PSNR (dB)")
 
 
 def rows(
-    times: Mapping[Way, Sequence[float]], slices: int, timed: int, quality: Mapping[Way, Sequence[float]]
+    times: Mapping[Way, Sequence[float]],
+    slices: int,
+    timed: int,
+    computed: Mapping[Way, int],
+    quality: Mapping[Way, Sequence[float]],
 ) -> list[list[str]]:
     """The table.
 
@@ -190,6 +203,8 @@ def rows(
     ----------
     times
         Of each way, as measured in the rounds: ours on `slices`, the others on `timed`.
+    computed
+        Slices that one of the others had to compute for those.
     quality
         PSNR of each that was judged.
     """
@@ -201,6 +216,8 @@ def rows(
         own = [statistics.median(times[one]) for one in times if one.ours and one.name == way.name]
         base = own[0] if own else fastest
         on = f"{slices} slices" if way.ours else f"{timed} slices, scaled to {slices}"
+        if not way.ours and computed[way] > timed:
+            on += f" ({computed[way]} computed for them)"
         ratio = f"{statistics.median(scaled) / base:.1f}" + ("" if own else " (the quickest)")
         lines.append([way.label, median(scaled, 1), on, ratio, both(quality[way], 2) if way in quality else "-"])
     return lines
@@ -242,7 +259,9 @@ def main() -> None:
     print(f"Series: {what}, {options.slices} slices, {body:.0%} body.")
     if options.series:
         print(described([folder.name for folder in options.series], options.scored))
-    print(f"\n{table(HEAD, rows({way: rounds.of(way) for way in entrants}, options.slices, options.timed, quality))}")
+    times = {way: rounds.of(way) for way in entrants}
+    computed = {way: len(around(way.name, paths, options.timed, weights)[0]) for way in entrants}
+    print(f"\n{table(HEAD, rows(times, options.slices, options.timed, computed, quality))}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import selectors
+import math
+import select
 import socket
 import ssl
 import time
@@ -25,6 +26,7 @@ _GATHER = 256
 """Buffers per sendmsg; Linux takes 1024."""
 _TLS_RECORD_BYTES = 16384
 _NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
+_NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _QUICKACK: int | None = getattr(socket, "TCP_QUICKACK", None)
 
 
@@ -49,6 +51,9 @@ class Connection:
         self._begin = self._end = 0
         """Where in the buffer lies what came and was not asked for yet."""
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Tried first and waited for only where it has to be: with a time-out of its own a socket asks before each try.
+        self._socket.setblocking(False)
+        self._poll = select.poll()
 
     def send(self, pieces: Iterable[pdu.Buffer], deadline: float, what: str) -> None:
         """Send all of `pieces` by `deadline` (of `time.monotonic`); without TLS, without a copy of any.
@@ -66,11 +71,11 @@ class Connection:
                 window.append(piece)
             if not window:
                 return
-            self._socket.settimeout(min(self._left(deadline, what), self._stall_timeout_s))
             try:
                 sent = self._write(window)
-            except TimeoutError:
-                raise self._late(what) from None
+            except _NOT_NOW as error:
+                self._wait(error, select.POLLOUT, min(self._left(deadline, what), self._stall_timeout_s), what)
+                continue
             except OSError as error:
                 raise self._gone(error) from error
             while sent:
@@ -118,28 +123,39 @@ class Connection:
         """
         if self._end > self._begin or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending()):
             return True
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._socket, selectors.EVENT_READ)
-            return bool(selector.select(timeout_s))
+        return self._ready(select.POLLIN, timeout_s)
 
     def _fill(self, size: int, deadline: float, what: str) -> None:
         while self._end - self._begin < size:
             if self._begin + size > len(self._buffer):
                 self._make_room(size)
-            self._socket.settimeout(self._left(deadline, what))
             try:
+                count = self._socket.recv_into(memoryview(self._buffer)[self._end :])
+            except _NOT_NOW as error:
                 if _QUICKACK is not None:
                     # Not sticky, so before every wait. A peer that writes header and body apart waits for our ACK
                     # before it writes the body (Nagle), which the kernel would otherwise delay by 40 ms.
                     self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
-                count = self._socket.recv_into(memoryview(self._buffer)[self._end :])
-            except TimeoutError:
-                raise self._late(what) from None
+                self._wait(error, select.POLLIN, self._left(deadline, what), what)
+                continue
             except OSError as error:
                 raise self._gone(error) from error
             if not count:
                 raise PeerAborted(f"{self._peer} closed the connection before {what}")
             self._end += count
+
+    def _wait(self, why: OSError, event: int, timeout_s: float, what: str) -> None:
+        """Wait until `event` comes, or what TLS wants before it."""
+        if isinstance(why, ssl.SSLWantReadError):
+            event = select.POLLIN
+        elif isinstance(why, ssl.SSLWantWriteError):
+            event = select.POLLOUT
+        if not self._ready(event, timeout_s):
+            raise self._late(what)
+
+    def _ready(self, event: int, timeout_s: float) -> bool:
+        self._poll.register(self._socket, event)
+        return bool(self._poll.poll(math.ceil(1000 * timeout_s)))
 
     def _make_room(self, size: int) -> None:
         """Bring what is held to the front of the buffer; once it is full, double that, up to `size`."""
@@ -153,7 +169,6 @@ class Connection:
     def send_last(self, pdu_bytes: bytes) -> None:
         """Send as much of a farewell as the socket takes at once; whether it arrives makes no difference."""
         try:
-            self._socket.settimeout(0)
             self._write(deque([pdu_bytes]))
         except OSError as error:
             log.debug("%s: no farewell: %s", self._peer, error)

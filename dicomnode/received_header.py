@@ -6,9 +6,9 @@ storage commitment, is read by pydicom, out of no more of the data set and into 
 
 from __future__ import annotations
 
-import struct
 import zlib
-from collections.abc import Set
+from collections.abc import MutableSequence, Set
+from functools import cache, lru_cache
 from io import SEEK_CUR, SEEK_SET
 from typing import BinaryIO, cast
 
@@ -26,6 +26,9 @@ from pipelines.element_index import HandedOver, index_start
 _PLAIN_HEADER_BYTES = 2**15
 """A CT image's header has 2 to 10 kB; a longer one than this is read by pydicom."""
 _PLAIN_VRS = NUMERIC_VRS | TEXT_VRS
+_IMPLICIT = {ExplicitVRLittleEndian: False, ImplicitVRLittleEndian: True}
+_USUAL_CHARACTER_SET_BYTES = 128
+"""Room for eight of the longest defined terms (PS3.3 C.12.1.1.2)."""
 _HEADER_BYTES = 16_000_000
 """So much of a data set is looked at for its header; deflated, 0.4 MB could inflate to 400."""
 _MAX_VALUE_BYTES = 2**18
@@ -45,6 +48,19 @@ _MAX_REPORT_READS = 20 * MAX_REPORT_INSTANCES
 _ITEM = b"\xfe\xff\x00\xe0"
 _REPORT_SEQUENCES = (0x00081198, 0x00081199)
 _TRANSACTION_UID = 0x00081195
+
+
+base_tag = cache(BaseTag)
+"""pydicom's object for a tag that the node asks for; always the same, which dictionaries find without comparing."""
+dictionary_vr = cache(dictionary_VR)
+"""Of a tag that the node asks for."""
+_CHARACTER_SET = base_tag(0x00080005)
+
+
+def tag_of(keyword: str) -> BaseTag | None:
+    """The tag of a DICOM keyword; None if it is none."""
+    tag = tag_for_keyword(keyword)
+    return None if tag is None else base_tag(tag)
 
 
 class Unreadable(Exception):
@@ -69,20 +85,33 @@ def read_header(data: memoryview, syntax: UID, tags: Set[int]) -> Dataset:
 
 
 def _plain_header(data: memoryview, syntax: UID, tags: Set[int]) -> Dataset:
-    start = _FILE_STARTS[syntax]
-    index = index_start(start + bytes(data[:_PLAIN_HEADER_BYTES]), len(start) + len(data))
+    implicit = _IMPLICIT[syntax]
+    content = bytes(data[:_PLAIN_HEADER_BYTES])
     found: dict[BaseTag, DataElement | RawDataElement] = {}
-    for tag in sorted(tags & index.elements.keys()):
-        element = index.elements[tag]
-        vr = element.vr.decode() or None
-        if (vr or dictionary_VR(tag)) not in _PLAIN_VRS:
+    for number, element in index_start(content, len(data), implicit, tags).items():
+        tag, vr = base_tag(number), element.vr.decode() or None
+        if (vr or dictionary_vr(tag)) not in _PLAIN_VRS:
             raise HandedOver("a sequence or bytes are asked for")
-        value = index.content[element.value : element.end]
-        found[BaseTag(tag)] = RawDataElement(BaseTag(tag), vr, len(value), value, 0, index.implicit, True)
+        value = content[element.value : element.end]
+        found[tag] = RawDataElement(tag, vr, len(value), value, 0, implicit, True)
     header = Dataset(found)
-    if "SpecificCharacterSet" in header:
-        header.set_original_encoding(index.implicit, True, convert_encodings(header.SpecificCharacterSet))
+    named = found.get(_CHARACTER_SET)
+    if isinstance(named, RawDataElement):
+        usual = named.length <= _USUAL_CHARACTER_SET_BYTES
+        header[_CHARACTER_SET], encodings = (_usual_character_set if usual else _character_set)(named)
+        header.set_original_encoding(implicit, True, encodings)
     return header
+
+
+def _character_set(named: RawDataElement) -> tuple[DataElement, str | MutableSequence[str]]:
+    """Specific Character Set as pydicom reads it, and Python's names for it."""
+    header = Dataset({_CHARACTER_SET: named})
+    element = header[_CHARACTER_SET]
+    return element, convert_encodings(element.value)
+
+
+_usual_character_set = lru_cache(maxsize=16)(_character_set)
+"""All images of a series have the same."""
 
 
 def _parse(data: memoryview, syntax: UID, tags: Set[int]) -> Dataset:
@@ -168,17 +197,7 @@ class _Unread:
 
 def uid_of(header: Dataset, keyword: str) -> str:
     """A UID as it is written, without its padding; empty if it is absent."""
-    tag = tag_for_keyword(keyword)
-    item = header.get_item(tag, keep_deferred=True) if tag is not None and tag in header else None
+    tag = tag_of(keyword)
+    item = None if tag is None else header.get_item(tag, keep_deferred=True)
     value = None if item is None else item.value
     return value.decode("latin-1").rstrip("\0 ") if isinstance(value, bytes) else str(value or "")
-
-
-def _file_start(syntax: UID) -> bytes:
-    """As much of a file as the index wants to see before a data set."""
-    name = syntax.encode() + b"\0" * (len(syntax) % 2)
-    element = struct.pack("<HH2sH", 2, 0x10, b"UI", len(name)) + name
-    return bytes(128) + b"DICM" + struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(element)) + element
-
-
-_FILE_STARTS = {syntax: _file_start(syntax) for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian)}

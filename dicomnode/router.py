@@ -19,6 +19,7 @@ from pydicom.charset import decode_bytes
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
+from pydicom.tag import BaseTag
 from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 from pydicom.valuerep import TEXT_VR_DELIMS
 
@@ -37,6 +38,7 @@ from dicomnode.conditions import (
     vr_of,
 )
 from dicomnode.config import Route
+from dicomnode.received_header import dictionary_vr, tag_of
 from pipelines.ct_slice import OWN_MANUFACTURER, is_own_output
 
 Action = Literal["pipeline", "forward", "ignore"]
@@ -54,6 +56,7 @@ MAX_HEADER_CHARS = 1024
 """Characters of one value that are kept."""
 
 _NUMBER_STRING_VRS = frozenset({"DS", "IS"})
+_NUMBER_TYPES = (int, float, Decimal)
 _NUMBER = re.compile(r"[-+]?([0-9]{1,18}(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,4})?", re.ASCII)
 
 _CHARSET_VRS = frozenset({"LO", "LT", "PN", "SH", "ST", "UC", "UT"})
@@ -256,21 +259,21 @@ def header_values(ds: Dataset, keywords: Collection[str]) -> dict[str, object]:
     """
     found: dict[str, object] = {OWN_OUTPUT: True} if OWN_OUTPUT in keywords and is_own_output(ds) else {}
     for keyword in keywords:
-        tag = tag_for_keyword(keyword)
-        if tag is None or tag not in ds:
+        tag = tag_of(keyword)
+        # Raw, else pydicom reads what is empty, and may not know how.
+        item = None if tag is None else ds.get_item(tag, keep_deferred=True)
+        if tag is None or item is None:
             continue
-        values = [value for value in _element_values(ds, tag) if value != ""]
+        values = [value for value in _element_values(ds, tag, item) if value != ""]
         if values:
             found[keyword] = values[0] if len(values) == 1 else values
     return found
 
 
-def _element_values(ds: Dataset, tag: int) -> list[Scalar]:
-    """Values of the element `tag`, which `ds` has; empty ones are ``""``."""
-    item = ds.get_item(tag, keep_deferred=True)  # else pydicom reads what is empty, and may not know how
-    assert isinstance(item, DataElement | RawDataElement)
+def _element_values(ds: Dataset, tag: BaseTag, item: DataElement | RawDataElement) -> list[Scalar]:
+    """Values of `item`, the element `tag` of `ds`; empty ones are ``""``."""
     value = item.value
-    vr = item.VR if item.VR not in (None, "UN") else dictionary_VR(tag)
+    vr = item.VR if item.VR not in (None, "UN") else dictionary_vr(tag)
     if isinstance(item, RawDataElement) and isinstance(value, bytes):
         if vr in TEXT_VRS or vr in _NUMBER_STRING_VRS:
             # Not ds[tag]: for some of what is out there pydicom raises, or warns with the value in the text.
@@ -288,10 +291,10 @@ def _element_values(ds: Dataset, tag: int) -> list[Scalar]:
 
 def _text(data: bytes, ds: Dataset, vr: str) -> str:
     """`data` as text; what does not fit the character set is replaced."""
-    charset = ds.original_character_set or "iso8859"
-    encodings = [charset] if isinstance(charset, str) else list(charset)
     if vr not in _CHARSET_VRS:
         return data.decode("latin-1")
+    charset = ds.original_character_set or "iso8859"
+    encodings = [charset] if isinstance(charset, str) else list(charset)
     try:
         if len(encodings) == 1:
             return data.decode(encodings[0], errors="replace")
@@ -304,12 +307,15 @@ def _plain(vr: str | None, value: object) -> Scalar:
     """One value as text or number; ``""`` for an empty one."""
     if value is None:
         return ""
-    if isinstance(value, int | float | Decimal) and vr != "AT":
+    if isinstance(value, _NUMBER_TYPES) and vr != "AT":
         number = int(value) if isinstance(value, int) else float(value)
         return number if _is_number(number) else str(value)
-    text = str(value).strip(" \0")[:MAX_HEADER_CHARS].encode("utf-8", "replace").decode()
+    text = str(value).strip(" \0")[:MAX_HEADER_CHARS]
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode()
     if vr not in _NUMBER_STRING_VRS or not _NUMBER.fullmatch(text):
         return text
     if vr == "IS" and text.lstrip("+-").isdigit():
         return int(text)
-    return float(text) if math.isfinite(float(text)) else text
+    number = float(text)
+    return number if math.isfinite(number) else text

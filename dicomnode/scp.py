@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Collection
 from typing import Any
 
+from pydicom import Dataset
 from pydicom.datadict import tag_for_keyword
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
@@ -249,31 +250,37 @@ class StorageServer:
         if request.sop_class_uid != request.context_class_uid:
             # Else a class that is not accepted could come in the context of one that is.
             raise _Refusal(DOES_NOT_MATCH, "SOP class of the command differs from that of its presentation context")
-        header = read_header(data, UID(request.transfer_syntax_uid), self._tags)
+        incoming = Incoming(
+            sop_instance_uid=request.sop_instance_uid,
+            sop_class_uid=valid_uid(request.sop_class_uid),
+            transfer_syntax_uid=request.transfer_syntax_uid,
+            calling_ae=association.request.calling_ae_title,
+            called_ae=association.request.called_ae_title,
+        )
+        with self._spool.begin(incoming, data) as arrival:  # the disk works while we read
+            header = read_header(data, UID(request.transfer_syntax_uid), self._tags)
+            series_uid, study_uid = self._identify(request, header)
+            values = header_values(header, self._keywords)
+            # Noted before the object is kept: assembly must not close the series while this association may bring more.
+            with self._lock:
+                self._series_of[association].add(series_uid)
+            keep_conflict = self._reception.different_duplicate == "keep"
+            kept, instance = arrival.keep(series_uid, study_uid, keep_conflict=keep_conflict)
+        if kept is Kept.REFUSED:
+            raise _Refusal(DUPLICATE, "this UID is here with other bytes, and reception.different_duplicate is refuse")
+        self._stored(kept, instance, values)
+        return SUCCESS
+
+    @staticmethod
+    def _identify(request: StoreRequest, header: Dataset) -> tuple[str, str]:
+        """Series and study of an object that is what the command says."""
         identity = {keyword: uid_of(header, keyword) for keyword in _IDENTITY}
         if not identity["SOPClassUID"] or not identity["SOPInstanceUID"]:
             raise _Refusal(CANNOT_UNDERSTAND, "the data set has no SOP class or instance UID")
         named = (request.sop_class_uid, request.sop_instance_uid)
         if (identity["SOPClassUID"], identity["SOPInstanceUID"]) != named:
             raise _Refusal(DOES_NOT_MATCH, "SOP class or instance UID of the data set differs from the command's")
-        incoming = Incoming(
-            sop_instance_uid=request.sop_instance_uid,
-            sop_class_uid=valid_uid(request.sop_class_uid),
-            series_uid=valid_uid(identity["SeriesInstanceUID"]),
-            study_uid=valid_uid(identity["StudyInstanceUID"]),
-            transfer_syntax_uid=request.transfer_syntax_uid,
-            calling_ae=association.request.calling_ae_title,
-            called_ae=association.request.called_ae_title,
-        )
-        values = header_values(header, self._keywords)
-        # Noted before the object is stored: assembly must not close the series while this association may bring more.
-        with self._lock:
-            self._series_of[association].add(incoming.series_uid)
-        kept, instance = self._spool.store(incoming, data, keep_conflict=self._reception.different_duplicate == "keep")
-        if kept is Kept.REFUSED:
-            raise _Refusal(DUPLICATE, "this UID is here with other bytes, and reception.different_duplicate is refuse")
-        self._stored(kept, instance, values)
-        return SUCCESS
+        return valid_uid(identity["SeriesInstanceUID"]), valid_uid(identity["StudyInstanceUID"])
 
 
 class _Refusal(Exception):

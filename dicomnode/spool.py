@@ -2,13 +2,15 @@
 
 ::
 
+    <spool>/incoming/<random>.part                                  what is being written
     <spool>/instances/<SeriesInstanceUID>/<SOPInstanceUID>.dcm      what was acknowledged
     <spool>/conflicts/<SeriesInstanceUID>/<SOPInstanceUID>.<digest>.dcm
                                                                    same UID, other bytes: kept apart
     <spool>/derived/<job id>/                                       results, with their manifest.json
 
 An object is answered 0x0000 only after its file was synced, renamed into place and the folder synced (PS3.4 B.2.3
-leaves the promise to the SCP; this is what makes it true across a power cut).
+leaves the promise to the SCP; this is what makes it true across a power cut). A thread of the spool writes and syncs it
+while the receiver reads its header and its digest: the disk takes as long for an image as both.
 """
 
 from __future__ import annotations
@@ -23,10 +25,13 @@ import struct
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from pydicom import dcmread
 
@@ -43,6 +48,8 @@ IMPLEMENTATION_VERSION_NAME = "DICOMNODE_0_1"
 PART_SUFFIX = ".part"
 _LASTING_FOLDERS = 1000
 """Remembered as such; far more than are received at once."""
+_WRITERS = 16
+"""Objects that are written at the same time, at most; the others wait."""
 
 
 def valid_uid(text: str) -> str:
@@ -90,12 +97,10 @@ class Kept(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """What a C-STORE-RQ says of its data set, after validation."""
+    """What a C-STORE-RQ and its association say of a data set, after validation."""
 
     sop_instance_uid: str
     sop_class_uid: str
-    series_uid: str
-    study_uid: str
     transfer_syntax_uid: str
     calling_ae: str
     called_ae: str
@@ -131,12 +136,13 @@ class Spool:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.incoming = root / "incoming"
         self.instances = root / "instances"
         self.conflicts = root / "conflicts"
         self.derived = root / "derived"
         made = not root.is_dir()
         try:
-            for folder in (self.instances, self.conflicts, self.derived):
+            for folder in (self.incoming, self.instances, self.conflicts, self.derived):
                 folder.mkdir(parents=True, exist_ok=True)
             sync_folder(root)
             if made:
@@ -144,12 +150,14 @@ class Spool:
             self._lock_file = hold(root / "lock")
         except OSError as error:
             raise SpoolError(f"spool {root} cannot be used: {error}; check the path and its owner") from error
+        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="writer")
         self._placing = threading.Lock()
         self._lasting: set[Path] = set()
         """Series folders whose own name is synced. That one exists says nothing: its maker may not be so far yet."""
 
     def close(self) -> None:
         """Give the folder free for another node."""
+        self._writers.shutdown()
         os.close(self._lock_file)
 
     def remove_partial(self) -> int:
@@ -160,7 +168,7 @@ class Spool:
         for folder in self.derived.glob(f"*{PART_SUFFIX}"):
             # A child of the dead node may still be at its end in there; the next start deletes the rest.
             shutil.rmtree(folder, ignore_errors=True)
-        parts = [*self.instances.glob(f"*/*{PART_SUFFIX}"), *self.conflicts.glob(f"*/*{PART_SUFFIX}")]
+        parts = list(self.incoming.glob(f"*{PART_SUFFIX}"))
         for part in parts:
             part.unlink()
         return len(parts)
@@ -170,49 +178,12 @@ class Spool:
         status = os.statvfs(self.root)
         return status.f_bavail * status.f_frsize
 
-    def store(self, incoming: Incoming, data: memoryview, *, keep_conflict: bool = True) -> tuple[Kept, Instance]:
-        """Keep one object durably. When this returns, a power cut does not lose it.
+    def begin(self, incoming: Incoming, data: memoryview) -> Arrival:
+        """Begin to write an object; `data` must stay as it is until the arrival is over."""
+        return Arrival(self, incoming, data)
 
-        Raises
-        ------
-        SpoolFull
-            No space (answer 0xA700). Nothing of the object is left behind.
-        SpoolError
-            Any other failure to write. Nothing is left behind.
-        """
-        digest = hashlib.sha256(data).hexdigest()
-        try:
-            return self._store(incoming, data, digest, keep_conflict)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise SpoolFull(f"no space left in {self.root}; free some or move the spool") from error
-            raise SpoolError(f"cannot keep {incoming.sop_instance_uid}: {error}") from error
-
-    def _store(self, incoming: Incoming, data: memoryview, digest: str, keep_conflict: bool) -> tuple[Kept, Instance]:
-        folder = self._folder(self.instances, incoming.series_uid)
-        path = folder / f"{incoming.sop_instance_uid}.dcm"
-        header = _PREAMBLE + _file_meta(incoming)
-        size_bytes = len(header) + len(data)
-        if not path.exists():
-            part = _write_part(folder, header, data)
-            # Two associations may bring the same object at once; the second must not overwrite the first.
-            with self._placing:
-                if not path.exists():
-                    _put_in_place(part, path)
-                    return Kept.NEW, _instance(incoming, path, size_bytes, digest)
-            part.unlink()
-        if dataset_digest(path) == digest:
-            # Whoever wrote it may not have synced the folder yet, and we are about to promise that it is safe.
-            sync_folder(folder)
-            return Kept.SAME, _instance(incoming, path, path.stat().st_size, digest)
-        if not keep_conflict:
-            return Kept.REFUSED, _instance(incoming, path, path.stat().st_size, digest)
-        apart = self._folder(self.conflicts, incoming.series_uid)
-        kept = apart / f"{incoming.sop_instance_uid}.{digest[:16]}.dcm"
-        _put_in_place(_write_part(apart, header, data), kept)
-        return Kept.CONFLICT, _instance(incoming, kept, size_bytes, digest)
-
-    def _folder(self, under: Path, series_uid: str) -> Path:
+    def folder(self, under: Path, series_uid: str) -> Path:
+        """The folder of a series in `instances` or `conflicts`, made if it was not there; its own name lasts."""
         folder = under / series_uid
         if folder not in self._lasting or not folder.is_dir():
             folder.mkdir(exist_ok=True)
@@ -222,6 +193,17 @@ class Spool:
             self._lasting.add(folder)
         return folder
 
+    def place(self, part: Path, path: Path) -> bool:
+        """Give a written file its name; False, and nothing is done, if there is a file of that name.
+
+        Two associations may bring the same object at once: the second must not overwrite the first.
+        """
+        with self._placing:
+            if path.exists():
+                return False
+            part.rename(path)
+            return True
+
     def count_conflicts(self, series_uid: str) -> int:
         """Objects of a series that were kept apart because their UID was here with other bytes."""
         return sum(1 for _ in self.conflicts.glob(f"{series_uid}/*.dcm"))
@@ -229,6 +211,83 @@ class Spool:
     def paths(self) -> Iterator[Path]:
         """Files of all acknowledged instances, conflicts left out."""
         return self.instances.glob("*/*.dcm")
+
+
+class Arrival:
+    """An object that is being written to disk: it is kept, or nothing is left of it when the context is over.
+
+    What fails on disk, `keep` says; to who does not keep it, it makes no difference.
+    """
+
+    def __init__(self, spool: Spool, incoming: Incoming, data: memoryview) -> None:
+        self._spool = spool
+        self._incoming = incoming
+        header = _PREAMBLE + _file_meta(incoming)
+        self._size_bytes = len(header) + len(data)
+        self._part = spool.incoming / f"{uuid.uuid4().hex}{PART_SUFFIX}"
+        self._written = spool._writers.submit(write_durably, self._part, (header, data))
+        self._placed = False
+        # At once: it needs no interpreter, which the writer now waits for between its system calls.
+        self._digest = hashlib.sha256(data).hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if not self._placed:
+            wait([self._written])
+            self._part.unlink(missing_ok=True)
+
+    def keep(self, series_uid: str, study_uid: str, *, keep_conflict: bool = True) -> tuple[Kept, Instance]:
+        """Keep it durably. When this returns, a power cut does not lose it.
+
+        Raises
+        ------
+        SpoolFull
+            No space (answer 0xA700).
+        SpoolError
+            Any other failure to write.
+        """
+        try:
+            return self._keep(series_uid, study_uid, keep_conflict)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise SpoolFull(f"no space left in {self._spool.root}; free some or move the spool") from error
+            raise SpoolError(f"cannot keep {self._incoming.sop_instance_uid}: {error}") from error
+
+    def _keep(self, series_uid: str, study_uid: str, keep_conflict: bool) -> tuple[Kept, Instance]:
+        spool, uid, digest = self._spool, self._incoming.sop_instance_uid, self._digest
+        path = spool.folder(spool.instances, series_uid) / f"{uid}.dcm"
+        self._written.result()
+        kept = Kept.NEW
+        if not spool.place(self._part, path):
+            if dataset_digest(path) == digest:
+                kept = Kept.SAME
+            elif not keep_conflict:
+                kept = Kept.REFUSED
+            else:
+                kept = Kept.CONFLICT
+                path = spool.folder(spool.conflicts, series_uid) / f"{uid}.{digest[:16]}.dcm"
+                self._part.replace(path)
+        self._placed = kept in (Kept.NEW, Kept.CONFLICT)
+        # Also where the same bytes are: who wrote them may not have synced yet, and we are about to promise it.
+        sync_folder(path.parent)
+        instance = Instance(
+            sop_instance_uid=uid,
+            sop_class_uid=self._incoming.sop_class_uid,
+            series_uid=series_uid,
+            study_uid=study_uid,
+            transfer_syntax_uid=self._incoming.transfer_syntax_uid,
+            path=path,
+            size_bytes=self._size_bytes if self._placed else path.stat().st_size,
+            sha256=digest,
+            received_at=datetime.now(UTC).replace(tzinfo=None),
+            calling_ae=self._incoming.calling_ae,
+            called_ae=self._incoming.called_ae,
+        )
+        return kept, instance
 
 
 def read_instance(path: Path) -> Instance:
@@ -271,22 +330,6 @@ def dataset_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _instance(incoming: Incoming, path: Path, size_bytes: int, digest: str) -> Instance:
-    return Instance(
-        sop_instance_uid=incoming.sop_instance_uid,
-        sop_class_uid=incoming.sop_class_uid,
-        series_uid=incoming.series_uid,
-        study_uid=incoming.study_uid,
-        transfer_syntax_uid=incoming.transfer_syntax_uid,
-        path=path,
-        size_bytes=size_bytes,
-        sha256=digest,
-        received_at=datetime.now(UTC).replace(tzinfo=None),
-        calling_ae=incoming.calling_ae,
-        called_ae=incoming.called_ae,
-    )
-
-
 def _file_meta(incoming: Incoming) -> bytes:
     """File Meta Information (PS3.10 section 7.1). The AE titles let the index be rebuilt from the files alone."""
 
@@ -305,25 +348,6 @@ def _file_meta(incoming: Incoming) -> bytes:
     body += element(0x0016, b"AE", incoming.calling_ae)
     body += element(0x0018, b"AE", incoming.called_ae)
     return struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(body)) + body
-
-
-def _write_part(folder: Path, header: bytes, data: memoryview) -> Path:
-    part = folder / f"{uuid.uuid4().hex}{PART_SUFFIX}"
-    try:
-        write_durably(part, (header, data))
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    return part
-
-
-def _put_in_place(part: Path, path: Path) -> None:
-    try:
-        part.rename(path)
-    except OSError:  # a new name needs space too
-        part.unlink()
-        raise
-    sync_folder(path.parent)
 
 
 def write_durably(path: Path, parts: Sequence[bytes | memoryview]) -> None:

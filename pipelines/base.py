@@ -52,7 +52,8 @@ class ModelCard:
     int8_loss_db: float | None = None
     """PSNR that INT8 loses against fp32 on what did not teach it; None: not measured."""
     int8_bound_hu: tuple[float, float] | None = None
-    """How far INT8 may be from fp32 on the golden volume (`pipelines.golden`), largest and rms; None: not measured."""
+    """How far INT8 may be from fp32 on the golden volume (`pipelines.golden`), largest and rms; None: not measured, and
+    INT8 runs, unchecked, only where it is demanded."""
     valid_for: Envelope = field(default_factory=Envelope)
     noise_map: bool = False
     """True if the network takes a noise map; decides what `Options.strength` means."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ _HEAD_BYTES = 2**15
 _MAX_DEPTH = 16
 """Nesting of sequences of undefined length; clinical headers have up to 5."""
 _UNDEFINED = 0xFFFFFFFF
+_ANY_TAG = range(2**32)
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _SHORT = frozenset(
     (
@@ -126,17 +127,18 @@ def index_head(path: Path) -> ElementIndex:
         os.close(descriptor)
 
 
-def index_start(content: bytes, size: int) -> ElementIndex:
-    """Index the elements of a file of `size` bytes up to and with PixelData, from its beginning; remembers nothing.
+def index_start(content: bytes, size: int, implicit: bool, tags: Container[int]) -> dict[int, Element]:
+    """The elements `tags` of a data set of `size` bytes, from its beginning up to and with PixelData, by tag.
 
-    For bytes that nobody vouches for yet: what is remembered of a layout may be many times the size of a header.
+    For bytes that nobody vouches for yet: what is remembered of a layout may be many times the size of a header, so
+    nothing is. The other elements are checked as strictly, and not kept.
 
     Raises
     ------
     HandedOver
-        The file is not one for this scanner, or its header longer than `content`.
+        The data set is not one for this scanner, or its header longer than `content`.
     """
-    return _index(content, size, whole=False)
+    return _index_data_set(content, 0, size, implicit, tags)[0]
 
 
 def index_file(content: bytes) -> ElementIndex:
@@ -252,19 +254,30 @@ def _index(content: bytes, size: int, *, whole: bool) -> ElementIndex:
     if name not in (EXPLICIT_LITTLE, IMPLICIT_LITTLE):
         raise HandedOver("another transfer syntax")
     implicit = name == IMPLICIT_LITTLE
-    if implicit and content[data_set + 4 : data_set + 6].isalpha():
+    elements, behind = _index_data_set(content, data_set, size, implicit, _ANY_TAG)
+    if whole and _walk(content, behind, size, implicit, 0, elements, None) != size:
+        raise HandedOver("the file ends inside an element")
+    return ElementIndex(content, size, implicit, meta, data_set, elements)
+
+
+def _index_data_set(
+    content: bytes, begin: int, size: int, implicit: bool, tags: Container[int]
+) -> tuple[dict[int, Element], int]:
+    """The elements `tags` of the data set at `begin` up to and with PixelData, and the offset behind that."""
+    if int.from_bytes(content[begin : begin + 2], "little") < 8:
+        raise HandedOver("a group that no data set has")
+    if implicit and content[begin + 4 : begin + 6].isalpha():
         raise HandedOver("value representations where there should be none")
     elements: dict[int, Element] = {}
-    at = _walk(content, data_set, len(content), implicit, 0, elements, PIXEL_DATA)
+    at = _walk(content, begin, len(content), implicit, 0, elements, PIXEL_DATA, tags=tags)
     if at == len(content):
         raise HandedOver("no pixels")
     pixels = _pixels(content, at, implicit)
     if pixels.end > size:
         raise HandedOver("the file ends inside its pixels")
-    elements[PIXEL_DATA] = pixels
-    if whole and _walk(content, pixels.end, size, implicit, 0, elements, None) != size:
-        raise HandedOver("the file ends inside an element")
-    return ElementIndex(content, size, implicit, meta, data_set, elements)
+    if PIXEL_DATA in tags:
+        elements[PIXEL_DATA] = pixels
+    return elements, pixels.end
 
 
 def _meta(content: bytes) -> tuple[dict[int, Element], int]:
@@ -281,7 +294,7 @@ def _meta(content: bytes) -> tuple[dict[int, Element], int]:
         raise HandedOver("the file ends inside its file meta information")
     meta: dict[int, Element] = {}
     _walk(content, begin, end, False, 0, meta, None)
-    if max(meta) >> 16 != 2 or int.from_bytes(content[end : end + 2], "little") < 8:
+    if max(meta) >> 16 != 2:
         raise HandedOver("the file meta information does not end where it says")
     return meta, end
 
@@ -310,42 +323,45 @@ def _walk(
     elements: dict[int, Element],
     stop: int | None,
     delimited: bool = False,
+    tags: Container[int] = _ANY_TAG,
 ) -> int:
-    """Add the elements from `at` to `end`; the offset where it stopped.
+    """Add the elements `tags` from `at` to `end`, all of which are checked; the offset where it stopped.
 
     Stops at the tag `stop`, or, with `delimited`, behind the delimiter of the item that they stand in, which must come.
     """
-    last = max(elements, default=0)
+    last = max(elements) if elements else 0
+    vr = b""
     try:
         while at < end:
             if implicit:
                 group, number, length = _IMPLICIT(content, at)
-                vr = b""
             else:
                 group, number, vr, length = _EXPLICIT(content, at)
             tag = group << 16 | number
             value = at + 8
-            if tag > _LAST_BEFORE_PIXELS:
+            if not last < tag <= _LAST_BEFORE_PIXELS:
                 if tag == stop:
                     return at
                 if tag == _ITEM_END and delimited and content[at + 4 : value] == b"\0\0\0\0":
                     return value
                 if group == 0xFFFE or (group == 0x7FE0 and depth == 0):
                     raise HandedOver("a delimiter out of place, or pixels of another kind")
-            if tag <= last:
-                raise HandedOver("elements out of order")
+                if tag <= last:
+                    raise HandedOver("elements out of order")
             if not implicit and vr not in _SHORT:
                 if vr not in LONG_VRS or length:
                     raise HandedOver("an unknown value representation")
                 (length,) = _LENGTH(content, value)
                 value += 4
-            if length == _UNDEFINED:
+            behind = value + length
+            if length % 2:  # as the undefined length is
+                if length != _UNDEFINED:
+                    raise HandedOver("a value of odd length")
                 behind = _walk_items(content, tag, vr, value, end, implicit, depth)
-            else:
-                behind = value + length
-            if behind > end or (length % 2 and length != _UNDEFINED):
-                raise HandedOver("the content ends inside a value, or a value of odd length")
-            elements[tag] = Element(vr, at, value, behind)
+            if behind > end:
+                raise HandedOver("the content ends inside a value")
+            if tag in tags:
+                elements[tag] = Element(vr, at, value, behind)
             last, at = tag, behind
     except struct.error:
         raise HandedOver("the content ends inside an element") from None

@@ -235,6 +235,8 @@ def _of_cpu(card: ModelCard, execution: Execution) -> tuple[Literal["int8", "bf1
         no_int8 = "nobody has measured what it loses in int8"
     elif loss > INT8_MAX_LOSS_DB:
         no_int8 = f"it loses {loss:.2f} dB in int8, more than {INT8_MAX_LOSS_DB:g}"
+    elif card.int8_bound_hu is None:
+        no_int8 = "its card has no bound to check its int8 by"
     else:
         return "int8", f"int8, the fastest: measured to lose {max(loss, 0):.2f} dB"
     if cpu_supports("bf16"):

@@ -134,7 +134,11 @@ class _Nowhere:
     def free_bytes(self) -> int:
         return 2**60
 
-    def store(self, incoming: Incoming, data: memoryview, *, keep_conflict: bool) -> tuple[Kept, Instance | None]:
+    @contextmanager
+    def begin(self, incoming: Incoming, data: memoryview) -> Iterator[_Nowhere]:
+        yield self
+
+    def keep(self, series_uid: str, study_uid: str, *, keep_conflict: bool) -> tuple[Kept, Instance | None]:
         return Kept.NEW, None
 
 
@@ -212,6 +216,11 @@ def read_any_header(coded: bytes) -> None:
 _TAGS_ASKED = frozenset({0x0018A001, *_TAGS[:6]})
 
 
+def index_any_start(coded: bytes) -> None:
+    """The same, without a way out to pydicom."""
+    index_start(coded[1 : 2**15], len(coded) - 1, coded[:1] == b"\1", _TAGS_ASKED)
+
+
 def readers(files: Sequence[Path]) -> dict[str, Reader]:
     """By name."""
     requests, commands, sessions, headers, whole_files = _seeds(files)
@@ -234,7 +243,7 @@ def readers(files: Sequence[Path]) -> dict[str, Reader]:
         "service": Reader(serve, [struct.pack("<H", len(one)) + one + _asked() for one in commands], MalformedPdu),
         "header": Reader(read_any_header, headers, Unreadable),
         "report": Reader(lambda data: read_report(data, UID(Implicit)), [_asked()], Unreadable),
-        "start of a file": Reader(lambda data: index_start(data[: 2**15], len(data)), whole_files, HandedOver),
+        "start of a data set": Reader(index_any_start, [one for one in headers if one[0] < 2], HandedOver),
         "file": Reader(index_file, whole_files, HandedOver),
     }
 

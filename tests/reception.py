@@ -53,14 +53,13 @@ class Reception:
         incoming = Incoming(
             sop_instance_uid=ds.SOPInstanceUID,
             sop_class_uid=ds.SOPClassUID,
-            series_uid=ds.SeriesInstanceUID,
-            study_uid=ds.StudyInstanceUID,
             transfer_syntax_uid=ds.file_meta.TransferSyntaxUID,
             calling_ae=calling_ae,
             called_ae="NODE",
         )
         data = memoryview(content)[144 + ds.file_meta.FileMetaInformationGroupLength :]
-        kept, instance = self.spool.store(incoming, data)
+        with self.spool.begin(incoming, data) as arrival:
+            kept, instance = arrival.keep(ds.SeriesInstanceUID, ds.StudyInstanceUID)
         if tell:
             self.intake.stored(kept, instance, header_values(ds, self.intake.keywords))
         return kept

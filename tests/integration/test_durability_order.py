@@ -7,7 +7,6 @@ what was synced, and 0x0000 promises that it was.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,39 +16,46 @@ from node_process import NodeProcess
 from oracle import StorageOracle
 from peers import wait_for
 from scanner import Image, Scanner, image
-from tracing import calls, require_strace
+from tracing import ANSWERED, kept, require_strace
 
 TRACED = "write,writev,pwrite64,pwritev,fsync,fdatasync,rename,renameat,renameat2,link,linkat,mkdir,sendto,sendmsg"
-ANSWERED = "answer"
-
-
-def kept(trace: str, spool: Path, port: int) -> list[list[str]]:
-    """For each thread that answers on `port`, what it did to files of the spool, and when it answered."""
-    done: dict[int, list[str]] = defaultdict(list)
-    answering = set()
-    for thread, name, said in calls(trace):
-        if f"<TCP:[127.0.0.1:{port}->" in said:
-            answering.add(thread)
-            done[thread].append(ANSWERED)
-        elif paths := re.findall(rf"{re.escape(str(spool))}/([^>\"]*)", said):
-            known = [re.sub(r"[0-9a-f]{32}\.part", "PART", path) for path in paths]
-            done[thread].append(" ".join([name, *known]))
-    return [did for thread, did in done.items() if thread in answering]
 
 
 def test_a_trace_is_understood() -> None:
-    trace = """
-7  fsync(5</s/instances/1.2/0123456789abcdef0123456789abcdef.part> <unfinished ...>
+    part = "/s/incoming/0123456789abcdef0123456789abcdef.part"
+    synced = f"""
+7  fsync(5<{part}> <unfinished ...>
+8  mkdir("/s/instances/1.2", 0777) = 0
 8  fsync(6</elsewhere>) = 0
+8  fsync(6</s/instances>) = 0
 7  <... fsync resumed>) = 0
-7  rename("/s/instances/1.2/0123456789abcdef0123456789abcdef.part", "/s/instances/1.2/3.dcm") = 0
-7  fsync(5</s/instances/1.2>) = -1 EIO (Input/output error)
-7  sendmsg(9<TCP:[127.0.0.1:104->127.0.0.1:5000]>, {msg_name=NULL, ...}, MSG_NOSIGNAL) = 120
-8  sendmsg(9<TCP:[127.0.0.1:5000->127.0.0.1:104]>, {msg_name=NULL, ...}, MSG_NOSIGNAL) = 120
 """
-    assert kept(trace, Path("/s"), 104) == [
-        ["fsync instances/1.2/PART", "rename instances/1.2/PART instances/1.2/3.dcm", "answer"]
+    renamed = f"""
+8  rename("{part}", "/s/instances/1.2/3.dcm") = 0
+"""
+    answered = """
+8  fsync(5</s/instances/1.2>) = -1 EIO (Input/output error)
+8  sendmsg(9<TCP:[127.0.0.1:104->127.0.0.1:5000]>, {msg_name=NULL, ...}, MSG_NOSIGNAL) = 120
+9  sendmsg(9<TCP:[127.0.0.1:5000->127.0.0.1:104]>, {msg_name=NULL, ...}, MSG_NOSIGNAL) = 120
+"""
+    assert kept(synced + renamed + answered, Path("/s"), from_port(104)) == [
+        [
+            "mkdir instances/1.2",
+            "fsync instances",
+            "fsync incoming/PART",
+            "rename incoming/PART instances/1.2/3.dcm",
+            ANSWERED,
+        ]
     ]
+    begun, ended = synced.rsplit("7  <", 1)
+    early = begun + renamed.replace(" = 0", " <unfinished ...>") + "7  <" + ended + "8  <... rename resumed>) = 0"
+    with pytest.raises(AssertionError, match=r"rename .* began too early"):
+        kept(early, Path("/s"), from_port(104))
+
+
+def from_port(port: int) -> str:
+    """What strace says of a call on a connection of our port."""
+    return f"<TCP:[127.0.0.1:{port}->"
 
 
 def expected(one: Image, *, under: str = "instances", name: str = "", new_folder: bool = False) -> list[str]:
@@ -57,9 +63,9 @@ def expected(one: Image, *, under: str = "instances", name: str = "", new_folder
     folder = f"{under}/{one.series_uid}"
     return [
         *([f"mkdir {folder}", f"fsync {under}"] if new_folder else []),
-        f"writev {folder}/PART",
-        f"fsync {folder}/PART",
-        f"rename {folder}/PART {folder}/{name or one.sop_instance_uid}.dcm",
+        "writev incoming/PART",
+        "fsync incoming/PART",
+        f"rename incoming/PART {folder}/{name or one.sop_instance_uid}.dcm",
         f"fsync {folder}",
         ANSWERED,
     ]
@@ -85,18 +91,17 @@ def test_each_answer_follows_the_syncs_that_make_it_true(tmp_path: Path, images:
             assert scanner.store(first) == 0
         assert node.stop() == 0
         wait_for(lambda: re.search(rf"^{node.pid} +\+\+\+ exited", trace.read_text(), re.MULTILINE), what="the trace")
+    repeated = ["writev incoming/PART", "fsync incoming/PART", f"fsync instances/{first.series_uid}", ANSWERED]
     accepted = released = [ANSWERED]
-    repeated = [f"fsync instances/{first.series_uid}", ANSWERED]
-    assert kept(trace.read_text(), node.spool, node.port) == [
-        [
-            *accepted,
-            *expected(first, new_folder=True),
-            *(call for one in others for call in expected(one)),
-            *repeated,
-            *expected(
-                first, under="conflicts", name=f"{first.sop_instance_uid}.{changed.sha256[:16]}", new_folder=True
-            ),
-            *released,
-        ],
-        [*accepted, *repeated, *released],
+    start, *then = kept(trace.read_text(), node.spool, from_port(node.port))
+    assert start[-1] == ANSWERED  # the first association, accepted
+    assert then == [
+        expected(first, new_folder=True),
+        *(expected(one) for one in others),
+        repeated,
+        expected(first, under="conflicts", name=f"{first.sop_instance_uid}.{changed.sha256[:16]}", new_folder=True),
+        released,
+        accepted,
+        repeated,
+        released,
     ]

@@ -57,8 +57,6 @@ def one(tmp_path: Path, request: pytest.FixtureRequest) -> Image:
 
 @pytest.fixture
 def costs(node: NodeProcess) -> Iterator[Costs]:
-    """Of a node that has seen everything before once, as its first objects fill caches."""
-    hear_out(node.port)
     made = Costs(node)
     yield made
     made.check_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +121,9 @@ def test_a_release_within_a_message_is_a_release(node: Reception) -> None:
 
 
 @pytest.mark.parametrize(("said", "status"), REFUSED.values(), ids=REFUSED)
-def test_an_object_that_is_refused(node: Reception, said: bytes, status: int, tmp_path: Path) -> None:
+def test_an_object_that_is_refused(
+    node: Reception, said: bytes, status: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with Caller(node.port) as caller:
         caller.associate().send(said)
         assert caller.status() == status
@@ -128,6 +131,8 @@ def test_an_object_that_is_refused(node: Reception, said: bytes, status: int, tm
         caller.release()
     assert node.files() == []
     assert not list(tmp_path.rglob("*evil*"))
+    (refusal,) = [record.getMessage() for record in caplog.records if record.name.startswith("dicomnode")]
+    assert re.fullmatch(rf"0x{status:04X} to 127\.0\.0\.1: [^\n]{{5,}} \(SOP instance '.{{0,64}}\)", refusal)
 
 
 def test_a_data_set_of_another_uid_is_refused(node: Reception, one: Image) -> None:

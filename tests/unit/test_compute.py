@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from peers import wait_for
 from tables import add_job, add_series, config_of, events, row, rows
 
 from dicomnode import compute as module
-from dicomnode.config import Config
+from dicomnode.config import Config, Derivation
 from dicomnode.db import DeliveryState, JobState, jobs
-from dicomnode.denoise import MANIFEST, Manifest
+from dicomnode.denoise import MANIFEST, Manifest, Report, denoise_series
 from dicomnode.errors import WorkerDied
 from dicomnode.worker import Outcome, Request, Worker
+from pipelines.base import Options
+from pipelines.identity import Identity
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,32 @@ def test_done_means_planned_for_every_destination(
         for name in ("a", "b")
         for one in manifest.instances
     }
+
+
+def test_what_computed_it_and_why_is_in_the_row(config: Config, database: sa.Engine, own_spool: Path) -> None:
+    make_job(database)
+
+    class Chosen(Identity):
+        card = replace(Identity().card, backend="openvino", precision="int8", reason="the CPU (there is no GPU), int8")
+
+    def denoise(request: Request, report: Report) -> None:
+        denoise_series(
+            [Path(path) for path in request.paths],
+            Path(request.out),
+            pipeline=Chosen(),
+            options=Options(),
+            fingerprint=request.fingerprint,
+            settings=Derivation(**request.settings),
+            created_at=datetime.fromisoformat(request.created_at),
+            report=report,
+        )
+
+    worker = Scripted(Outcome("done"))
+    worker.during = denoise
+    compute_with(config, database, own_spool, worker).process("job", 0)
+    measured = row(database, "jobs")["measured"]
+    assert (measured["backend"], measured["precision"]) == ("openvino", "int8")
+    assert measured["reason"] == "the CPU (there is no GPU), int8"
 
 
 @pytest.mark.parametrize(

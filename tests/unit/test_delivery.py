@@ -23,6 +23,8 @@ from dicomnode.delivery import Delivery, peer, plan
 from dicomnode.errors import NodeError
 from dicomnode.scu import Outgoing
 
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+
 # ── one attempt ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -302,14 +304,24 @@ def test_what_nobody_has_the_digest_of_is_not_planned(sender: Sender) -> None:
         plan(connection, "job", ["pacs"], [item], sender.spool)
 
 
-def test_a_syntax_that_the_peer_does_not_take_is_named_at_once(database: sa.Engine, tmp_path: Path) -> None:
-    with StorageOracle(sop_classes=["1.2.840.10008.5.1.4.1.1.7"]) as oracle:
-        files = write_series(tmp_path / "ct", phantom(COUNT, 16))
-        sender = Sender(database, files, {"pacs": oracle.port})
+@pytest.mark.parametrize(
+    ("taken", "words"),
+    [
+        ({"sop_classes": [SECONDARY_CAPTURE]}, "it does not know CT Image Storage"),
+        ({"syntaxes": [JPEG2000Lossless]}, "neither Explicit VR Little Endian (1.2.840.10008.1.2.1) nor"),
+    ],
+    ids=["class", "transfer syntax"],
+)
+def test_what_the_peer_does_not_take_is_named_at_once(
+    database: sa.Engine, sent_series: list[Path], taken: dict[str, Any], words: str
+) -> None:
+    with StorageOracle(**taken) as oracle:
+        sender = Sender(database, sent_series, {"pacs": oracle.port})
         failed = sender.attempt()
-    assert failed["state"] == DeliveryState.FAILED
-    assert "CT Image Storage" in failed["reason"]
+    assert (failed["state"], failed["attempts"], oracle.images) == (DeliveryState.FAILED, 1, 0)
+    assert words in failed["reason"]
     assert sender.states() == ["REFUSED"] * COUNT
+    assert sender.job["state"] == JobState.FAILED
 
 
 def test_compressed_originals_are_decoded_for_a_peer_of_the_old_school(database: sa.Engine, tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Mapping
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from pynetdicom import AllStoragePresentationContexts
 
 from dicomnode import commitment, config, requestor, scp
@@ -25,6 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFORMANCE = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 PIPELINES = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -225,6 +229,26 @@ def test_the_service_runs_a_command_that_exists() -> None:
     assert start.split()[0].endswith("/bin/dicomnode")
     assert start.split()[1:] == ["run", "--config", "/etc/dicomnode/config.yaml"]
     assert "/etc/dicomnode/config.yaml" in README
+
+
+def test_a_site_installs_no_more_than_the_readme_says() -> None:
+    """Sum of the files of what a node needs to run, and of itself; what else an environment holds (pip) is a tenth."""
+    wanted = [Requirement(one) for one in PROJECT["project"]["dependencies"]]
+    needed: dict[str, float] = {}
+    while wanted:
+        one = wanted.pop()
+        if one.name in needed or (one.marker is not None and not one.marker.evaluate({"extra": ""})):
+            continue
+        installed = distribution(one.name)
+        files = [Path(str(installed.locate_file(file))) for file in installed.files or []]
+        needed[one.name] = sum(file.stat().st_size for file in files if file.exists()) / 1e6
+        wanted += map(Requirement, installed.requires or [])
+    assert not {"torch", "nncf", "scipy", "scikit-image"} & {name.lower() for name in needed}
+    assert {"torch"} == {Requirement(one).name for one in PROJECT["project"]["optional-dependencies"]["gpu"]}
+    packages = ("dicomnode", "pipelines", "training", "demo")
+    own = sum(file.stat().st_size for name in packages for file in (ROOT / name).rglob("*") if file.is_file()) / 1e6
+    (printed,) = re.findall(r"pip install \. +# (\d+) MB with everything; no PyTorch", README)
+    assert 0.85 * float(printed) < sum(needed.values()) + own < 1.05 * float(printed)
 
 
 def test_the_picture_is_small_enough_to_load() -> None:

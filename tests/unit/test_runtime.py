@@ -101,7 +101,7 @@ QUANTISED_STREAM = {"int8.ranges": "b"}
 
 def _card(files: dict[str, str], loss_db: float | None = None) -> ModelCard:
     card = read_card("st3d" if files in (STREAM, QUANTISED_STREAM) else "drl")
-    return replace(card, files_sha256=files, int8_loss_db=loss_db)
+    return replace(card, files_sha256=files, int8_loss_db=loss_db, int8_bound_hu=(9.0, 2.0))
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, *flags: str, gpu: str | None = None, torch: bool = True) -> None:
@@ -142,6 +142,18 @@ def test_the_fastest_that_the_card_vouches_for_runs_on_a_cpu(
     assert (choice.backend, choice.device, choice.precision, choice.threads) == ("openvino", "cpu", expected, 3)
     assert choice.reason.startswith("the CPU (there is no GPU), ")
     assert choice.reason.endswith(why)
+
+
+@pytest.mark.parametrize("files", [QUANTISED, QUANTISED_STREAM])
+def test_int8_that_cannot_be_checked_runs_only_where_it_is_demanded(
+    monkeypatch: pytest.MonkeyPatch, files: dict[str, str]
+) -> None:
+    _machine(monkeypatch, "int8", "bf16")
+    card = replace(_card(files, 0.05), int8_bound_hu=None)
+    choice = choose(card, Execution())
+    assert choice.precision == "bf16"
+    assert choice.reason.endswith("its card has no bound to check its int8 by")
+    assert choose(card, Execution(precision="int8")).precision == "int8"
 
 
 @pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])

@@ -38,6 +38,10 @@ class RawPeer:
         header = self._file.read(6)
         return header[0], self._file.read(struct.unpack(">L", header[2:])[0])
 
+    def read_part(self, count: int) -> bytes:
+        """So many bytes of the next PDU."""
+        return self._file.read(count)
+
     def write(self, data: bytes) -> None:
         self._connection.sendall(data)
 

@@ -109,6 +109,16 @@ def test_int8_runs_in_8_bits_but_for_the_layers_that_the_card_names(name: str) -
     assert len(kinds) > len(in_float) == len(CARDS[name]["int8"]["float_layers"])
 
 
+@pytest.mark.skipif(not cpu_supports("int8"), reason="needs a CPU with VNNI")
+def test_int8_runs_where_it_ships_and_holds_its_bound(pipeline: Pipeline) -> None:
+    """Were it farther from fp32 on the golden volume than its card allows, fp32 would have taken its place."""
+    quantised = pipeline.card.name in QUANTISED
+    assert (pipeline.card.precision == "int8") == quantised, pipeline.card.reason
+    if quantised:
+        here, bound = CARDS[pipeline.card.name]["int8"]["golden_hu"], pipeline.card.int8_bound_hu
+        assert bound == (2 * here["max_hu"], 2 * here["rms_hu"])
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 def test_int8_is_good_enough_to_run_by_itself(name: str) -> None:
     assert CARDS[name]["int8_loss_db"] == max(CARDS[name]["int8"]["loss_db"].values()) <= INT8_MAX_LOSS_DB

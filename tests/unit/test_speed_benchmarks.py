@@ -6,6 +6,7 @@ import importlib
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +26,9 @@ from pipelines.volume import read_volume
 from training.metrics import LUNG, SOFT_TISSUE
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # they are scripts, not a package
-alone, ct_files, images, machine, operations, papers, series, table1, versus = map(
+alone, ct_files, images, machine, operations, papers, series, table1, table1_gpu, versus = map(
     importlib.import_module,
-    ("alone", "ct_files", "images", "machine", "operations", "papers", "series", "table1", "versus"),
+    ("alone", "ct_files", "images", "machine", "operations", "papers", "series", "table1", "table1_gpu", "versus"),
 )
 
 
@@ -244,13 +245,62 @@ def test_what_slices_and_cores_cost() -> None:
     assert (row["computed"], row["floor of seconds"]) == ("50%", "33%")
 
 
+@pytest.mark.parametrize(("skips", "most"), [("fp32", "2147 at most: met"), ("bf16", "1611 at most: missed")])
+def test_a_bar_is_judged_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch, skips: str, most: str) -> None:
+    monkeypatch.setattr(series, "float_of", lambda precision: skips)
+
+    def case(pipeline: str, voxels: str, slices: int = 300, cores: int = 2) -> Any:
+        return series.Case(pipeline, "int8", voxels, slices, cores)
+
+    one = series.Measured({"wall": 41.0}, 2147.0, (512, 512), (300, 400))
+    cases = {
+        case("st3d", "body"): [one],
+        case("st3d", "all"): [one],
+        case("fast-2.5d", "all"): [one],
+        case("fast-2.5d", "body"): [one],
+        case("st3d", "all", slices=200): [one],
+        case("st3d", "all", cores=1): [one],
+    }
+    told = series.bars(cases, 0.5)
+    assert told == [
+        "st3d, body: 41.0 s of 40 at most: missed.",
+        "st3d, all: 41.0 s of 60 at most: met.",
+        "fast-2.5d, all: 41.0 s of 25 at most: missed.",
+        f"st3d: 2147 MB of {most}.",
+        "fast-2.5d: 2147 MB of 2147 at most: met.",
+    ]
+    assert series.bars(cases, 0.44) == told[1:]  # little body is little work
+    hungry = {case("drl", "all"): [replace(one, peak_mb=2148.0)]}
+    assert series.bars(hungry, 0.5) == ["drl: 2148 MB of 2147 at most: missed."]
+    assert series.bars({replace(first, precision="fp32"): turns for first, turns in hungry.items()}, 0.5) == []
+
+
+def test_one_artefact_must_meet_the_whole_bar_of_table_1() -> None:
+    def row(kind: str, loss: str, part: str, ratio: str) -> list[str]:
+        return ["net", "OpenVINO", kind, "1", "20", ratio, "400", part, "40 / 50", loss, "1 / 1", "-"]
+
+    good = row("int8", "0.020 / 0.100", "80", "11.00")
+    others = [
+        row("bf16", "0.000 / 0.000", "99", "20.00"),
+        row("int8", "0.020 / 0.101", "99", "20.00"),
+        row("int8", "0.020 / 0.030", "79", "20.00"),
+        row("int8", "0.020 / 0.030", "99", "10.99"),
+        row("int8", "-", "99", "20.00"),
+    ]
+    assert table1.bar(others, 3).endswith(": missed.")
+    assert table1.bar([*others, good], 3).endswith(": met by net, OpenVINO.")
+    assert table1.bar([good], 2).endswith(": missed.")  # of too few series
+
+
 def test_slow_opponents_are_scaled_and_marked() -> None:
     ours, theirs, nlm = versus.Way("net", True, "int8"), versus.Way("net", False), versus.Way("nlm", False)
-    rows = versus.rows({ours: [30.0, 32.0, 28.0], theirs: [16.0], nlm: [8.0]}, 300, 16, {ours: (40.0, 50.0)})
+    times, computed = {ours: [30.0, 32.0, 28.0], theirs: [16.0], nlm: [8.0]}, {ours: 54, theirs: 54, nlm: 16}
+    scaled = "16 slices, scaled to 300"
+    rows = versus.rows(times, 300, 16, computed, {ours: (40.0, 50.0)})
     assert rows == [
         ["ours, net, int8", "30.0 [28.0-32.0]", "300 slices", "1.0", "40.00 / 50.00"],
-        ["net, eager PyTorch and pydicom", "300.0 [300.0-300.0]", "16 slices, scaled to 300", "10.0", "-"],
-        ["non-local means, scikit-image", "150.0 [150.0-150.0]", "16 slices, scaled to 300", "5.0 (the quickest)", "-"],
+        ["net, eager PyTorch and pydicom", "300.0 [300.0-300.0]", f"{scaled} (54 computed for them)", "10.0", "-"],
+        ["non-local means, scikit-image", "150.0 [150.0-150.0]", scaled, "5.0 (the quickest)", "-"],
     ]
 
 
@@ -275,6 +325,40 @@ def test_a_tile_at_once_is_what_a_node_streams(
         streamed = table1.streamed(one, precision, tile, 1)()
         assert np.abs(whole - exact).max() < within * changed
         assert np.abs(streamed - whole).max() < within * changed
+
+
+def test_what_is_timed_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU: both ways through the network agree, types round, and an iteration teaches in both of its types."""
+    monkeypatch.setattr(table1, "FEATURES", 6)
+    monkeypatch.setattr(table1, "BLOCKS", 1)
+    small = {name: replace(table1_gpu.recipe(name), patch_zyx=(3, 8, 8), batch=2) for name in table1.PAPER}
+    monkeypatch.setattr(table1_gpu, "recipe", small.__getitem__)
+    tile = np.random.default_rng(0).normal(0, 0.1, (4, 12, 16)).astype(np.float32)
+    turns = table1_gpu.prepare(tile, "cpu", tmp_path)
+    assert len(turns) == 2 * (2 * 3 + 2)
+    for name, kind in zip(table1.PAPER, (SRResNet3D, STResNet), strict=True):
+        network = table1.filled(kind, table1.random_weights(kind))
+        exact = network(torch.from_numpy(tile)[None, None])[0, 0].numpy()
+        for how in (table1_gpu.WHOLE, table1_gpu.STREAMED):
+            np.testing.assert_allclose(turns[name, how, "fp32"](), exact, atol=1e-5)
+            off = [float(np.abs(turns[name, how, kind]() - exact).max()) for kind in ("bf16", "fp16")]
+            assert 0.02 > off[0] > off[1] > 1e-6
+        losses = [[turns[name, table1_gpu.TRAINED, kind]() for _ in range(3)] for kind in ("fp32", "mixed, bf16")]
+        assert all(len(set(each)) > 1 for each in losses)  # of one batch: the weights move
+        assert 0 < abs(losses[0][0] - losses[1][0]) < 0.01 * losses[0][0]
+
+
+def test_a_row_of_table_1_on_a_gpu() -> None:
+    times = {(table1.PAPER[0], "whole tile", "fp32"): [0.4], (table1.PAPER[1], "whole tile", "fp32"): [0.2]}
+    told = table1_gpu.rows({**times, (table1.PAPER[1], "whole tile", "fp16"): [0.05, 0.04, 0.06]})
+    assert told[2] == ["st3d-wide", "whole tile", "fp16", "0.0500 [0.0400-0.0600]", "8.00", "4.00"]
+
+
+def test_a_script_for_volumes_is_given_what_its_slices_depend_on() -> None:
+    paths = [Path(str(k)) for k in range(300)]
+    assert versus.around("nlm", paths, 16, versus.WEIGHTS) == (paths[142:158], 0)
+    given, before = versus.around("st3d", paths, 16, versus.WEIGHTS)
+    assert (given, before) == (paths[123:177], 19)
 
 
 def test_the_eager_opponent_computes_the_network_slice_by_slice() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -16,11 +15,11 @@ import pytest
 from ct_builder import phantom, uid, write_series
 from pydicom import dcmread
 from pydicom.uid import ExplicitVRLittleEndian
-from tracing import require_strace
+from tracing import ANSWERED, kept, require_strace
 
 from dicomnode import spool as module
 from dicomnode.errors import BadIdentifier, NodeError, SpoolError, SpoolFull
-from dicomnode.spool import Incoming, Kept, Spool, dataset_digest, read_instance, valid_uid
+from dicomnode.spool import Incoming, Instance, Kept, Spool, dataset_digest, read_instance, valid_uid
 
 SERIES = uid("series")
 
@@ -43,13 +42,18 @@ def incoming(instance: int = 0, **changes: str) -> Incoming:
     what = Incoming(
         sop_instance_uid=uid("series", "instance", instance),
         sop_class_uid="1.2.840.10008.5.1.4.1.1.2",
-        series_uid=SERIES,
-        study_uid=uid("study"),
         transfer_syntax_uid=ExplicitVRLittleEndian,
         calling_ae="SCANNER",
         called_ae="NODE",
     )
     return replace(what, **changes)
+
+
+def store(
+    spool: Spool, what: Incoming, data: bytes, *, series_uid: str = SERIES, keep_conflict: bool = True
+) -> tuple[Kept, Instance]:
+    with spool.begin(what, memoryview(data)) as arrival:
+        return arrival.keep(series_uid, uid("study"), keep_conflict=keep_conflict)
 
 
 def files(spool: Spool) -> list[str]:
@@ -125,7 +129,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 
 def test_the_bytes_are_kept_as_they_came(spool: Spool, data_set: bytes) -> None:
-    kept, instance = spool.store(incoming(), memoryview(data_set))
+    kept, instance = store(spool, incoming(), data_set)
     assert kept is Kept.NEW
     assert instance.path == spool.root / "instances" / SERIES / f"{incoming().sop_instance_uid}.dcm"
     content = instance.path.read_bytes()
@@ -141,7 +145,7 @@ def test_the_bytes_are_kept_as_they_came(spool: Spool, data_set: bytes) -> None:
 
 @pytest.mark.parametrize("calling_ae", ["SCANNER", "ODD", "A", "SIXTEENCHARACTRS"])
 def test_an_instance_is_rebuilt_from_its_file(spool: Spool, data_set: bytes, calling_ae: str) -> None:
-    _, stored = spool.store(incoming(calling_ae=calling_ae), memoryview(data_set))
+    _, stored = store(spool, incoming(calling_ae=calling_ae), data_set)
     rebuilt = read_instance(stored.path)
     assert replace(rebuilt, received_at=stored.received_at) == stored
     assert abs((rebuilt.received_at - stored.received_at).total_seconds()) < 5
@@ -159,15 +163,15 @@ def test_a_strange_file_is_no_instance(tmp_path: Path, content: bytes) -> None:
 
 def test_a_file_damaged_after_reception_is_no_instance(spool: Spool, data_set: bytes) -> None:
     """Whatever the parser stumbles over: start-up must go on."""
-    _, stored = spool.store(incoming(transfer_syntax_uid="1.2.840.10008.1.2.1.99"), memoryview(data_set))
+    _, stored = store(spool, incoming(transfer_syntax_uid="1.2.840.10008.1.2.1.99"), data_set)
     with pytest.raises(SpoolError, match="not an object that this spool wrote"):  # deflated, it says, and is not
         read_instance(stored.path)
 
 
 def test_the_same_bytes_again_change_nothing(spool: Spool, data_set: bytes) -> None:
-    _, first = spool.store(incoming(), memoryview(data_set))
+    _, first = store(spool, incoming(), data_set)
     before = first.path.stat()
-    kept, again = spool.store(incoming(calling_ae="OTHER"), memoryview(data_set))
+    kept, again = store(spool, incoming(calling_ae="OTHER"), data_set)
     assert kept is Kept.SAME
     assert (again.path, again.sha256, again.size_bytes) == (first.path, first.sha256, first.size_bytes)
     assert first.path.stat().st_ino == before.st_ino
@@ -177,20 +181,20 @@ def test_the_same_bytes_again_change_nothing(spool: Spool, data_set: bytes) -> N
 
 def test_other_bytes_are_kept_apart(spool: Spool, data_set: bytes) -> None:
     other = data_set[:-2] + b"\x12\x34"
-    _, first = spool.store(incoming(), memoryview(data_set))
-    kept, apart = spool.store(incoming(), memoryview(other))
+    _, first = store(spool, incoming(), data_set)
+    kept, apart = store(spool, incoming(), other)
     assert kept is Kept.CONFLICT
     assert apart.path.parent == spool.root / "conflicts" / SERIES
     assert first.path.read_bytes().endswith(data_set)
     assert apart.path.read_bytes().endswith(other)
-    assert spool.store(incoming(), memoryview(other))[0] is Kept.CONFLICT
+    assert store(spool, incoming(), other)[0] is Kept.CONFLICT
     assert len(files(spool)) == 3
     assert list(spool.paths()) == [first.path]
 
 
 def test_other_bytes_are_refused_where_the_site_wants_it(spool: Spool, data_set: bytes) -> None:
-    _, first = spool.store(incoming(), memoryview(data_set))
-    kept, _ = spool.store(incoming(), memoryview(data_set + b"\0\0"), keep_conflict=False)
+    _, first = store(spool, incoming(), data_set)
+    kept, _ = store(spool, incoming(), data_set + b"\0\0", keep_conflict=False)
     assert kept is Kept.REFUSED
     assert first.path.read_bytes().endswith(data_set)
     assert len(files(spool)) == 2
@@ -201,11 +205,11 @@ def test_the_same_uid_from_eight_threads_at_once(spool: Spool, data_set: bytes) 
     versions = [data_set, data_set[:-2] + b"\x12\x34"]
     gate, results = threading.Barrier(8), []
 
-    def store(number: int) -> None:
+    def bring(number: int) -> None:
         gate.wait()
-        results.append((number % 2, *spool.store(incoming(), memoryview(versions[number % 2]))))
+        results.append((number % 2, *store(spool, incoming(), versions[number % 2])))
 
-    threads = [threading.Thread(target=store, args=(number,)) for number in range(8)]
+    threads = [threading.Thread(target=bring, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -231,7 +235,7 @@ def test_many_series_are_not_remembered_for_ever(
         nonlocal instances
         instances += 1
         synced.clear()
-        spool.store(incoming(instances, series_uid=uid("series", series)), memoryview(data_set))
+        store(spool, incoming(instances), data_set, series_uid=uid("series", series))
         return spool.instances in synced
 
     assert [named_anew(series) for series in (0, 1, 2, 0, 1, 2)] == [True, True, True, False, False, False]
@@ -245,7 +249,7 @@ def test_many_series_are_not_remembered_for_ever(
 
 def test_short_writes_are_gone_on_with(spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.os, "writev", lambda descriptor, parts: os.write(descriptor, b"".join(parts)[:700]))
-    _, instance = spool.store(incoming(), memoryview(data_set))
+    _, instance = store(spool, incoming(), data_set)
     monkeypatch.undo()
     assert dataset_digest(instance.path) == hashlib.sha256(data_set).hexdigest()
 
@@ -268,10 +272,10 @@ def test_a_full_disk_leaves_nothing(
     (spool.instances / SERIES).mkdir()
     monkeypatch.setattr(module.os, call, full)
     with pytest.raises(SpoolFull, match="no space left"):
-        spool.store(incoming(), memoryview(data_set))
+        store(spool, incoming(), data_set)
     monkeypatch.undo()
     assert files(spool) == ["lock"]
-    assert spool.store(incoming(), memoryview(data_set))[0] is Kept.NEW
+    assert store(spool, incoming(), data_set)[0] is Kept.NEW
 
 
 def test_the_folders_of_a_new_spool_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +284,7 @@ def test_the_folders_of_a_new_spool_last(tmp_path: Path, monkeypatch: pytest.Mon
         module, "sync_folder", lambda folder: synced.append((folder, sorted(path.name for path in folder.iterdir())))
     )
     Spool(tmp_path / "new").close()
-    assert synced == [(tmp_path / "new", ["conflicts", "derived", "instances"]), (tmp_path, ["new"])]
+    assert synced == [(tmp_path / "new", ["conflicts", "derived", "incoming", "instances"]), (tmp_path, ["new"])]
 
 
 def test_another_failure_leaves_nothing_and_is_no_full_disk(
@@ -291,19 +295,19 @@ def test_another_failure_leaves_nothing_and_is_no_full_disk(
 
     monkeypatch.setattr(module.os, "fsync", broken)
     with pytest.raises(SpoolError, match="Input/output error") as failure:
-        spool.store(incoming(), memoryview(data_set))
+        store(spool, incoming(), data_set)
     assert not isinstance(failure.value, SpoolFull)
     assert files(spool) == ["lock"]
 
 
 def test_what_a_crash_left_half_written_is_removed(spool: Spool, data_set: bytes) -> None:
-    _, instance = spool.store(incoming(), memoryview(data_set))
-    _, apart = spool.store(incoming(), memoryview(data_set + b"\0\0"))
+    _, instance = store(spool, incoming(), data_set)
+    _, apart = store(spool, incoming(), data_set + b"\0\0")
     result = spool.derived / "job"
     result.mkdir()
     (result / "manifest.json").write_text("{}")
-    for folder in (instance.path.parent, apart.path.parent):
-        (folder / "0123.part").write_bytes(b"half")
+    for name in ("0123.part", "4567.part"):
+        (spool.incoming / name).write_bytes(b"half")
     (spool.derived / "job.4711.part").mkdir()
     (spool.derived / "job.4711.part" / "1.2.dcm").write_bytes(b"half")
     assert spool.remove_partial() == 2
@@ -330,13 +334,19 @@ if sys.argv[2] == "twin":  # another association has made the folder and has not
     (spool.instances / "1.2.3").mkdir()
 for number in ("1.2.3.1", "1.2.3.2"):
     print("begin", flush=True)
-    spool.store(Incoming(number, "1.2", "1.2.3", "1.2", "1.2.840.10008.1.2.1", "A", "B"), memoryview(b"data" * 50))
+    incoming = Incoming(number, "1.2", "1.2.840.10008.1.2.1", "A", "B")
+    with spool.begin(incoming, memoryview(b"data" * 50)) as arrival:
+        arrival.keep("1.2.3", "1.2")
     print("acknowledged", flush=True)
 """
 
 
+PRINTED = r'"\n", 1'
+"""Of a call that ends what Python prints."""
+
+
 def _traced(folder: Path, how: str) -> list[list[str]]:
-    """System calls of each of two `store` calls, with the paths of descriptors as strace resolves them."""
+    """System calls for each of two objects, with the paths of descriptors as strace resolves them."""
     require_strace(folder)
     log = folder / "strace"
     calls_traced = "write,writev,fsync,fdatasync,rename,renameat,renameat2,mkdir"
@@ -345,38 +355,19 @@ def _traced(folder: Path, how: str) -> list[list[str]]:
         [*command, sys.executable, "-c", _STORE, folder / "spool", how], timeout=60, text=True, capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    calls: list[list[str]] = []
-    for line in log.read_text().splitlines():
-        if '"begin' in line:
-            calls.append([])
-        elif '"acknowledged' in line:
-            calls[-1].append("acknowledged")
-        elif calls and calls[-1][-1:] != ["acknowledged"]:
-            name = re.search(r"(\w+)\(", line)
-            assert name is not None
-            paths = re.findall(rf"{re.escape(str(folder / 'spool'))}([^>\"]*)", line)
-            if paths:
-                calls[-1].append(" ".join([name[1], *(re.sub(r"[0-9a-f]{32}\.part", "PART", one) for one in paths)]))
-    return calls
+    _, first, _, second = kept(log.read_text(), folder / "spool", PRINTED)  # begin, acknowledged, begin, ...
+    return [first, second]
 
 
 def test_written_synced_renamed_and_the_folder_synced_before_store_returns(tmp_path: Path) -> None:
     first, second = _traced(tmp_path, "alone")
-    part, final = "/instances/1.2.3/PART", "/instances/1.2.3/1.2.3.{}.dcm"
-    kept = [f"writev {part}", f"fsync {part}"]
-    assert first == [
-        "mkdir /instances/1.2.3",
-        "fsync /instances",
-        *kept,
-        f"rename {part} {final.format(1)}",
-        "fsync /instances/1.2.3",
-        "acknowledged",
-    ]
-    assert second == [*kept, f"rename {part} {final.format(2)}", "fsync /instances/1.2.3", "acknowledged"]
+    written = ["writev incoming/PART", "fsync incoming/PART"]
+    placed = ["rename incoming/PART instances/1.2.3/1.2.3.{}.dcm", "fsync instances/1.2.3", ANSWERED]
+    assert first == ["mkdir instances/1.2.3", "fsync instances", *written, placed[0].format(1), *placed[1:]]
+    assert second == [*written, placed[0].format(2), *placed[1:]]
 
 
 def test_the_name_of_the_series_folder_is_synced_by_whoever_uses_it_first(tmp_path: Path) -> None:
     """Two associations begin a series at once: the one that finds the folder must not rely on the other's sync."""
     first, _ = _traced(tmp_path, "twin")
-    assert "fsync /instances" in first
-    assert first.index("fsync /instances") < first.index("acknowledged")
+    assert first[0] == "fsync instances"

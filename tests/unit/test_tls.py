@@ -133,6 +133,14 @@ def test_the_name_in_the_certificate_may_be_another_than_the_host(
     assert not isinstance(caught.value, TlsFailed), "it got as far as the association"
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_versions_out(certificates: Certificates, version: ssl.TLSVersion) -> None:
+    """Of a peer that speaks one version alone, and no DICOM: only that ends the call."""
+    only = {"minimum_version": version, "maximum_version": version}
+    with tls_server(certificates, "pacs", **only) as port, pytest.raises(PeerError, match="answer to the association"):
+        echo(peer_at(port, out(certificates)))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_nothing_older_than_tls_1_2(certificates: Certificates) -> None:
     old = {"minimum_version": ssl.TLSVersion.TLSv1, "maximum_version": ssl.TLSVersion.TLSv1_1}

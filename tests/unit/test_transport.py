@@ -62,15 +62,18 @@ def test_what_is_no_association_request_is_aborted_at_once(node: Reception, said
         assert caller.aborted() == reason
 
 
-def test_another_protocol_version_is_rejected(node: Reception) -> None:
+def test_another_protocol_version_is_rejected(node: Reception, caplog: pytest.LogCaptureFixture) -> None:
     with Caller(node.port) as caller:
         caller.send(request()[:6] + b"\0\2" + request()[8:])
         assert caller.receive() == (pdu.PduType.ASSOCIATE_RJ, b"\0\1\2\2")
         assert caller.receive() is None
+    assert f"association of 'CALLER' at {HOST} rejected: it speaks another version of the protocol" in caplog.text
 
 
 @pytest.mark.parametrize("name", [b"1.2.840.10008.3.1.1.2", b"1.2.840.10008.3.1.1", b"", None])
-def test_another_application_context_is_rejected(node: Reception, name: bytes | None) -> None:
+def test_another_application_context_is_rejected(
+    node: Reception, name: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
     """PS3.8 section 9.3.4; without an item of the kind nothing names ours either."""
     named = struct.pack(">BxH", 0x10, len(pdu.APPLICATION_CONTEXT)) + pdu.APPLICATION_CONTEXT.encode()
     items = b"" if name is None else struct.pack(">BxH", 0x10, len(name)) + name
@@ -79,6 +82,7 @@ def test_another_application_context_is_rejected(node: Reception, name: bytes | 
         caller.send(whole(pdu.PduType.ASSOCIATE_RQ, asked[pdu.HEADER_BYTES :]))
         assert caller.receive() == (pdu.PduType.ASSOCIATE_RJ, b"\0\1\1\2")
         assert caller.receive() is None
+    assert f"association of 'CALLER' at {HOST} rejected: its application context is not that of DICOM" in caplog.text
 
 
 def test_a_requestor_of_several_protocol_versions_is_served(node: Reception) -> None:

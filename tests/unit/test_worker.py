@@ -331,16 +331,17 @@ def test_the_child_yields_to_reception(worker: Worker) -> None:
 
 
 @pytest.mark.parametrize(("configured", "threads"), [(0, 3), (2, 2), (1000, 3)])
-def test_no_more_threads_than_cores(
+def test_the_child_is_told_what_is_configured_and_no_more_threads_than_cores(
     controls: Path, monkeypatch: pytest.MonkeyPatch, configured: int, threads: int
 ) -> None:
     """numpy, too, is told before Python begins: it has made its threads before the child's first own line."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 5, 6})
-    made = configured_worker(Compute(threads=configured))
+    made = configured_worker(Compute(threads=configured, device="cpu", precision="bf16"))
     made.describe("identity", Options())
     started = Path(f"/proc/{made.pid}")
     assert f"OMP_NUM_THREADS={threads}".encode() in (started / "environ").read_bytes().split(b"\0")
-    assert json.loads((started / "cmdline").read_bytes().split(b"\0")[3])["threads"] == threads
+    told = json.loads((started / "cmdline").read_bytes().split(b"\0")[3])
+    assert told == {"device": "cpu", "precision": "bf16", "threads": threads}
     made.stop()
 
 
