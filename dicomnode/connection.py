@@ -71,10 +71,11 @@ class Connection:
                 window.append(piece)
             if not window:
                 return
+            left = self._left(deadline, what)  # also of a peer for whom we never have to wait
             try:
                 sent = self._write(window)
             except _NOT_NOW as error:
-                self._wait(error, select.POLLOUT, min(self._left(deadline, what), self._stall_timeout_s), what)
+                self._wait(error, select.POLLOUT, min(left, self._stall_timeout_s), what)
                 continue
             except OSError as error:
                 raise self._gone(error) from error
@@ -129,6 +130,7 @@ class Connection:
         while self._end - self._begin < size:
             if self._begin + size > len(self._buffer):
                 self._make_room(size)
+            left = self._left(deadline, what)  # also of a peer for whom we never have to wait
             try:
                 count = self._socket.recv_into(memoryview(self._buffer)[self._end :])
             except _NOT_NOW as error:
@@ -136,7 +138,7 @@ class Connection:
                     # Not sticky, so before every wait. A peer that writes header and body apart waits for our ACK
                     # before it writes the body (Nagle), which the kernel would otherwise delay by 40 ms.
                     self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
-                self._wait(error, select.POLLIN, self._left(deadline, what), what)
+                self._wait(error, select.POLLIN, left, what)
                 continue
             except OSError as error:
                 raise self._gone(error) from error

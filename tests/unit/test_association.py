@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from caller import CONTEXTS, CT, ECHO, Caller, Reception, command, p_data, pdv, 
 from conftest import require_peer
 from ct_builder import phantom, uid, write_series
 from hostility import BROKEN, REFUSED
-from peers import dcmsend, storescu
+from peers import HOST, dcmsend, storescu
 from pydicom.uid import CTImageStorage
 from scanner import Image, image
 
 from dicomnode import pdu
+from dicomnode.connection import connect
+from dicomnode.errors import PeerTimedOut
 
 ECHO_RQ = pdu.c_echo_rq(1)
 
@@ -155,6 +159,23 @@ def test_what_breaks_the_protocol_is_aborted(node: Reception, case: str, caplog:
     assert node.files() == []
     assert "association of 127.0.0.1 aborted: " in caplog.text
     assert "at _" not in caplog.text, "that is how a fault of ours is reported"
+
+
+def test_a_message_that_comes_fast_and_brings_nothing_is_aborted(tmp_path: Path) -> None:
+    """There is always something to read, so that nobody ever waits for the peer."""
+    nothing = p_data(CT, 0, b"") * 100_000
+    with reception(tmp_path / "spool", network_timeout_s=0.5) as node, Caller(node.port) as caller:
+        caller.associate().send(p_data(CT, 3, command()))
+        until = time.monotonic() + 8
+        while (taken := caller.push(nothing)) and time.monotonic() < until:
+            pass
+        assert not taken, "it is taken for ever"
+
+
+def test_nothing_is_sent_after_its_deadline(node: Reception) -> None:
+    connection = connect("node", HOST, node.port, connect_timeout_s=10, stall_timeout_s=10)
+    with closing(connection), pytest.raises(PeerTimedOut, match="took too long with taking it"):
+        connection.send([ECHO_RQ], time.monotonic(), "taking it")
 
 
 def test_a_fault_of_ours_ends_its_association_only(
