@@ -132,7 +132,7 @@ class Spool:
     NodeError
         If another node holds the folder.
     SpoolError
-        If the folder cannot be made or written.
+        If the folder cannot be made or written, or there are no threads to write with.
     """
 
     def __init__(self, root: Path) -> None:
@@ -141,6 +141,7 @@ class Spool:
         self.instances = root / "instances"
         self.conflicts = root / "conflicts"
         self.derived = root / "derived"
+        self._writers = _writers()
         made = not root.is_dir()
         try:
             for folder in (self.incoming, self.instances, self.conflicts, self.derived):
@@ -152,7 +153,6 @@ class Spool:
         except OSError as error:
             raise SpoolError(f"spool {root} cannot be used: {error}; check the path and its owner") from error
         self._numbers = itertools.count(1)
-        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="writer")
         self._placing = threading.Lock()
         self._lasting: set[Path] = set()
         """Series folders whose own name is synced. That one exists says nothing: its maker may not be so far yet."""
@@ -245,6 +245,7 @@ class Arrival:
         if not self._placed:
             wait([self._written])
             self._part.unlink(missing_ok=True)
+        del self._written  # the error in it holds us and the data, until nobody knows when
 
     def keep(self, series_uid: str, study_uid: str, *, keep_conflict: bool = True) -> tuple[Kept, Instance]:
         """Keep it durably. When this returns, a power cut does not lose it.
@@ -294,6 +295,24 @@ class Arrival:
             called_ae=self._incoming.called_ae,
         )
         return kept, instance
+
+
+def _writers() -> ThreadPoolExecutor:
+    """Threads that write, all of them running.
+
+    For want of a thread later on, an object would be refused and stay in the queue, to be written to no end.
+    """
+    writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="writer")
+    all_run = threading.Event()
+    try:
+        for _ in range(_WRITERS):
+            writers.submit(all_run.wait)  # none is idle until then, so each needs a new one
+    except RuntimeError as error:
+        writers.shutdown(wait=False)
+        raise SpoolError(f"no threads to write with: {error}; allow the process more") from error
+    finally:
+        all_run.set()
+    return writers
 
 
 def read_instance(path: Path) -> Instance:

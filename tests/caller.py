@@ -216,9 +216,8 @@ class Reception:
 
 
 def threads_and_descriptors() -> tuple[int, int]:
-    """Of this process, without the threads that a spool keeps to write with."""
-    threads = [thread for thread in threading.enumerate() if not thread.name.startswith("writer")]
-    return len(threads), sum(1 for _ in Path("/proc/self/fd").iterdir())
+    """Of this process."""
+    return threading.active_count(), sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import os
 import subprocess
@@ -298,6 +299,57 @@ def test_another_failure_leaves_nothing_and_is_no_full_disk(
         store(spool, incoming(), data_set)
     assert not isinstance(failure.value, SpoolFull)
     assert files(spool) == ["lock"]
+
+
+def test_a_failure_keeps_no_memory(spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object may be as large as `max_object_mb`, and a full disk is tried again and again."""
+
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    received = bytearray(data_set)
+    monkeypatch.setattr(module.os, "writev", full)
+    gc.disable()
+    try:
+        with (
+            pytest.raises(SpoolFull, match="no space left"),
+            memoryview(received) as data,
+            spool.begin(incoming(), data) as arrival,
+        ):
+            arrival.keep(SERIES, uid("study"))
+        del data, arrival
+        received.clear()  # BufferError, if somebody still looks at it
+    finally:
+        gc.enable()
+
+
+def test_no_thread_to_be_had_keeps_nobody_from_writing(
+    spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", exhausted)
+    _, instance = store(spool, incoming(), data_set)
+    assert files(spool) == [str(instance.path.relative_to(spool.root)), "lock"]
+
+
+def test_a_spool_without_threads_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, started = threading.Thread.start, []
+
+    def exhausted(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", exhausted)
+    with pytest.raises(SpoolError, match="can't start new thread"):
+        Spool(tmp_path)
+    started[0].join(10)
+    assert not started[0].is_alive()
+    monkeypatch.undo()
+    Spool(tmp_path).close()
 
 
 def test_what_a_crash_left_half_written_is_removed(spool: Spool, data_set: bytes) -> None:
