@@ -301,6 +301,23 @@ def test_another_failure_leaves_nothing_and_is_no_full_disk(
     assert files(spool) == ["lock"]
 
 
+def test_what_is_refused_before_its_file_was_made_leaves_nothing(
+    spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, over = os.open, threading.Event()
+
+    def slow(*arguments: object, **options: object) -> object:
+        over.wait(0.2)  # over never comes: nobody may leave the arrival while it is written
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module.os, "open", slow)
+    with pytest.raises(KeyError), spool.begin(incoming(), memoryview(data_set)):
+        raise KeyError
+    over.set()
+    spool.close()
+    assert files(spool) == ["lock"]
+
+
 def test_a_failure_keeps_no_memory(spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """An object may be as large as `max_object_mb`, and a full disk is tried again and again."""
 
