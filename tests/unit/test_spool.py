@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,10 +202,21 @@ def test_other_bytes_are_refused_where_the_site_wants_it(spool: Spool, data_set:
     assert len(files(spool)) == 2
 
 
-def test_the_same_uid_from_eight_threads_at_once(spool: Spool, data_set: bytes) -> None:
+def test_the_same_uid_from_eight_threads_at_once(
+    spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four bring one object and four another under its UID: one wins, its twins are the same, the others kept apart."""
     versions = [data_set, data_set[:-2] + b"\x12\x34"]
     gate, results = threading.Barrier(8), []
+    real, both_looked = Path.exists, threading.Barrier(2)
+
+    def looked(path: Path) -> bool:
+        found = real(path)
+        with suppress(threading.BrokenBarrierError):  # as it shall be: while one looks and renames, no other looks
+            both_looked.wait(0.2)
+        return found
+
+    monkeypatch.setattr(Path, "exists", looked)
 
     def bring(number: int) -> None:
         gate.wait()
@@ -215,6 +227,7 @@ def test_the_same_uid_from_eight_threads_at_once(spool: Spool, data_set: bytes) 
         thread.start()
     for thread in threads:
         thread.join()
+    monkeypatch.undo()
     (winner,) = [version for version, kept, _ in results if kept is Kept.NEW]
     assert sorted(kept.name for version, kept, _ in results if version == winner) == ["NEW", "SAME", "SAME", "SAME"]
     assert {kept for version, kept, _ in results if version != winner} == {Kept.CONFLICT}

@@ -7,14 +7,14 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from caller import Caller
+from caller import Caller, whole
 from certificates import Certificates
 from conftest import require_peer
 from oracle import StorageOracle
@@ -24,12 +24,14 @@ from sender import COUNT, PROMPT, Sender
 from tables import config_of
 
 from dicomnode.config_tls import TlsOut
+from dicomnode.connection import connect
 from dicomnode.delivery import Delivery
 from dicomnode.errors import AssociationRejected, PeerError, PeerTimedOut, PeerUnreachable, TlsFailed
 from dicomnode.requestor import Peer
 from dicomnode.scp import StorageServer
 from dicomnode.scu import Answer, Outgoing, echo, store
 from dicomnode.spool import Spool
+from dicomnode.tls import client_context
 
 
 def out(certificates: Certificates, shown: str | None = "node", **changes: Any) -> TlsOut:
@@ -69,6 +71,34 @@ def test_dcmtk_receives_over_tls(
         assert answers == [Answer(item.sop_instance_uid, 0) for item in items]
         held = sorted(data_set_of(path.read_bytes()) for path in scp.files())
     assert held == sorted(data_set_of(item.path.read_bytes()) for item in items)
+
+
+def test_what_is_decrypted_already_is_there_to_be_read(certificates: Certificates) -> None:
+    """Two PDUs in one record, of which the first fills the buffer: the second is in the TLS library, not the socket."""
+    first, second = whole(4, bytes(8192 - 6)), whole(4, bytes(4))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.certificate("pacs"), certificates.key("pacs"))
+    over = threading.Event()
+
+    def answer(listening: socket.socket) -> None:
+        connected, _ = listening.accept()
+        with context.wrap_socket(connected, server_side=True) as encrypted:
+            encrypted.sendall(first + second)
+            over.wait(20)
+
+    with socket.create_server((HOST, 0)) as listening:
+        peer = threading.Thread(target=answer, args=(listening,))
+        peer.start()
+        ours = client_context(certificates.authority, None, None)
+        times = {"connect_timeout_s": 10.0, "stall_timeout_s": 10.0}
+        connection = connect("pacs", HOST, listening.getsockname()[1], context=ours, server_name=HOST, **times)
+        with closing(connection):
+            assert connection.receive(time.monotonic() + 10, 10_000, "the first")[1] == first
+            assert connection.readable(0)
+            assert connection.receive(time.monotonic() + 10, 10_000, "the second")[1] == second
+            assert not connection.readable(0)
+            over.set()
+        peer.join(20)
 
 
 @pytest.mark.peer
