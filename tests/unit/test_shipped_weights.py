@@ -103,8 +103,11 @@ def _runs_in(name: str) -> dict[str, str]:
 @pytest.mark.skipif(not cpu_supports("int8"), reason="needs a CPU with VNNI")
 @pytest.mark.parametrize("name", QUANTISED)
 def test_int8_runs_in_8_bits_but_for_the_layers_that_the_card_names(name: str) -> None:
-    """OpenVINO runs what it does not recognise in float, and says so nowhere else."""
-    kinds = _runs_in(name)
+    """OpenVINO runs what it does not recognise in float, and says so nowhere else.
+
+    A convolution without the name of a layer is a bilinear up-sampling, which has no weights to quantise.
+    """
+    kinds = {layer: kind for layer, kind in _runs_in(name).items() if " aten::" not in layer}
     in_float = [layer for layer, kind in kinds.items() if kind not in ("u8", "i8")]
     assert len(kinds) > len(in_float) == len(CARDS[name]["int8"]["float_layers"])
 
