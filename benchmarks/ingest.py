@@ -8,8 +8,8 @@ but for the client named "Nagle", which is dcmsend as Debian starts it. Our serv
 of the UIDs, index rows. Under "no sync" it does not sync files and folders, as storescp does not; nothing but this
 program can switch that off. When a run begins, the disk is idle, there is memory for its files that was in use a moment
 ago (in a virtual machine any other may come slowly), and nothing was deleted before, after which a file system may take
-several times as long to make a file. Rounds interleave all rows: only ratios within one run mean anything on a machine
-that is shared. Linux only (/proc).
+several times as long to make a file. Rounds interleave all rows, each in an order of its own: only ratios within one
+run mean anything on a machine that is shared. Linux only (/proc).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import json
 import mmap
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -249,10 +250,11 @@ BARS: list[tuple[str, int, int, int, float]] = [
 
 def measure(running: dict[str, Server], source: Path, folder: Path, slices: int) -> list[tuple[float, float]]:
     """Wall and processor time of the server for each of `ROWS`, in seconds; no server gets an image twice."""
-    took = []
+    took = [(0.0, 0.0)] * len(ROWS)
     sets: list[list[Path]] = []
     turns: Counter[str] = Counter()
-    for name, parts, environment in ROWS:
+    for row in random.sample(range(len(ROWS)), len(ROWS)):
+        name, parts, environment = ROWS[row]
         server = running[name]
         if turns[name] == len(sets):
             (folder / str(len(sets))).mkdir()
@@ -263,7 +265,7 @@ def measure(running: dict[str, Server], source: Path, folder: Path, slices: int)
         settle()
         held, before_s = server.held(), server.cpu_s()
         wall_s = send(server.port, folders, environment)
-        took.append((wall_s, server.cpu_s() - before_s))
+        took[row] = wall_s, server.cpu_s() - before_s
         if (came := server.held() - held) != slices:
             raise SystemExit(f"{name} took {came} instances of {slices}")
         empty(server.folder)
