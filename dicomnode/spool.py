@@ -2,7 +2,7 @@
 
 ::
 
-    <spool>/incoming/<number>.part                                  what is being written
+    <spool>/incoming/<run>-<number>.part                            what is being written
     <spool>/instances/<SeriesInstanceUID>/<SOPInstanceUID>.dcm      what was acknowledged
     <spool>/conflicts/<SeriesInstanceUID>/<SOPInstanceUID>.<digest>.dcm
                                                                    same UID, other bytes: kept apart
@@ -25,6 +25,7 @@ import re
 import shutil
 import struct
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -152,6 +153,7 @@ class Spool:
             self._lock_file = hold(root / "lock")
         except OSError as error:
             raise SpoolError(f"spool {root} cannot be used: {error}; check the path and its owner") from error
+        self._run = uuid.uuid4().hex
         self._numbers = itertools.count(1)
         self._placing = threading.Lock()
         self._lasting: set[Path] = set()
@@ -181,8 +183,8 @@ class Spool:
         return status.f_bavail * status.f_frsize
 
     def new_part(self) -> Path:
-        """A name for a file that is being written."""
-        return self.incoming / f"{next(self._numbers)}{PART_SUFFIX}"
+        """A name for a file that is being written, which no other run of the node gives."""
+        return self.incoming / f"{self._run}-{next(self._numbers)}{PART_SUFFIX}"
 
     def begin(self, incoming: Incoming, data: memoryview) -> Arrival:
         """Begin to write an object; `data` must stay as it is until the arrival is over."""

@@ -66,7 +66,7 @@ def kept(trace: str, spool: Path, answer: str) -> list[list[str]]:
     done: list[str] = []
     last_ended = -1
     for call in calls(trace):
-        paths = [re.sub(r"\d+\.part", "PART", one) for one in re.findall(rf"{spool}/([^>\"]*)", call.said)]
+        paths = [re.sub(r"[0-9a-f]{32}-\d+\.part", "PART", one) for one in re.findall(rf"{spool}/([^>\"]*)", call.said)]
         answered = answer in call.said
         if not paths and not answered:
             continue

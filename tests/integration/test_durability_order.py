@@ -22,7 +22,7 @@ TRACED = "write,writev,pwrite64,pwritev,fsync,fdatasync,rename,renameat,renameat
 
 
 def test_a_trace_is_understood() -> None:
-    part = "/s/incoming/42.part"
+    part = "/s/incoming/0123456789abcdef0123456789abcdef-42.part"
     synced = f"""
 7  fsync(5<{part}> <unfinished ...>
 8  mkdir("/s/instances/1.2", 0777) = 0
