@@ -10,7 +10,7 @@
 
 An object is answered 0x0000 only after its file was synced, renamed into place and the folder synced (PS3.4 B.2.3
 leaves the promise to the SCP; this is what makes it true across a power cut). A thread of the spool writes and syncs it
-while the receiver reads its header and its digest: the disk takes as long for an image as both.
+while the receiver reads its header and takes its digest.
 """
 
 from __future__ import annotations
