@@ -26,6 +26,16 @@ Buffer = bytes | memoryview
 Context = tuple[str, tuple[str, ...]]
 """A presentation context to propose: abstract syntax (SOP class), transfer syntaxes."""
 
+
+@dataclass(frozen=True, slots=True)
+class AcceptedContext:
+    """A presentation context that was negotiated, with its one transfer syntax."""
+
+    context_id: int
+    abstract_syntax: str
+    transfer_syntax: tuple[str]
+
+
 APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"
 VERIFICATION = "1.2.840.10008.1.1"
 MAX_CONTEXTS = 128

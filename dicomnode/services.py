@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 
-from pynetdicom import evt
+from pynetdicom import build_context, evt
 from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.dimse_messages import DIMSEMessage
 from pynetdicom.events import Event, EventType, InterventionEvent, get_default_handler
 from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.pdu_primitives import P_DATA
-from pynetdicom.presentation import PresentationContext
 from pynetdicom.sop_class import uid_to_service_class
 
 from dicomnode.errors import MalformedPdu
+from dicomnode.pdu import AcceptedContext
 
 Handlers = Mapping[InterventionEvent, Callable[[Event], Any]]
 """As pynetdicom's `evt_handlers`, e.g. ``{evt.EVT_N_EVENT_REPORT: handler}``; the event's `assoc` is the host below.
@@ -40,7 +40,7 @@ class Services:
 
     def answer(
         self,
-        context: PresentationContext,
+        context: AcceptedContext,
         command: bytes,
         data_set: bytes | None,
         *,
@@ -53,7 +53,7 @@ class Services:
         Parameters
         ----------
         context
-            Accepted context that the message came in.
+            That the message came in.
         command, data_set
             As they came; `data_set` is None where the command announces none.
         calling_ae_title, address
@@ -69,22 +69,23 @@ class Services:
         host = _Host(
             self._handlers, SimpleNamespace(ae_title=calling_ae_title, address=address, maximum_length=max_pdu)
         )
-        service = uid_to_service_class(str(context.abstract_syntax))(cast(Any, host))
-        request = _primitive(context, command, data_set)
+        service = uid_to_service_class(context.abstract_syntax)(cast(Any, host))
+        request = _primitive(context.context_id, command, data_set)
+        theirs = build_context(context.abstract_syntax, list(context.transfer_syntax))
+        theirs.context_id = context.context_id
         try:
-            service.SCP(request, context)
+            service.SCP(request, theirs)
         except Exception as error:  # what handlers raise it answers itself: this request is none of this service
             name = type(request).__name__
             raise MalformedPdu(f"{name} in a context of SOP class {context.abstract_syntax}") from error
         return b"".join(host.sent)
 
 
-def _primitive(context: PresentationContext, command: bytes, data_set: bytes | None) -> Any:
-    identity = int(str(context.context_id))
+def _primitive(context_id: int, command: bytes, data_set: bytes | None) -> Any:
     whole = P_DATA()
-    whole.presentation_data_value_list.append((identity, _LAST_OF_COMMAND + command))
+    whole.presentation_data_value_list.append((context_id, _LAST_OF_COMMAND + command))
     if data_set is not None:
-        whole.presentation_data_value_list.append((identity, _LAST_OF_DATA_SET + data_set))
+        whole.presentation_data_value_list.append((context_id, _LAST_OF_DATA_SET + data_set))
     try:
         message = DIMSEMessage()
         if not message.decode_msg(whole):

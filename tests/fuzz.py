@@ -226,8 +226,7 @@ def readers(files: Sequence[Path]) -> dict[str, Reader]:
     requests, commands, sessions, headers, whole_files = _seeds(files)
     negotiator, services = Negotiator(_supported(), MAX_PDU_BYTES), _services()
     acceptances = [negotiator.read(one).acceptance for one in requests]
-    context = build_context(COMMITMENT, [Implicit])
-    context.context_id = 1
+    context = pdu.AcceptedContext(1, COMMITMENT, (Implicit,))
 
     def serve(said: bytes) -> None:
         (length,) = struct.unpack_from("<H", said + b"\0\0")
@@ -236,7 +235,7 @@ def readers(files: Sequence[Path]) -> dict[str, Reader]:
 
     return {
         "association": Reader(converse(), sessions),
-        "request": Reader(negotiator.read.__wrapped__, requests, MalformedPdu),
+        "request": Reader(negotiator.read, requests, MalformedPdu),
         "acceptance": Reader(pdu.read_associate_ac, acceptances, MalformedPdu),
         "items": Reader(read_items, [p_data(CT, 3, one)[6:] for one in commands], MalformedPdu),
         "command set": Reader(pdu.read_command_set, commands, MalformedPdu),
