@@ -116,7 +116,7 @@ def send(port: int, folders: Sequence[Path], environment: dict[str, str]) -> flo
     command = ["dcmsend", "-q", "-aec", "ANY", "+sd", HOST, str(port)]
     clients = [subprocess.Popen([*command, str(folder)], env=environment) for folder in folders]
     for client in clients:
-        if client.wait(600):
+        if client.wait():  # no time-out: with one it is looked at every 50 ms only
             raise SystemExit("dcmsend failed")
     return time.perf_counter() - begun
 

@@ -1,13 +1,13 @@
 """One association as its acceptor, in a thread of its own: PDUs in, messages out of them, an answer to each.
 
-Negotiation is pynetdicom's (`negotiation`), and so are all services but two (`services`); C-ECHO is answered here, and
-C-STORE by what stands behind it (`Node`). Whatever comes is hostile until it is understood, so every wait has a
-deadline and everything that grows has a limit:
+`negotiation` reads the request; C-ECHO is answered here, C-STORE by what stands behind it (`Node`), and what is left by
+pynetdicom (`services`). Whatever comes is hostile until it is understood, so every wait has a deadline and everything
+that grows has a limit:
 
 ===================== ======================================= ======================================================
                       at most                                 time
 ===================== ======================================= ======================================================
-association request   128 KiB                                 whole within `acse_timeout_s` of the connection
+association request   144 KiB                                 whole within `acse_timeout_s` of the connection
 next message                                                  its first PDU within `dimse_timeout_s`
 each PDU              what we announced, and a little         whole within `network_timeout_s` of the one before
 message                                                       1 kB/s, after the first `network_timeout_s`
@@ -48,7 +48,8 @@ MAX_PDU_BYTES = 131_072
 """Announced to peers: largest P-DATA-TF."""
 _PDU_SLACK_BYTES = 1024
 """A PDU may be longer than announced by so much: some senders leave headers out of their count."""
-_MAX_REQUEST_BYTES = 131_072
+_MAX_REQUEST_BYTES = 147_456
+"""128 contexts with the 39 transfer syntaxes that pydicom knows take 137,428."""
 _MAX_COMMAND_BYTES = 65_536
 _SLOWEST_BYTES_PER_S = 1000
 """Of a message: a line of 9600 baud. Who sends a byte in each PDU would keep an association for ever."""

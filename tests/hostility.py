@@ -20,7 +20,7 @@ INVALID, UNEXPECTED = AbortReason.INVALID_PARAMETER, AbortReason.UNEXPECTED_PDU
 
 NO_REQUEST = {
     "4-gib": (struct.pack(">BxL", 1, 0xFFFFFFFF), INVALID),
-    "over-128-kib": (struct.pack(">BxL", 1, 131_073), INVALID),
+    "over-144-kib": (struct.pack(">BxL", 1, 147_457), INVALID),
     "http": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", INVALID),
     "unknown-type": (whole(0x99, b"abcd"), AbortReason.UNRECOGNIZED_PDU),
     "type-0": (whole(0, b""), AbortReason.UNRECOGNIZED_PDU),
@@ -31,8 +31,8 @@ NO_REQUEST = {
     "half-of-one": (whole(1, request()[6:100]), INVALID),
     "no-titles": (request()[:10] + b" " * 32 + request()[42:], INVALID),
     "random": (whole(1, random.Random(1).randbytes(3000)), INVALID),
-    "many-contexts": (whole(1, request()[6:74] + b"\x20\0\0\x04\x01\0\0\0" * 16_000), INVALID),
-    "many-items": (whole(1, request()[6:] + b"\x54\0\0\0" * 30_000), INVALID),
+    "many-contexts": (whole(1, request()[6:74] + b"\x20\0\0\x04\x01\0\0\0" * 18_000), INVALID),
+    "many-items": (whole(1, request()[6:] + b"\x54\0\0\0" * 34_000), INVALID),
 }
 """Instead of an association request: what is said, and the reason of the A-ABORT that answers."""
 
