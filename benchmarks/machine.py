@@ -26,7 +26,6 @@ from typing import Generic, TypeVar
 from training.command_line import without_folders
 
 TYPES = ("fp32", "bf16", "int8")
-"""In the order of peak.c."""
 QUIET = 0.9
 """Part of the machine's best peak below which a round does not count."""
 ATTEMPTS = 3
@@ -40,12 +39,15 @@ Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
-    """GMAC/s by type, 0 where the processor lacks the instruction."""
+class Rate:
+    """What the machine makes with one instruction, GMAC/s: a line of peak.c."""
 
-    best: Mapping[str, float]
+    kind: str
+    """One of `TYPES`."""
+    instruction: str
+    best: float
     """In the best turn."""
-    middle: Mapping[str, float]
+    middle: float
     """In the middle one: less, when others take the processor meanwhile."""
 
 
@@ -68,7 +70,8 @@ class Machine:
         if compiler is None:
             raise SystemExit("no C compiler (cc) to build peak.c with: install gcc")
         self.cores = cores
-        self._best = dict.fromkeys(TYPES, 0.0)
+        self._best: dict[tuple[str, str], float] = {}
+        """By type and instruction, those of a type in the order of peak.c."""
         self._stack = ExitStack()
         self._program = Path(self._stack.enter_context(tempfile.TemporaryDirectory())) / "peak"
         subprocess.run([compiler, "-O2", "-pthread", str(_PEAK), "-o", str(self._program)], check=True)
@@ -80,32 +83,45 @@ class Machine:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def rates(self, cores: int) -> Rates:
-        """Run peak.c on so many cores."""
+    def rates(self, cores: int) -> list[Rate]:
+        """Run peak.c on so many cores; nothing of a type that the processor has no instructions for."""
         done = subprocess.run([str(self._program), str(cores)], capture_output=True, text=True, check=True)
-        numbers = [float(word) for word in done.stdout.split()[1:]]
-        return Rates(dict(zip(TYPES, numbers[:3], strict=True)), dict(zip(TYPES, numbers[3:], strict=True)))
+        lines = (line.split() for line in done.stdout.splitlines())
+        return [Rate(kind, instruction, float(best), float(middle)) for _, kind, instruction, best, middle in lines]
 
     def look(self) -> Mapping[str, float]:
         """What it makes now, GMAC/s by type."""
-        rates = self.rates(self.cores)
-        self._best = {kind: max(self._best[kind], rates.best[kind]) for kind in TYPES}
-        return rates.middle
+        now = dict.fromkeys(TYPES, 0.0)
+        for rate in self.rates(self.cores):
+            of = rate.kind, rate.instruction
+            self._best[of] = max(self._best.get(of, 0.0), rate.best)
+            now[rate.kind] = max(now[rate.kind], rate.middle)
+        return now
 
     @property
     def peak(self) -> Mapping[str, float]:
-        """The most it ever made, GMAC/s by type; 0 for a type that it has no instructions for."""
-        return self._best
+        """The most it ever made, GMAC/s by type, with the fastest instruction; 0 for a type that it has none for."""
+        return {kind: max((best for (of, _), best in self._best.items() if of == kind), default=0.0) for kind in TYPES}
 
     def part(self, rates: Mapping[str, float]) -> float:
         """What `rates` are of the peak, in the type where that is least."""
-        return min(rates[kind] / best for kind, best in self._best.items() if best)
+        return min(rates[kind] / best for kind, best in self.peak.items() if best)
 
     def describe(self) -> str:
         """Processor, memory, system, packages and peak, in a line for above a table."""
-        peaks = ", ".join(f"{best:.0f} in {kind}" for kind, best in self._best.items() if best)
-        tiles = " (not that of its AMX tiles, which is higher)" if "amx_int8" in _of_cpu("flags").split() else ""
-        return f"{description(self.cores)} Peak of these cores: {peaks} GMAC/s{tiles}."
+        peaks = ", ".join(filter(None, map(self._by_instruction, TYPES)))
+        return f"{description(self.cores)} Peak of these cores: {peaks} GMAC/s."
+
+    def _by_instruction(self, kind: str) -> str:
+        """The peak in a type by the instruction that makes it, then by the others: on a CPU with AMX, by vectors.
+
+        With them, readers can compare with a CPU that has no tiles.
+        """
+        made = sorted(((best, by) for (of, by), best in self._best.items() if of == kind), reverse=True)
+        if not made:
+            return ""
+        (best, by), *others = made
+        return f"{best:.0f} in {kind} ({'; '.join([by, *(f'{other:.0f} by {name}' for other, name in others)])})"
 
 
 def description(cores: int) -> str:
