@@ -36,6 +36,7 @@ __all__ = [
     "cpu_supports",
     "float_of",
     "give_memory_back",
+    "has_int8_tiles",
     "op",
     "ov",
 ]
@@ -76,6 +77,14 @@ def cpu_supports(precision: Precision) -> bool:
     OpenVINO's own list of capabilities names INT8 on every x86 CPU and is of no use for this.
     """
     return precision == "fp32" or not FLAGS[precision].isdisjoint(_cpu_flags())
+
+
+def has_int8_tiles() -> bool:
+    """Whether this CPU multiplies 8-bit numbers in tiles (AMX), of which OpenVINO wants both operands with a sign.
+
+    Elsewhere it wants one without: VNNI has no other instruction.
+    """
+    return "amx_int8" in _cpu_flags()
 
 
 def float_of(precision: Precision) -> Float:

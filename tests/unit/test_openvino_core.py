@@ -18,6 +18,7 @@ from pipelines.openvino_core import (
     convolution_precisions,
     cpu_supports,
     float_of,
+    has_int8_tiles,
     op,
     ov,
 )
@@ -38,21 +39,22 @@ def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "int8", "bf16", "beside_int8"),
+    ("flags", "int8", "bf16", "beside_int8", "tiles"),
     [
-        (ZEN_5, True, True, "bf16"),
-        (SAPPHIRE_RAPIDS, True, True, "bf16"),
-        (ALDER_LAKE, True, False, "fp32"),
-        (HASWELL, False, False, "fp32"),
+        (ZEN_5, True, True, "bf16", False),
+        (SAPPHIRE_RAPIDS, True, True, "bf16", True),
+        (ALDER_LAKE, True, False, "fp32", False),
+        (HASWELL, False, False, "fp32", False),
     ],
     ids=["Zen 5", "Sapphire Rapids", "Alder Lake", "Haswell"],
 )
-def test_the_flags_decide(cpuinfo: Path, flags: str, int8: bool, bf16: bool, beside_int8: str) -> None:
+def test_the_flags_decide(cpuinfo: Path, flags: str, int8: bool, bf16: bool, beside_int8: str, tiles: bool) -> None:
     cpuinfo.write_text(
         f"processor\t: 0\nflags\t\t: fpu {flags}\nbugs\t\t: spectre_v1\n\nprocessor\t: 1\nflags\t\t: fpu\n"
     )
     assert (cpu_supports("int8"), cpu_supports("bf16"), cpu_supports("fp32")) == (int8, bf16, True)
     assert float_of("int8") == beside_int8
+    assert has_int8_tiles() == tiles
     assert (float_of("fp32"), float_of("bf16")) == ("fp32", "bf16")
 
 

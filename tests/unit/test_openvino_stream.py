@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import nn
 
+from pipelines import openvino_segments
 from pipelines.base import WeightsDamaged
-from pipelines.openvino_core import compile_model, cpu_supports, give_memory_back
+from pipelines.openvino_core import compile_model, convolution_precisions, cpu_supports, give_memory_back
 from pipelines.openvino_segments import Code, Convolution, Planes, segment
 from pipelines.openvino_stream import Plane, StreamEngine
 from pipelines.runtime import WEIGHTS
@@ -216,24 +217,34 @@ def test_models_keep_no_planes_beside_the_rings() -> None:
         assert process.submit(_mib_beside_the_rings).result() < 50
 
 
-def test_a_code_is_its_formula() -> None:
+@pytest.fixture(params=[False, True], ids=["vectors", "tiles"])
+def has_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Codes of both signs lie as a CPU with these instructions has them; whichever this one has, it can read them."""
+    monkeypatch.setattr(openvino_segments, "has_int8_tiles", lambda: request.param)
+    tiles: bool = request.param
+    return tiles
+
+
+def test_a_code_is_its_formula(has_tiles: bool) -> None:
     """``value = (code − zero) · step``, rounded to the nearest and clipped, both ways."""
     values = np.linspace(-3, 3, 8 * 96, dtype=np.float32).reshape(1, 1, 8, 12, 8)
     for signed in (True, False):
         code = Code.of_range(2.0, signed=signed)
         assert code.step is not None
+        lowest = -128 if signed and has_tiles else 0
+        assert code.dtype == (np.int8 if lowest else np.uint8)
         stored, plain = Planes(8, 12, 8, code), Planes(8, 12, 8, Code.of_float("fp32"))
         store = segment(window=None, skip=plain, relu=False, trunk=None, plane=stored, across=None)
         codes = compile_model(store, "fp32", 1)({"skip": values})["plane"]
         exact = values / code.step + code.zero
-        assert np.abs(codes - np.clip(exact, 0, 255)).max() <= 0.5 + 1e-3
+        assert np.abs(codes - np.clip(exact, lowest, lowest + 255)).max() <= 0.5 + 1e-3
         load = segment(window=None, skip=stored, relu=False, trunk=None, plane=plain, across=None)
         loaded = compile_model(load, "fp32", 1)({"skip": codes})["plane"]
         np.testing.assert_allclose(loaded, (codes.astype(np.float32) - code.zero) * code.step, atol=1e-6)
         assert loaded.max() == pytest.approx(2.0)
 
 
-def test_each_channel_has_a_step_of_its_own() -> None:
+def test_each_channel_has_a_step_of_its_own(has_tiles: bool) -> None:
     """Stored with its own step, read with the largest: the weights of the convolution make up for it."""
     largest = [2.0, 0.5, 1.0]
     values = np.random.default_rng(4).normal(0, 0.6, (1, 1, 6, 5, 3)).astype(np.float32)
@@ -242,7 +253,8 @@ def test_each_channel_has_a_step_of_its_own() -> None:
     store = segment(window=None, skip=plain, relu=False, trunk=None, plane=stored, across=None)
     codes = compile_model(store, "fp32", 1)({"skip": values})["plane"]
     steps = np.array(largest) / 127
-    assert np.abs(codes - np.clip(values / steps + 128, 0, 255)).max() <= 0.5 + 1e-3
+    zero = 0 if has_tiles else 128
+    assert np.abs(codes.astype(int) - zero - np.clip(values / steps, -128, 127)).max() <= 0.5 + 1e-3
     weight = np.random.default_rng(5).normal(size=(4, 3, 3, 1, 1)).astype(np.float32)
     along = Convolution("n", weight, np.zeros(4, np.float32), largest)
     window = np.concatenate([codes, codes, codes], axis=1)
@@ -253,8 +265,25 @@ def test_each_channel_has_a_step_of_its_own() -> None:
     balanced = weight * np.reshape(largest, (1, 3, 1, 1, 1)) / 2
     scale = np.abs(balanced).max((1, 2, 3, 4), keepdims=True) / 127
     rounded = (np.round(balanced / scale) * scale).sum((2, 3, 4))
-    expected = np.einsum("oc,zyxc->zyxo", rounded, (codes[0].astype(float) - 128) * 2 / 127)
+    expected = np.einsum("oc,zyxc->zyxo", rounded, (codes[0].astype(float) - zero) * 2 / 127)
     np.testing.assert_allclose(result[0], expected, atol=1e-4)
+
+
+@pytest.mark.skipif(not cpu_supports("int8"), reason="needs a CPU with VNNI")
+def test_a_window_goes_into_its_convolution_as_it_lies() -> None:
+    """Codes that this CPU does not multiply OpenVINO would turn into others, three planes for each that is made."""
+    signed, unsigned = (Planes(16, 24, 32, Code.of_range(2.0, signed=both)) for both in (True, False))
+    weight = np.random.default_rng(6).normal(size=(32, 32, 3, 1, 1)).astype(np.float32)
+    along = Convolution("along", weight, np.zeros(32, np.float32), 2.0)
+    model = segment(window=(signed, along, 0), skip=None, relu=True, trunk=None, plane=unsigned, across=None)
+    compiled = compile_model(model, "int8", 1)
+    assert convolution_precisions(compiled)["along"] in ("u8", "i8")
+    windows = [
+        node.get_rt_info()["layerType"].astype(str)
+        for node in compiled.get_runtime_model().get_ordered_ops()
+        if node.get_output_size() and sorted(node.get_output_shape(0)) == sorted([1, 3, 16, 24, 32])
+    ]
+    assert set(windows) <= {"Input", "Reorder"}  # a reorder of nothing but the names of the axes
 
 
 def test_refusals() -> None:
