@@ -7,6 +7,7 @@ anything that may identify a patient: they quote the configuration, numbers, and
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, MutableSequence
@@ -51,6 +52,8 @@ MAX_VALUES = 64
 
 MAX_VALUE_BYTES = 16_384
 """Bytes of one attribute that are decoded."""
+_USUAL_VALUE_BYTES = 64
+"""Of an attribute whose values are remembered for the next image."""
 
 MAX_HEADER_CHARS = 1024
 """Characters of one value that are kept."""
@@ -270,23 +273,34 @@ def header_values(ds: Dataset, keywords: Collection[str]) -> dict[str, object]:
     return found
 
 
-def _element_values(ds: Dataset, tag: BaseTag, item: DataElement | RawDataElement) -> list[Scalar]:
+def _element_values(ds: Dataset, tag: BaseTag, item: DataElement | RawDataElement) -> tuple[Scalar, ...]:
     """Values of `item`, the element `tag` of `ds`; empty ones are ``""``."""
     value = item.value
     vr = item.VR if item.VR not in (None, "UN") else dictionary_vr(tag)
     if isinstance(item, RawDataElement) and isinstance(value, bytes):
         if vr in TEXT_VRS or vr in _NUMBER_STRING_VRS:
             # Not ds[tag]: for some of what is out there pydicom raises, or warns with the value in the text.
-            text = _text(value[:MAX_VALUE_BYTES], ds, vr)
-            return [_plain(vr, part) for part in ([text] if vr in _UNDIVIDED_VRS else text.split("\\")[:MAX_VALUES])]
+            if len(value) <= _USUAL_VALUE_BYTES and vr not in _CHARSET_VRS:
+                return _usual_values(value, vr)
+            return _divided(_text(value[:MAX_VALUE_BYTES], ds, vr), vr)
         try:
             value = ds[tag].value
         except Exception:  # whatever a malformed element makes pydicom raise: its bytes are still there to be counted
             value = item.value
     if isinstance(value, bytes | Sequence):
-        return [len(value)] if value else []
+        return (len(value),) if value else ()
     several = list(value) if isinstance(value, MutableSequence) else [value]
-    return [_plain(vr, part) for part in several[:MAX_VALUES]]
+    return tuple(_plain(vr, part) for part in several[:MAX_VALUES])
+
+
+def _divided(text: str, vr: str) -> tuple[Scalar, ...]:
+    return tuple(_plain(vr, part) for part in ([text] if vr in _UNDIVIDED_VRS else text.split("\\")[:MAX_VALUES]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _usual_values(value: bytes, vr: str) -> tuple[Scalar, ...]:
+    """Of a short value in the default character set; images of a series share most of theirs."""
+    return _divided(value.decode("latin-1"), vr)
 
 
 def _text(data: bytes, ds: Dataset, vr: str) -> str:

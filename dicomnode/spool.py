@@ -26,18 +26,19 @@ import shutil
 import struct
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
 from pydicom import dcmread
 
-from dicomnode.errors import BadIdentifier, NodeError, SpoolError, SpoolFull
+from dicomnode.errors import BadIdentifier, NodeError, SpoolError, SpoolFull, fault
 
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 _UID_MAX_CHARACTERS = 64
@@ -142,7 +143,7 @@ class Spool:
         self.instances = root / "instances"
         self.conflicts = root / "conflicts"
         self.derived = root / "derived"
-        self._writers = _writers()
+        self._writers = _Writers()
         made = not root.is_dir()
         try:
             for folder in (self.incoming, self.instances, self.conflicts, self.derived):
@@ -156,12 +157,12 @@ class Spool:
         self._run = uuid.uuid4().hex
         self._numbers = itertools.count(1)
         self._placing = threading.Lock()
-        self._lasting: set[Path] = set()
+        self._lasting: set[str] = set()
         """Series folders whose own name is synced. That one exists says nothing: its maker may not be so far yet."""
 
     def close(self) -> None:
         """Give the folder free for another node."""
-        self._writers.shutdown()
+        self._writers.close()
         os.close(self._lock_file)
 
     def remove_partial(self) -> int:
@@ -182,34 +183,34 @@ class Spool:
         status = os.statvfs(self.root)
         return status.f_bavail * status.f_frsize
 
-    def new_part(self) -> Path:
+    def new_part(self) -> str:
         """A name for a file that is being written, which no other run of the node gives."""
-        return self.incoming / f"{self._run}-{next(self._numbers)}{PART_SUFFIX}"
+        return f"{self.incoming}/{self._run}-{next(self._numbers)}{PART_SUFFIX}"
 
     def begin(self, incoming: Incoming, data: memoryview) -> Arrival:
         """Begin to write an object; `data` must stay as it is until the arrival is over."""
         return Arrival(self, incoming, data)
 
-    def folder(self, under: Path, series_uid: str) -> Path:
+    def folder(self, under: Path, series_uid: str) -> str:
         """The folder of a series in `instances` or `conflicts`, made if it was not there; its own name lasts."""
-        folder = under / series_uid
-        if folder not in self._lasting or not folder.is_dir():
-            folder.mkdir(exist_ok=True)
+        folder = f"{under}/{series_uid}"
+        if folder not in self._lasting or not os.path.isdir(folder):
+            Path(folder).mkdir(exist_ok=True)
             sync_folder(under)
             if len(self._lasting) >= _LASTING_FOLDERS:
                 self._lasting.clear()  # a node runs for years; forgetting costs a sync
             self._lasting.add(folder)
         return folder
 
-    def place(self, part: Path, path: Path) -> bool:
+    def place(self, part: str, path: str) -> bool:
         """Give a written file its name; False, and nothing is done, if there is a file of that name.
 
         Two associations may bring the same object at once: the second must not overwrite the first.
         """
         with self._placing:
-            if path.exists():
+            if os.path.exists(path):
                 return False
-            part.rename(path)
+            os.rename(part, path)
             return True
 
     def count_conflicts(self, series_uid: str) -> int:
@@ -233,7 +234,10 @@ class Arrival:
         header = _PREAMBLE + _file_meta(incoming)
         self._size_bytes = len(header) + len(data)
         self._part = spool.new_part()
-        self._written = spool._writers.submit(write_durably, self._part, (header, data))
+        self._failed: Exception | None = None
+        self._written = threading.Lock()
+        self._written.acquire()
+        spool._writers.do(functools.partial(self._write, header, data))
         self._placed = False
         # At once: it needs no interpreter, which the writer now waits for between its system calls.
         self._digest = hashlib.sha256(data).hexdigest()
@@ -244,10 +248,21 @@ class Arrival:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if not self._placed:
-            wait([self._written])
-            self._part.unlink(missing_ok=True)
-        del self._written  # the error in it holds us and the data, until nobody knows when
+        with self._written:
+            if not self._placed:
+                with suppress(FileNotFoundError):  # it could not be made
+                    os.unlink(self._part)
+
+    def _write(self, header: bytes, data: memoryview) -> None:
+        try:
+            write_durably(self._part, (header, data))
+        except OSError as error:
+            # Another than this one, which holds the data, until nobody knows when.
+            self._failed = OSError(error.errno, error.strerror)
+        except Exception as error:  # a fault of ours; without it the object would count as written
+            self._failed = SpoolError(f"cannot keep {self._incoming.sop_instance_uid}: {fault(error)}")
+        finally:
+            self._written.release()
 
     def keep(self, series_uid: str, study_uid: str, *, keep_conflict: bool = True) -> tuple[Kept, Instance]:
         """Keep it durably. When this returns, a power cut does not lose it.
@@ -268,29 +283,34 @@ class Arrival:
 
     def _keep(self, series_uid: str, study_uid: str, keep_conflict: bool) -> tuple[Kept, Instance]:
         spool, uid, digest = self._spool, self._incoming.sop_instance_uid, self._digest
-        path = spool.folder(spool.instances, series_uid) / f"{uid}.dcm"
-        self._written.result()
+        folder = spool.folder(spool.instances, series_uid)
+        path = f"{folder}/{uid}.dcm"
+        with self._written:
+            failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
         kept = Kept.NEW
         if not spool.place(self._part, path):
-            if dataset_digest(path) == digest:
+            if dataset_digest(Path(path)) == digest:
                 kept = Kept.SAME
             elif not keep_conflict:
                 kept = Kept.REFUSED
             else:
                 kept = Kept.CONFLICT
-                path = spool.folder(spool.conflicts, series_uid) / f"{uid}.{digest[:16]}.dcm"
-                self._part.replace(path)
+                folder = spool.folder(spool.conflicts, series_uid)
+                path = f"{folder}/{uid}.{digest[:16]}.dcm"
+                os.replace(self._part, path)
         self._placed = kept in (Kept.NEW, Kept.CONFLICT)
         # Also where the same bytes are: who wrote them may not have synced yet, and we are about to promise it.
-        sync_folder(path.parent)
+        sync_folder(folder)
         instance = Instance(
             sop_instance_uid=uid,
             sop_class_uid=self._incoming.sop_class_uid,
             series_uid=series_uid,
             study_uid=study_uid,
             transfer_syntax_uid=self._incoming.transfer_syntax_uid,
-            path=path,
-            size_bytes=self._size_bytes if self._placed else path.stat().st_size,
+            path=Path(path),
+            size_bytes=self._size_bytes if self._placed else os.stat(path).st_size,
             sha256=digest,
             received_at=datetime.now(UTC).replace(tzinfo=None),
             calling_ae=self._incoming.calling_ae,
@@ -299,22 +319,35 @@ class Arrival:
         return kept, instance
 
 
-def _writers() -> ThreadPoolExecutor:
-    """Threads that write, all of them running.
+class _Writers:
+    """Threads that write, all of them running: for want of one later on, an object would wait in the queue for ever."""
 
-    For want of a thread later on, an object would be refused and stay in the queue, to be written to no end.
-    """
-    writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="writer")
-    all_run = threading.Event()
-    try:
-        for _ in range(_WRITERS):
-            writers.submit(all_run.wait)  # none is idle until then, so each needs a new one
-    except RuntimeError as error:
-        writers.shutdown(wait=False)
-        raise SpoolError(f"no threads to write with: {error}; allow the process more") from error
-    finally:
-        all_run.set()
-    return writers
+    def __init__(self) -> None:
+        self._steps: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, name="writer", daemon=True) for _ in range(_WRITERS)]
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            self.close()
+            raise SpoolError(f"no threads to write with: {error}; allow the process more") from error
+
+    def do(self, step: Callable[[], None]) -> None:
+        """Have it done as soon as one of them is free."""
+        self._steps.put(step)
+
+    def close(self) -> None:
+        """End them, once they have done what they were asked for."""
+        for _ in self._threads:
+            self._steps.put(None)
+        for thread in self._threads:
+            if thread.ident is not None:  # else it could not be started
+                thread.join()
+
+    def _run(self) -> None:
+        while (step := self._steps.get()) is not None:
+            step()
+            del step  # it holds the data
 
 
 def read_instance(path: Path) -> Instance:
@@ -385,7 +418,7 @@ def _meta_element(number: int, vr: bytes, value: str) -> bytes:
     return struct.pack("<HH2sH", 2, number, vr, len(raw)) + raw
 
 
-def write_durably(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+def write_durably(path: str | Path, parts: Sequence[bytes | memoryview]) -> None:
     """Write and sync a file; until then its name stands for half of it."""
     rest = [memoryview(part) for part in parts]
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
@@ -401,7 +434,7 @@ def write_durably(path: Path, parts: Sequence[bytes | memoryview]) -> None:
         os.close(descriptor)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: str | Path) -> None:
     """Make the names in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -352,6 +352,20 @@ def test_a_failure_keeps_no_memory(spool: Spool, data_set: bytes, monkeypatch: p
         gc.enable()
 
 
+def test_a_fault_in_a_writer_is_said_and_ends_no_writer(
+    spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the object would count as written, and after sixteen of them nothing would be written any more."""
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_durably", lambda *_: 1 // 0)
+        for _ in range(2 * module._WRITERS):
+            with pytest.raises(SpoolError, match="ZeroDivisionError at"):
+                store(spool, incoming(), data_set)
+    assert files(spool) == ["lock"]
+    kept, instance = store(spool, incoming(), data_set)
+    assert (kept, dataset_digest(instance.path)) == (Kept.NEW, hashlib.sha256(data_set).hexdigest())
+
+
 def test_no_thread_to_be_had_keeps_nobody_from_writing(
     spool: Spool, data_set: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
