@@ -20,6 +20,9 @@ TESTERS      := 3
 # 300 MB of real series for each tester, and what is made of them.
 SCRATCH      := $(shell df -k /dev/shm 2>/dev/null | cat - /proc/meminfo 2>/dev/null | awk '$$6 == "/dev/shm" { free = $$4 } \
                     $$1 == "MemAvailable:" && $$2 < free { free = $$2 } END { print (free > 8e6 ? "/dev/shm" : "/tmp") }')
+# Testers share the cores: threads of PyTorch that wait for each other would take half of them. A worker of the node is
+# given a number of its own. Hundreds of processes start: what Python compiles is kept, whatever the environment says.
+TEST_ENV     := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 TORCH_WHEELS := https://download.pytorch.org/whl/cpu
 PEERS        := Orthanc:orthanc storescu:dcmtk dciodvfy:dicom3tools strace:strace
 # Debian installs Orthanc to /usr/sbin, which is not on every user's path.
@@ -34,7 +37,7 @@ demo: $(VENV)/.for-demo
 	$(BIN)/python -m demo --pipeline '$(PIPELINE)' $(if $(CT),--ct '$(CT)')
 
 test: $(VENV)/.for-tests peers
-	scratch=$$(mktemp -d $(SCRATCH)/dicomnode-XXXXXX) && PYTEST_DEBUG_TEMPROOT=$$scratch \
+	scratch=$$(mktemp -d $(SCRATCH)/dicomnode-XXXXXX) && $(TEST_ENV) PYTEST_DEBUG_TEMPROOT=$$scratch \
 	    $(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder && rm -r $$scratch
 
 lint: $(VENV)/.for-tests
