@@ -115,7 +115,7 @@ def _gives_hu_back(pipeline: Pipeline) -> None:
 
 
 def _repeats_itself_and_leaves_its_input(pipeline: Pipeline) -> None:
-    volume = water_volume((_slices(pipeline, 4), 48, 48), padding_hu=-3024.0)
+    volume = water_volume((_slices(pipeline, 4), 64, 64), padding_hu=-3024.0)
     hu, padding = volume.hu.copy(), volume.padding.copy()
     first = _run(pipeline, volume)
     _demand(np.array_equal(volume.hu, hu) and np.array_equal(volume.padding, padding), "the input was changed")
@@ -134,14 +134,14 @@ def _leaves_padding(pipeline: Pipeline) -> None:
 
 
 def _blends(pipeline: Pipeline) -> None:
-    volume = water_volume((_slices(pipeline, 3), 48, 48))
+    volume = water_volume((_slices(pipeline, 3), 64, 64))
     out = _run(pipeline, volume, Options(blend=0.0))
     _demand(np.array_equal(out, volume.hu), "blend 0 is not the input to the last bit")
     _makes_half(pipeline, volume, Options(blend=0.5), "blend")
 
 
 def _obeys_strength(pipeline: Pipeline) -> None:
-    volume = water_volume((_slices(pipeline, 3), 48, 48))
+    volume = water_volume((_slices(pipeline, 3), 64, 64))
     out = _run(pipeline, volume, Options(strength=0.0))
     _demand(np.array_equal(out, volume.hu), "strength 0 is not the input to the last bit")
     if not pipeline.card.noise_map:  # what a network makes of half the noise, nobody can say
