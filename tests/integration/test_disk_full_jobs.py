@@ -70,7 +70,8 @@ def test_all_on_one_disk_that_fills_up_while_a_job_runs(oracle: StorageOracle, t
             assert scanner.store(late[0]) == OUT_OF_RESOURCES
         wait_for(lambda: "full" in node.log.read_text(), 20, "the database to be in trouble")
         node.make_space()
-        (job,) = node.wait_series(uid, "DONE", timeout_s=AGAIN_S)
+        wait_for(oracle.sop_instance_uids, AGAIN_S, "the result")  # to ask that database starts a process each time
+        (job,) = node.wait_series(uid, "DONE")
         assert job["crashes"] == 0
         check_kept(node, images)
         check_left_nothing_but(node, images)
