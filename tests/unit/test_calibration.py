@@ -52,13 +52,17 @@ def scan() -> Array:
     return body() + full_dose_noise(body(), PIXEL_MM, 11, KERNEL, BEAM)
 
 
+@pytest.fixture(scope="module")
+def found(scan: Array) -> Calibration:
+    return calibrate(volume_of(scan))
+
+
 def shape(kernel: Kernel) -> Array:
     f = np.linspace(0.02, 0.5 / PIXEL_MM, 50)
     return np.asarray(kernel.ramp(f) / kernel.ramp(f).max(), np.float32)
 
 
-def test_kernel_and_photons_are_found(scan: Array) -> None:
-    found = calibrate(volume_of(scan))
+def test_kernel_and_photons_are_found(found: Calibration) -> None:
     assert found.kernel_from == "differences of slices"
     assert np.abs(shape(found.kernel) - shape(KERNEL)).max() < 0.1
     assert found.beam.n0 == pytest.approx(BEAM.n0, rel=0.12)
@@ -66,8 +70,8 @@ def test_kernel_and_photons_are_found(scan: Array) -> None:
     assert found.overlap == 1
 
 
-def test_quarter_dose_has_twice_the_noise_and_the_same_texture(scan: Array) -> None:
-    result = check(volume_of(scan), calibrate(volume_of(scan)), 3)
+def test_quarter_dose_has_twice_the_noise_and_the_same_texture(scan: Array, found: Calibration) -> None:
+    result = check(volume_of(scan), found, 3)
     assert result.ratio == pytest.approx(2, abs=0.15)
     assert result.frequency_error == pytest.approx(0, abs=0.05)
 

@@ -7,7 +7,7 @@ import csv
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +37,18 @@ def _parsed(*words: str) -> argparse.Namespace:
     return args
 
 
+@cache
+def _made(doses: tuple[float, ...], slices: int) -> tuple[Trial, ...]:
+    return tuple(phantom_trials(doses, slices, matrix=128))
+
+
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quick pipeline and a small phantom."""
+    """A quick pipeline and a small phantom, made once."""
     monkeypatch.setattr(
         evaluate, "load", lambda name, execution: Classical("gaussian", {"soft": 1.2, "hard": 0.6}[name])
     )
-    monkeypatch.setattr(evaluate, "phantom_trials", partial(phantom_trials, matrix=128))
+    monkeypatch.setattr(evaluate, "phantom_trials", lambda doses, slices: _made(tuple(doses), slices))
 
 
 def test_report_of_two_pipelines_and_a_filter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +123,7 @@ def test_a_network_that_has_seen_a_series_is_told_of(
     monkeypatch.setattr(seen, "WEIGHTS", tmp_path)
 
     def trials(folder: Path, doses: list[float], slices: int) -> Iterator[Trial]:
-        for trial in phantom_trials(doses, slices, matrix=96):
+        for trial in _made(tuple(doses), slices):
             yield replace(trial, kind="simulated", case=folder.name)
 
     monkeypatch.setattr(evaluate, "simulated_trials", trials)
