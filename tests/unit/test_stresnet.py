@@ -140,7 +140,7 @@ def test_pipelines_keep_the_contract(
     tmp_path: Path, name: str, factory: Factory, kind: Callable[..., ResNet3D]
 ) -> None:
     torch.manual_seed(0)
-    network = kind()
+    network = kind(features=8, blocks=2)
     for parameter in network.tail.parameters():
         nn.init.normal_(parameter, std=0.001)
     install(tmp_path, name, network, "volume")
