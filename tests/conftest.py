@@ -6,6 +6,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,16 +35,21 @@ def require_peer(*programs: str) -> None:
 
 @pytest.fixture(scope="session")
 def ct_series(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
-    """Files of one real series by name, unpacked once; skips without the data."""
-    root = tmp_path_factory.mktemp("ct")
+    """Files of one real series by name, unpacked once for all testers, who only read them; skips without the data."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ct"
 
     def files(name: str) -> list[Path]:
         archive = DATA / "series" / f"{name}.tar.xz"
         if not archive.exists():
             pytest.skip(f"real CT series {name} is not here")
         if not (root / name).exists():
+            unpacked = tmp_path_factory.mktemp("unpacked")
             with tarfile.open(archive) as tar:
-                tar.extractall(root, filter="data")
+                tar.extractall(unpacked, filter="data")
+            root.mkdir(exist_ok=True)
+            with suppress(OSError):  # another tester was first
+                (unpacked / name).rename(root / name)
         return sorted((root / name).rglob("*.dcm"))
 
     return files
