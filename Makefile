@@ -15,9 +15,9 @@ CT       ?=
 
 # More than two cores have: most tests wait for silence or a deadline. Files stay whole, they share fixtures; they run
 # in their order, or xdist would leave those with few and long tests to the end.
-TESTERS      := 3
+TESTERS      := 4
 # Where tests write. They sync thousands of files and transactions, for which a disk takes its time; memory has to hold
-# 300 MB of real series for each tester, and what is made of them.
+# 300 MB of real series, and what is made of them.
 SCRATCH      := $(shell df -k /dev/shm 2>/dev/null | cat - /proc/meminfo 2>/dev/null | awk '$$6 == "/dev/shm" { free = $$4 } \
                     $$1 == "MemAvailable:" && $$2 < free { free = $$2 } END { print (free > 8e6 ? "/dev/shm" : "/tmp") }')
 # Testers share the cores: threads of PyTorch that wait for each other would take half of them. A worker of the node is
