@@ -100,22 +100,18 @@ def test_train_writes_weights_and_a_card_that_load(tmp_path: Path, store: str) -
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("place", "steps", "gain_db"), [(_challenge, 250, 0.5), (_tcia, 1, -np.inf)])
+@pytest.mark.parametrize("place", [_challenge, _tcia])
 def test_a_user_with_real_pairs_gets_a_trained_model(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    place: Callable[[str, bool, int], Path],
-    steps: int,
-    gain_db: float,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: Callable[[str, bool, int], Path]
 ) -> None:
-    """Real pairs are found, a subject is kept for validation, and the noise really falls; wherever they lay."""
+    """Real pairs are found, a subject is kept for validation, and the noise really falls."""
     root = _pairs(tmp_path / "data", [f"L{k:03d}" for k in range(10, 15)], place)
     out = tmp_path / "run"
-    words = ["--data", str(root), "--phantoms", "0", "--steps", str(steps), "--out", str(out), "--workers", "1"]
+    words = ["--data", str(root), "--phantoms", "0", "--steps", "250", "--out", str(out), "--workers", "1"]
     main(["train", "fast-2.5d", *words])
     assert "4 scans to learn from, 1 to validate on" in capsys.readouterr().out
     log = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert log[-1]["validation_gain_db"] > gain_db
+    assert log[-1]["validation_gain_db"] > 0.5
     card = json.loads((out / "fast-2.5d.json").read_text(encoding="utf-8"))
     assert len(card["training"]["series"]) == card["training"]["pairs"] == 4
     assert card["training"]["series"][0]["licence"] == "not stated"
