@@ -26,6 +26,8 @@ from scanner import Gone, Image, Scanner, image, send
 
 SLICES = 6
 CHILD_ENDS_S = 5.0
+OVERTAKEN = {"DONE", "CANCELLED"}
+"""What became of a job whose series grew after it was closed, as far as the job had come by then."""
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +109,15 @@ def test_during_reception(node: NodeProcess, oracle: StorageOracle, tmp_path: Pa
     send(node.port, images[len(acknowledged) - 1 :])
     uid = images[0].series_uid
     wait_for(lambda: node.series(uid)["n_instances"] == 40 and node.series(uid)["state"] == "CLOSED", 20, "the series")
-    *older, job = node.wait_series(uid, *["DONE"] * node.series(uid)["generation"])
-    assert [one["superseded_by"] for one in older] == [job["id"]] * len(older)
+    generation = node.series(uid)["generation"]
+
+    def jobs() -> list[dict[str, Any]]:
+        return [one for one in node.jobs() if one["series_uid"] == uid]
+
+    wait_for(lambda: [one["state"] for one in jobs() if one["generation"] == generation] == ["DONE"], 40, "its job")
+    *older, job = jobs()
+    # On a slow machine the restart takes longer than the silence that closes a series.
+    assert all(one["superseded_by"] == job["id"] and one["state"] in OVERTAKEN for one in older)
     assert job["n_in"] == 40
     check_kept(node, images)
     check_holds_the_result(oracle, node, job["id"])
@@ -233,7 +242,8 @@ def test_nothing_foreign_came(
     node: NodeProcess, oracles: tuple[StorageOracle, StorageOracle], oracle: StorageOracle
 ) -> None:
     """Over all crashes of this file: what the PACS holds is exactly what the jobs meant to send."""
-    assert {job["state"] for job in node.jobs()} == {"DONE"}
+    assert {job["state"] for job in node.jobs() if job["superseded_by"] is None} == {"DONE"}
+    assert {job["state"] for job in node.jobs()} <= OVERTAKEN
     for name, peer in zip(("pacs", "archive"), oracles, strict=True):
         rows = node.query("SELECT sop_instance_uid, state FROM transfers WHERE destination = ?", name)
         assert {row["state"] for row in rows} == {"ACCEPTED"}
