@@ -264,8 +264,8 @@ class Association:
             request = StoreRequest(
                 sop_class_uid=pdu.read_ui(elements, Element.AFFECTED_SOP_CLASS_UID),
                 sop_instance_uid=pdu.read_ui(elements, Element.AFFECTED_SOP_INSTANCE_UID),
-                context_class_uid=str(context.abstract_syntax),
-                transfer_syntax_uid=str(context.transfer_syntax[0]),
+                context_class_uid=context.abstract_syntax,
+                transfer_syntax_uid=context.transfer_syntax,
                 data=memoryview(message.data),
             )
             self._send(self._response(message, self._node.store(self, request)))

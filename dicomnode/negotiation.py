@@ -144,7 +144,7 @@ class Negotiator:
         for (context_id, abstract_syntax), proposed in sorted(proposals.items(), key=lambda one: one[0][0]):
             result, syntax, role = self._decide(abstract_syntax, proposed, roles.get(abstract_syntax))
             if result == _Result.ACCEPTED:
-                accepted[context_id] = AcceptedContext(context_id, abstract_syntax, (syntax,))
+                accepted[context_id] = AcceptedContext(context_id, abstract_syntax, syntax)
             if role is not None:
                 granted[abstract_syntax] = role
             sub_item = _item(_Item.TRANSFER_SYNTAX, syntax.encode())

@@ -29,11 +29,11 @@ Context = tuple[str, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class AcceptedContext:
-    """A presentation context that was negotiated, with its one transfer syntax."""
+    """A presentation context that was negotiated."""
 
     context_id: int
     abstract_syntax: str
-    transfer_syntax: tuple[str]
+    transfer_syntax: str
 
 
 APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"

@@ -71,7 +71,7 @@ class Services:
         )
         service = uid_to_service_class(context.abstract_syntax)(cast(Any, host))
         request = _primitive(context.context_id, command, data_set)
-        theirs = build_context(context.abstract_syntax, list(context.transfer_syntax))
+        theirs = build_context(context.abstract_syntax, context.transfer_syntax)
         theirs.context_id = context.context_id
         try:
             service.SCP(request, theirs)

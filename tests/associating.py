@@ -60,7 +60,7 @@ def by_pynetdicom(associate_rq: bytes, supported: Sequence[PresentationContext],
         asked.maximum_length_received or 0,
         {
             context.context_id: pdu.AcceptedContext(
-                context.context_id, str(context.abstract_syntax), tuple(map(str, context.transfer_syntax))
+                context.context_id, str(context.abstract_syntax), str(*context.transfer_syntax)
             )
             for context in results
             if context.result == 0

@@ -226,7 +226,7 @@ def readers(files: Sequence[Path]) -> dict[str, Reader]:
     requests, commands, sessions, headers, whole_files = _seeds(files)
     negotiator, services = Negotiator(_supported(), MAX_PDU_BYTES), _services()
     acceptances = [negotiator.read(one).acceptance for one in requests]
-    context = pdu.AcceptedContext(1, COMMITMENT, (Implicit,))
+    context = pdu.AcceptedContext(1, COMMITMENT, Implicit)
 
     def serve(said: bytes) -> None:
         (length,) = struct.unpack_from("<H", said + b"\0\0")

@@ -66,8 +66,8 @@ def test_the_order_of_the_acceptor_decides() -> None:
     assert (request.protocol_version, request.calling_ae_title, request.called_ae_title) == (1, "SCANNER", "NODE")
     assert request.max_pdu == 16384
     assert dict(request.contexts) == {
-        1: pdu.AcceptedContext(1, CTImageStorage, (ExplicitVRLittleEndian,)),
-        3: pdu.AcceptedContext(3, CTImageStorage, (ImplicitVRLittleEndian,)),
+        1: pdu.AcceptedContext(1, CTImageStorage, ExplicitVRLittleEndian),
+        3: pdu.AcceptedContext(3, CTImageStorage, ImplicitVRLittleEndian),
     }
     accepted = pdu.read_associate_ac(request.acceptance)
     assert accepted.max_pdu == 131072
