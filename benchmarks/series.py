@@ -13,37 +13,25 @@ type. Linux only (/proc).
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
-from unittest import mock
 
 import numpy as np
-from alone import answer, ask
 from ct_files import body_part, phantom, repeated
 from machine import TYPES, Machine, arguments, command, interleaved, median, own_cores, table
-from memory import megabytes
 from operations import factory, of_slice
+from turn import Case, Form, Measured, run
 
-from dicomnode.config import Derivation
-from dicomnode.denoise import STAGES, denoise_series
-from pipelines.base import Execution, Options, WeightsMissing
-from pipelines.body import Box
-from pipelines.body import box as real_box
-from pipelines.network import NetworkPipeline
+from dicomnode.denoise import STAGES
+from pipelines.base import Execution, WeightsMissing
 from pipelines.openvino_core import Precision, float_of
 from pipelines.runtime import WEIGHTS, ExecutionRefused, choose, read_card
-from pipelines.volume import Series
-from training.measuring.uninstalled import load_from
 
 BAR_S = {
     ("fast-2.5d", "all"): 25.0,
@@ -61,98 +49,13 @@ FITTED = 3
 """Numbers of slices from which on a line through them says something."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What is measured."""
-
-    pipeline: str
-    precision: Precision
-    voxels: Literal["all", "body"]
-    slices: int
-    cores: int
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What one turn was."""
-
-    stages_s: dict[str, float]
-    """By `dicomnode.denoise.STAGES`."""
-    peak_mb: float
-    matrix: tuple[int, int]
-    computed: tuple[int, int]
-    """Rows and columns of what the network was given of each slice."""
-
-    @property
-    def seconds(self) -> float:
-        """From files to files."""
-        return self.stages_s["wall"]
-
-
-@contextmanager
-def watched(voxels: str) -> Iterator[list[tuple[Box, tuple[int, int]]]]:
-    """Take what a pipeline finds to be the body, and of what size slices are; with ``all`` it finds that all is."""
-    found: list[tuple[Box, tuple[int, int]]] = []
-
-    def box(series: Series) -> Box:
-        rows, columns = series.shape[1:]
-        body = real_box(series) if voxels == "body" else (slice(0, rows), slice(0, columns))
-        found.append((body, (rows, columns)))
-        return body
-
-    with mock.patch("pipelines.network.box", box):
-        yield found
-
-
-def child(case: Case, paths: Sequence[Path], out: Path, weights: Path) -> Measured:
-    """Denoise `paths` into `out` and measure it; for a process of its own."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: case.cores])
-    pipeline = load_from(weights, case.pipeline, Execution("cpu", case.precision))
-    assert isinstance(pipeline, NetworkPipeline)
-    with watched(case.voxels) as found:
-        manifest = denoise_series(
-            paths,
-            out,
-            pipeline=pipeline,
-            options=Options(),
-            fingerprint="benchmark",
-            settings=Derivation(),
-            created_at=datetime.now(UTC),
-            report=lambda progress: None,
-        )
-    if len(manifest.instances) != case.slices or pipeline.card.precision != case.precision:
-        raise SystemExit(f"{case}: {len(manifest.instances)} slices in {pipeline.card.precision} were written")
-    ((body, matrix),) = found
-    rows, columns = (part.stop - part.start for part in pipeline._seen(body, matrix))
-    return Measured(manifest.seconds, megabytes("VmHWM"), matrix, (rows, columns))
-
-
-def run(case: Case, paths: Sequence[Path], weights: Path) -> Measured:
-    """One turn of `case` on the first of `paths`, in a process of its own.
-
-    Raises
-    ------
-    SystemExit
-        If it failed.
-    """
-    with tempfile.TemporaryDirectory(dir=paths[0].parent.parent) as scratch:
-        told = {"case": asdict(case), "paths": [str(path) for path in paths[: case.slices]]}
-        return Measured(**ask(__file__, {**told, "out": str(Path(scratch) / "out"), "weights": str(weights)}))
-
-
-def alone(told: Any) -> dict[str, Any]:
-    """The other side of `run`."""
-    paths = [Path(path) for path in told["paths"]]
-    return asdict(child(Case(**told["case"]), paths, Path(told["out"]), Path(told["weights"])))
-
-
-def runnable(pipelines: Sequence[str], precisions: Sequence[Precision], weights: Path) -> list[tuple[str, Precision]]:
+def runnable(pipelines: Sequence[str], precisions: Sequence[Precision], weights: Path) -> list[Form]:
     """Those pairs that are here and run on this machine; says which do not, and why."""
     pairs, left_out = [], {}
     for name, precision in product(pipelines, precisions):
         try:
             choose(read_card(name, weights), Execution("cpu", precision))
-            pairs.append((name, precision))
+            pairs.append(Form(name, precision))
         except (WeightsMissing, ExecutionRefused) as error:
             left_out[str(error)] = name
     for why, name in left_out.items():
@@ -283,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    answer(alone, main)
+    main()

@@ -30,9 +30,9 @@ from machine import Machine, arguments, command, interleaved, median, own_cores,
 from numpy.typing import NDArray
 from operations import CHANNELS, factory
 from pydicom import dcmread
-from series import Case
-from series import run as run_ours
 from torch import nn
+from turn import Case
+from turn import run as run_ours
 
 from pipelines.base import Execution, ModelCard, WeightsMissing
 from pipelines.noise import noise_level

@@ -153,7 +153,7 @@ class _Segment:
             self._requests.append(self.compiled[-1].create_infer_request())
             self._given.append({})
             self.run(p)  # of whatever the rings hold: what compiling took is only freed after a first run
-            give_memory_back()
+        give_memory_back()
 
     def run(self, p: int) -> None:
         """Make plane `p`."""
@@ -163,9 +163,9 @@ class _Segment:
             if self._given[k].get(name) is not tensor:
                 self._requests[k].set_tensor(name, tensor)
                 self._given[k][name] = tensor
-        self._requests[k].infer()
+        self._requests[k].infer(share_outputs=True)  # else it returns a copy of all that it wrote
         # Dozens of models, of which one runs: each would keep planes of its own for what lies between its convolutions,
-        # several times the memory of the rings. Given back, the next one takes the same memory; it costs no time.
+        # several times the memory of the rings. Given back, the next one takes the same memory.
         self.compiled[k].release_memory()
 
 

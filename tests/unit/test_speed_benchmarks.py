@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -25,9 +26,21 @@ from pipelines.volume import read_volume
 from training.metrics import LUNG, SOFT_TISSUE
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # they are scripts, not a package
-alone, ct_files, images, machine, operations, papers, series, table1, table1_gpu, versus = map(
+alone, ct_files, images, machine, operations, papers, series, table1, table1_gpu, turn, versus = map(
     importlib.import_module,
-    ("alone", "ct_files", "images", "machine", "operations", "papers", "series", "table1", "table1_gpu", "versus"),
+    (
+        "alone",
+        "ct_files",
+        "images",
+        "machine",
+        "operations",
+        "papers",
+        "series",
+        "table1",
+        "table1_gpu",
+        "turn",
+        "versus",
+    ),
 )
 
 
@@ -201,6 +214,15 @@ def test_a_turn_in_a_process_of_its_own(tmp_path: Path) -> None:
 # images
 
 
+def test_a_turn_holds_no_more_than_a_site() -> None:
+    """PyTorch in it would count as the pipeline's memory."""
+    folder = str(Path(turn.__file__).parent)
+    program = f"import sys; sys.path.insert(0, {folder!r}); import turn; print('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
+    )
+
+
 def test_quality_is_the_mean_over_slices_and_over_series() -> None:
     truth = np.zeros((2, 16, 16), np.float32)
     off = truth.copy()
@@ -247,14 +269,14 @@ def test_a_row_of_table_1() -> None:
 
 def test_a_row_of_the_papers() -> None:
     measured = {
-        papers.Turn("net", "fp32"): [papers.Measured(2.0, 100.0)],
-        papers.Turn("net", "int8"): [
-            papers.Measured(0.5, 90.0),
-            papers.Measured(0.4, 95.0),
-            papers.Measured(0.6, 80.0),
+        turn.Form("net", "fp32"): [turn.MeasuredSlices(2.0, 100.0)],
+        turn.Form("net", "int8"): [
+            turn.MeasuredSlices(0.5, 90.0),
+            turn.MeasuredSlices(0.4, 95.0),
+            turn.MeasuredSlices(0.6, 80.0),
         ],
     }
-    cells = papers.row(papers.Turn("net", "int8"), 60_000_000_000, measured, 480.0, {})
+    cells = papers.row(turn.Form("net", "int8"), 60_000_000_000, measured, 480.0, {})
     row = dict(zip(papers.HEAD, cells, strict=True))
     assert (row["GMAC a slice"], row["× fp32"], row["% of peak"], row["peak memory (MB)"]) == (
         "60.0",
@@ -273,12 +295,12 @@ def test_a_line_through_times_finds_a_knee() -> None:
 
 def measured(seconds: float, peak_mb: float = 100.0) -> Any:
     stages = {"read": 1.0, "network": seconds - 1, "guard": 1.0, "write": 2.0, "wall": seconds}
-    return series.Measured(stages, peak_mb, (512, 512), (256, 512))
+    return turn.Measured(stages, peak_mb, (512, 512), (256, 512))
 
 
 def test_what_slices_and_cores_cost() -> None:
     def case(slices: int, cores: int) -> Any:
-        return series.Case("net", "int8", "body", slices, cores)
+        return turn.Case("net", "int8", "body", slices, cores)
 
     told = series.findings(
         {
@@ -303,9 +325,9 @@ def test_a_bar_is_judged_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(series, "float_of", lambda precision: skips)
 
     def case(pipeline: str, voxels: str, slices: int = 300, cores: int = 2) -> Any:
-        return series.Case(pipeline, "int8", voxels, slices, cores)
+        return turn.Case(pipeline, "int8", voxels, slices, cores)
 
-    one = series.Measured({"wall": 41.0}, 2147.0, (512, 512), (300, 400))
+    one = turn.Measured({"wall": 41.0}, 2147.0, (512, 512), (300, 400))
     cases = {
         case("st3d", "body"): [one],
         case("st3d", "all"): [one],
