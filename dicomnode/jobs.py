@@ -59,13 +59,13 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.FAILED: frozenset({JobState.QUEUED, JobState.DISPATCHING}),  # only an operator's retry
     JobState.DONE: frozenset(),
     JobState.CANCELLED: frozenset({JobState.QUEUED, JobState.DISPATCHING}),  # likewise
-    JobState.SKIPPED: frozenset(),
+    JobState.SKIPPED: frozenset({JobState.QUEUED}),  # likewise
     JobState.WITHHELD: frozenset(),
 }
 
 SENDING = frozenset({JobState.DISPATCHING, JobState.COMMITTING})
 """While a job has deliveries to make."""
-_RETRIABLE = frozenset({JobState.FAILED, JobState.CANCELLED})
+_RETRIABLE = frozenset({JobState.FAILED, JobState.CANCELLED, JobState.SKIPPED})
 _LOST_ATTEMPT_PAUSE = timedelta(seconds=2)
 _NO_INFRASTRUCTURE_PAUSE = timedelta(seconds=30)
 
@@ -337,7 +337,7 @@ def cancel(connection: sa.Connection, identity: str) -> bool:
 
 
 def retry(connection: sa.Connection, identity: str) -> None:
-    """An operator's second try of a failed or cancelled job: compute again, or send again what was not accepted.
+    """An operator's second try: judge again what the gate refused, compute again, or send again what was not accepted.
 
     Raises
     ------
@@ -353,9 +353,10 @@ def retry(connection: sa.Connection, identity: str) -> None:
         raise NodeError(f"job {identity} was superseded by job {row.superseded_by}; try that one")
     state = JobState(row.state)
     if state not in _RETRIABLE:
-        hint = "; correct the route and send the series again" if state is JobState.SKIPPED else ""
-        raise NodeError(f"job {identity} is {state}; only failed and cancelled jobs are tried again{hint}")
+        raise NodeError(f"job {identity} is {state}; only failed, cancelled and skipped jobs are tried again")
     if row.kind == JobKind.PIPELINE and row.uses is None:
+        if state is JobState.SKIPPED:
+            raise NodeError(f"job {identity} took no route to a pipeline; correct the routes and send the series again")
         raise NodeError(f"job {identity} is a series that was not judged; send the series again")
     planned = connection.execute(
         sa.update(deliveries)

@@ -89,8 +89,8 @@ def test_retry_sends_again_only_what_was_not_accepted(connection: sa.Connection)
     }
 
 
-@pytest.mark.parametrize("state", sorted(set(JobState) - {S.FAILED, S.CANCELLED}))
-def test_only_what_failed_or_was_cancelled_is_tried_again(connection: sa.Connection, state: JobState) -> None:
+@pytest.mark.parametrize("state", sorted(set(JobState) - {S.FAILED, S.CANCELLED, S.SKIPPED}))
+def test_only_what_failed_was_cancelled_or_refused_is_tried_again(connection: sa.Connection, state: JobState) -> None:
     add_job(connection, state=state)
     with pytest.raises(NodeError, match=f"is {state}"):
         job_table.retry(connection, "job")
@@ -103,6 +103,20 @@ def test_a_cancelled_job_is_tried_again(connection: sa.Connection) -> None:
     add_job(connection, state=S.CANCELLED, cancel_requested=True)
     job_table.retry(connection, "job")
     assert state_of(connection) is S.QUEUED
+
+
+def test_what_the_gate_refused_is_judged_again(connection: sa.Connection) -> None:
+    """Sent again, the same slices on the same route are the same job: nothing else asks the decoder that came since."""
+    add_job(connection, state=S.SKIPPED)
+    job_table.retry(connection, "job")
+    assert state_of(connection) is S.QUEUED
+
+
+def test_what_took_no_route_is_not_tried_again(connection: sa.Connection) -> None:
+    add_job(connection, state=S.SKIPPED, pipeline=None, uses=None)
+    with pytest.raises(NodeError, match="took no route to a pipeline; correct the routes and send the series again"):
+        job_table.retry(connection, "job")
+    assert state_of(connection) is S.SKIPPED
 
 
 def test_a_superseded_job_never_comes_back(connection: sa.Connection) -> None:

@@ -40,6 +40,7 @@ MOVES = {
     (S.CANCELLED, S.QUEUED),
     (S.CANCELLED, S.DISPATCHING),
     (S.FAILED, S.DISPATCHING),
+    (S.SKIPPED, S.QUEUED),
 }
 """The whole life of a job, written down a second time."""
 WORKER = "host-1-abc"

@@ -190,7 +190,7 @@ def page(card: dict[str, Any]) -> str:
             "",
             card["limits"],
             "",
-            "## Never measured against a truth",
+            "## Not covered by its training",
             "",
             card["never_tried_on"],
             "",
