@@ -90,7 +90,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("pipelines", nargs="*", metavar="PIPELINE", help="default: all of this project")
     parser.add_argument("--precisions", nargs="+", default=list(TYPES), choices=TYPES)
-    parser.add_argument("--slices", type=int, default=8, help="that are timed in a form (default %(default)s)")
+    parser.add_argument("--slices", type=int, default=8, help="that are timed in a turn (default %(default)s)")
     parser.add_argument(
         "--series", type=Path, nargs="*", default=[], help="CT series that taught nobody: image quality"
     )

@@ -1,8 +1,9 @@
 """One series, files to files: read → gate → network → guard → write.
 
-All but the gate, which judges the whole series by its headers, happen slice by slice and at the same time: one thread
-reads ahead, one runs the pipeline, the caller's compares, one encodes and writes. Memory is that of some slices. Each
-stage is timed where it runs, without what it waits for the others.
+All but the gate, which judges the whole series by its headers, and the look for the body, for which our networks read
+all slices once, happen slice by slice and at the same time: one thread reads ahead, one runs the pipeline, the caller's
+compares, one encodes and writes. Memory is that of some slices. Each stage is timed where it runs, without what it
+waits for the others.
 
 The node's child process and `dicomnode denoise` run the same function. Its result is a folder that appears whole or not
 at all: derived files and ``manifest.json``. Whoever sends reads only that folder.

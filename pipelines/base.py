@@ -62,6 +62,8 @@ class ModelCard:
     """Its own quality table, with the command that printed it."""
     backend: str = ""
     """What computes it here, ``openvino`` or ``torch``; known once it is loaded, and empty where there is no choice."""
+    floats: str = ""
+    """Number format of what is not in 8 bits, ``bf16`` or ``fp32``, where `precision` is ``int8``: that of this CPU."""
     reason: str = ""
     """Why that backend in that precision, in words."""
 
@@ -133,8 +135,9 @@ class Pipeline(Protocol):
     def denoise(self, series: Series, options: Options) -> Iterator[NDArray[np.float32]]:
         """The denoised slices of `series` in order, HU, float32, each (y, x) and an array of its own; deterministic.
 
-        A slice is due as soon as those it depends on were asked for (`Series.plane`): the node writes it while the
-        network works on the next, and no series is too long for the memory.
+        A slice is due as soon as those it depends on were asked for (`Series.plane`), whatever was asked for before the
+        first (our own networks ask for all, to find the body): the node writes it while the network works on the next,
+        and no series is too long for the memory.
         """
         ...
 
@@ -223,8 +226,8 @@ more than float rounding; tests/contract/test_golden_output.py fails until then.
 def pipeline_hash(card: ModelCard, options: Options) -> str:
     """Digest of everything that can move a voxel: name, version, weights, options, our code, and what computes it.
 
-    It is part of every derived UID (docs/architecture.md): whatever changes a pixel changes the UID. Two backends of
-    one precision differ by rounding, in the short formats by some HU.
+    It is part of every derived UID (docs/architecture.md): whatever changes a pixel by more than rounding changes the
+    UID. Kinds of CPU that compute in the same formats still round otherwise, in the short ones by some HU.
     """
     what = {
         "voxel_revision": VOXEL_REVISION,
@@ -238,6 +241,7 @@ def pipeline_hash(card: ModelCard, options: Options) -> str:
         },
         "backend": card.backend,
         "precision": card.precision,
+        "floats": card.floats,
         **asdict(options),
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

@@ -83,7 +83,9 @@ class NetworkPipeline:
             )
         choice = choose(card, execution or Execution())
         log.info("%s runs on %s", name, choice.reason)
-        self.card: ModelCard = replace(card, precision=choice.precision, backend=choice.backend, reason=choice.reason)
+        self.card: ModelCard = replace(
+            card, precision=choice.precision, backend=choice.backend, floats=choice.floats, reason=choice.reason
+        )
         if card.input == "volume":
             self._volumes = stream_engine(card, network, choice, folder)
         else:
@@ -92,6 +94,8 @@ class NetworkPipeline:
 
     def denoise(self, series: Series, options: Options) -> Iterator[Array]:
         """Denoised slices, HU; see `pipelines.base.Pipeline`, and `pipelines.base.Options` for `options`.
+
+        Before the first, all are read once to find the body, whose box has to be one for the whole series.
 
         Raises
         ------

@@ -58,7 +58,7 @@ _TYPES = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
 
 _MALLOC = {
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: so much, in bytes, may lie free at the end of the heap
-    -3: 2**25,  # M_MMAP_THRESHOLD: larger blocks come from the system and go there again; the most that glibc takes
+    -3: 2**25,  # M_MMAP_THRESHOLD: blocks of that size come from the system and go there again; glibc takes no more
     -8: 1,  # M_ARENA_MAX
 }
 """Settings of glibc's malloc, see mallopt(3)."""
@@ -157,8 +157,10 @@ def _keep_freed_memory() -> None:
 
     For one plane a network for volumes takes and frees the memory between its convolutions some 26 times, 16 MB and
     more. Whether glibc gave that to the system each time depended on what happened to lie behind it; where it did,
-    `st3d` took up to 1.8 times as long, all of it in page faults (60 slices of 512², INT8). Nor does each thread get a
-    heap of its own, which would keep the same memory once more. Other C libraries lack the function.
+    `st3d` took up to 1.8 times as long, all of it in page faults (60 slices of 512², INT8). Planes of 32 MB, as with 64
+    features or in fp32, still come from the system: without a threshold that is not so, but what the heap then keeps
+    costs 80 MB. No thread gets a heap of its own, which would keep the same once more. Other C libraries lack the
+    function.
     """
     tell = getattr(ctypes.CDLL(None), "mallopt", None)
     if tell is not None:

@@ -60,7 +60,7 @@ class OpenVINOPlanes:
         request = self._request(tuple((1, *array.shape) for array in given))
         for k, array in enumerate(given):
             request.get_input_tensor(k).data[0] = array
-        request.infer()
+        request.infer(share_outputs=True)  # else it returns a copy, which nobody looks at
         return np.array(request.get_output_tensor(0).data[0, 0])  # a copy: the next slice is written over the original
 
     def _request(self, shapes: tuple[tuple[int, ...], ...]) -> Any:

@@ -76,6 +76,8 @@ class Choice:
     threads: int
     """Of the CPU."""
     reason: str
+    floats: str = ""
+    """See `pipelines.base.ModelCard`."""
 
 
 class ExecutionRefused(RuntimeError):
@@ -185,7 +187,10 @@ def choose(card: ModelCard, execution: Execution) -> Choice:
     if card.input != "volume" and "xml" not in card.files_sha256:
         return _without_graph(card, execution, threads)
     precision, why = _of_cpu(card, execution)
-    return Choice("openvino", "cpu", precision, threads, f"the CPU ({no_gpu}), {why}")
+    from pipelines.openvino_core import float_of
+
+    floats = float_of(precision) if precision == "int8" else ""
+    return Choice("openvino", "cpu", precision, threads, f"the CPU ({no_gpu}), {why}", floats)
 
 
 def _gpu(execution: Execution) -> tuple[Literal["bf16", "fp16"] | None, str]:

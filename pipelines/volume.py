@@ -151,7 +151,9 @@ class Volume(Series):
 
 
 PLANES_AHEAD = 4
-"""Read while the network works on the one before: decoding JPEG 2000 takes 33 ms a slice."""
+"""Read while whoever asks works on the one before: decoding JPEG 2000 takes 33 ms a slice."""
+IS_MAX_CHARACTERS = 12
+"""Of an integer string (PS3.5 table 6.2-1)."""
 PLANES_KEPT = 64
 """Of 1.3 MB (512²). A network for volumes answers some 20 slices later, and those who compare ask again then."""
 
@@ -312,7 +314,9 @@ def _refuse_mixture(slices: Sequence[CTSlice]) -> None:
             raise SeriesRefused("mixed-orientation", f"{pair} lie in planes {first.orientation} and {one.orientation}")
         if one.reconstruction != first.reconstruction:
             raise SeriesRefused(
-                "mixed-acquisition", f"{pair} differ in kernel or kVp: {first.reconstruction!a}, {one.reconstruction!a}"
+                # not the values: nothing says what a header may hold there
+                "mixed-acquisition",
+                f"{pair} differ in ConvolutionKernel or KVP",
             )
     frames = {s.frame_of_reference_uid for s in slices}
     if len(frames) > 1 and not (len(frames) == len(slices) >= MIN_SEPARATE_FRAMES):
@@ -349,9 +353,14 @@ def _refuse_interleaved_acquisitions(slices: Sequence[CTSlice], positions: NDArr
         if below[-1] > above[0]:
             raise SeriesRefused(
                 "mixed-acquisition",
-                f"acquisitions {before or 'without number'} ({below[0]:.2f} to {below[-1]:.2f} mm) and "
-                f"{after or 'without number'} ({above[0]:.2f} to {above[-1]:.2f} mm) overlap",
+                f"acquisitions {_number(before)} ({below[0]:.2f} to {below[-1]:.2f} mm) and "
+                f"{_number(after)} ({above[0]:.2f} to {above[-1]:.2f} mm) overlap",
             )
+
+
+def _number(text: str) -> str:
+    """An acquisition number for a reason; whatever else a header has in its place is nobody's business there."""
+    return text if text.isascii() and text.isdigit() and len(text) <= IS_MAX_CHARACTERS else "without number"
 
 
 def _advance(

@@ -154,7 +154,7 @@ def test_what_no_network_is_run_as_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "reach"), [("slice", 0), ("slab3", 1), ("volume", 7)])
-def test_a_slice_is_due_when_those_it_depends_on_were_asked_for(
+def test_after_a_look_at_all_a_slice_is_due_when_those_it_depends_on_were_asked_for(
     tmp_path: Path, given: Literal["slice", "slab3", "volume"], reach: int
 ) -> None:
     def network() -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -195,6 +196,24 @@ def test_memory_does_not_grow_with_the_number_of_slices() -> None:
     features, single = 24 * plane.nbytes, plane.nbytes
     # five windows of three (the last of one channel), the trunk of the head for four, the input for six and the result
     assert engine.state_bytes == (4 * 3 + 4) * features + (3 + 6 + 1) * single
+
+
+def test_no_plane_is_copied_between_the_segments() -> None:
+    """What a segment wrote lies in a ring; OpenVINO would hand out a copy of it too, at every step."""
+    _, weights = _network(STResNet, 24, 2, seed=0)
+    engine = StreamEngine(weights, SHAPE, precision="fp32", ranges=None, threads=1)
+    plane = np.zeros(SHAPE, np.float32)
+    planes = (plane for _ in range(4 * engine.halo))
+    results = engine.stream(planes)
+    next(results)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        next(results)
+        most = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert most < 3 * plane.nbytes  # the result is one of its own; one ring's plane has 24 channels
 
 
 def _mib_beside_the_rings() -> float:

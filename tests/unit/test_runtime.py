@@ -253,12 +253,23 @@ def test_what_computes_is_part_of_the_hash() -> None:
         replace(card, backend="torch"),
         replace(card, precision="bf16"),
         replace(card, precision="int8"),
+        replace(card, precision="int8", floats="bf16"),
         replace(card, precision="int8", files_sha256={**QUANTISED, "int8.bin": "d"}),
         replace(card, files_sha256={**QUANTISED, "xml": "d"}),
     ]
-    assert len({hash_of(one, Options()) for one in (card, *other)}) == 6
+    assert len({hash_of(one, Options()) for one in (card, *other)}) == 7
     unused = replace(card, files_sha256=PLANES, reason="another", int8_loss_db=0.1)  # int8 files do not run in fp32
     assert hash_of(unused, Options()) == hash_of(card, Options())
+
+
+@pytest.mark.parametrize("floats", ["bf16", "fp32"])
+def test_what_is_left_in_float_is_part_of_it_where_8_bits_are_the_rest(
+    monkeypatch: pytest.MonkeyPatch, floats: Precision
+) -> None:
+    """A CPU without bf16 moves voxels by up to 19 HU against one with it, and a UID names one image."""
+    monkeypatch.setattr(openvino_core, "cpu_supports", lambda precision: precision in ("fp32", "int8", floats))
+    assert load("fast-2.5d", Execution("cpu", "int8")).card.floats == floats
+    assert load("fast-2.5d", Execution("cpu", "fp32")).card.floats == ""
 
 
 def test_both_engines_of_volumes_agree() -> None:

@@ -326,6 +326,28 @@ def test_a_duplicate_position_is_named(tmp_path: Path) -> None:
     assert uid("series", "instance", 1) in refused.value.detail
 
 
+def _acquisition(value: str, ds: Dataset) -> None:
+    ds[0x00200012] = DataElement(0x00200012, "LT", value)
+
+
+def test_a_reason_holds_nothing_that_a_header_may_hide_in_a_number(tmp_path: Path) -> None:
+    """The reason goes into log and job; a number may have come as any text, with a name and with line breaks in it."""
+    files = write_series(tmp_path, phantom(4), ConvolutionKernel="B40f")
+    for k, path in enumerate(files):
+        edit(path, partial(_acquisition, "Doe^Jane\r\nforged" if k % 2 else "1"))
+    with pytest.raises(SeriesRefused) as refused:
+        read_volume(files)
+    assert refused.value.code == "mixed-acquisition"
+    assert "Doe" not in refused.value.detail
+    assert "\n" not in refused.value.detail
+
+
+def test_a_reason_names_no_kernel(tmp_path: Path) -> None:
+    with pytest.raises(SeriesRefused, match="ConvolutionKernel") as refused:
+        read_volume(write_series(tmp_path, phantom(2), ConvolutionKernel=one(1, "Doe^Jane", "B40f")))
+    assert "Doe" not in refused.value.detail
+
+
 # --- hostile bytes ----------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipelines.ct_header import MAX_MATRIX
 from pipelines.hqinet import HQINet
 from training.data import Batch
 from training.loop import Schedule
@@ -28,7 +29,7 @@ def _card(name: str, limits: str) -> dict[str, Any]:
         "and Channel Squeeze and Excitation.",
         "doi": "",
         "input": "slab3",
-        "overlap_zyx": [1, 512, 512],  # means over the image: the whole of it
+        "overlap_zyx": [1, MAX_MATRIX, MAX_MATRIX],  # means over the image: the whole of it
         "noise_map": False,
         "limits": limits,
     }
