@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from ct_builder import edit, phantom, uid, write_series
 from pydicom import dcmread
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
