@@ -182,11 +182,11 @@ class SeriesWriter:
     def _derive(self, k: int, plane: Plane, hu: NDArray[np.float32]) -> DerivedInstance:
         series = self._series
         near = range(max(0, k - self._radius), min(len(series.slice_uids), k + self._radius + 1))
-        sources = [series.slice_uids[j] for j in (k, *(j for j in near if j != k))]
+        source_uids = tuple(series.slice_uids[j] for j in (k, *(j for j in near if j != k)))
         source_path = series.slice_paths[k]
         try:
-            source, meant = self._meant(source_path, sources[0], plane, hu)
-            parts, long_way = self._encode(source_path, source, sources, meant)
+            source, meant = self._meant(source_path, source_uids, plane, hu)
+            parts, long_way = self._encode(source_path, source, meant)
         except SeriesRefused as error:
             raise DerivationError(f"the file of {series.slice_uids[k]} was changed meanwhile: {error}") from error
         except BROKEN as error:
@@ -204,30 +204,29 @@ class SeriesWriter:
             prove_by_pydicom(path, content, dcmread(io.BytesIO(source.content)), meant)
         return prove(path, content, source, meant)
 
-    def _meant(self, path: Path, uid: str, plane: Plane, hu: NDArray[np.float32]) -> tuple[ElementIndex | None, Meant]:
+    def _meant(
+        self, path: Path, source_uids: tuple[str, ...], plane: Plane, hu: NDArray[np.float32]
+    ) -> tuple[ElementIndex | None, Meant]:
         """The source file, None if only pydicom can read it, and what is to be written for it."""
         source, one = _read(path)
+        uid = source_uids[0]
         if one.sop_instance_uid != uid:
             raise DerivationError(f"{uid}: its file holds another object now")
         pixels = derived_pixels(one, one.stored(source.content if source is not None else None), plane, hu)
         key = (self._made.pipeline_hash, self._made.fingerprint)
-        return source, Meant(pixels, derived_uid(uid, *key, "instance"), derived_uid(one.series_uid, *key, "series"))
+        uids = derived_uid(uid, *key, "instance"), derived_uid(one.series_uid, *key, "series")
+        return source, Meant(pixels, *uids, source_uids)
 
-    def _encode(
-        self, path: Path, source: ElementIndex | None, sources: list[str], meant: Meant
-    ) -> tuple[tuple[bytes, ...], bool]:
-        """The file in parts, one behind the other, and whether it took the long way.
-
-        `sources` names what fed the slice, itself first.
-        """
+    def _encode(self, path: Path, source: ElementIndex | None, meant: Meant) -> tuple[tuple[bytes, ...], bool]:
+        """The file in parts, one behind the other, and whether it took the long way."""
         if source is not None:
             for template in self._templates:
                 if template.fits(source):
                     try:
-                        return (template.header(source, meant.sop_instance_uid, sources), meant.pixels), False
+                        return (template.header(source, meant.sop_instance_uid, meant.source_uids), meant.pixels), False
                     except HandedOver:
                         break
-        encoded = _encode(_header(path, sources, meant, self._made))
+        encoded = _encode(_header(path, meant, self._made))
         if source is not None:
             with suppress(HandedOver):
                 learnt = HeaderTemplate(source, encoded, self._made.settings.keep_private_attributes)
@@ -243,18 +242,18 @@ def _read(path: Path) -> tuple[ElementIndex | None, CTSlice]:
         return None, read_slice(path)
 
 
-def _header(path: Path, sources: list[str], meant: Meant, made: Making) -> Dataset:
+def _header(path: Path, meant: Meant, made: Making) -> Dataset:
     """The data set of the derived slice, made element by element."""
     source = dcmread(path)
     header = explicit_copy(source, keep_private=made.settings.keep_private_attributes)  # before anything is decoded
-    if source.SOPInstanceUID != sources[0] or source.SOPClassUID != CTImageStorage:
-        raise DerivationError(f"{sources[0]}: its file holds another object now")
+    if source.SOPInstanceUID != meant.source_uids[0] or source.SOPClassUID != CTImageStorage:
+        raise DerivationError(f"{meant.source_uids[0]}: its file holds another object now")
     drop_false(header)
     syntax = source.file_meta.TransferSyntaxUID
     lossy = None
     if syntax in LOSSY_METHODS:
         lossy = (LOSSY_METHODS[syntax], len(meant.pixels) / len(source.PixelData))
-    describe(header, made, sources, lossy)
+    describe(header, made, meant.source_uids, lossy)
     header.add(DataElement(Tag("PixelData"), "OW" if source.BitsAllocated > 8 else "OB", meant.pixels))
     meta = header.file_meta = FileMetaDataset()  # nothing of the source's: its sender and implementation are not ours
     meta.MediaStorageSOPClassUID = source.SOPClassUID

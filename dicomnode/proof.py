@@ -57,6 +57,8 @@ class Meant(NamedTuple):
     pixels: bytes
     sop_instance_uid: str
     series_uid: str
+    source_uids: tuple[str, ...]
+    """SOP instances that fed the slice, itself first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,8 @@ def _prove(path: Path, content: bytes, source: ElementIndex, meant: Meant) -> De
         wrong.append("file meta information")
     if (written.value(_IMAGE_TYPE) or b"").split(b"\\")[0] != b"DERIVED":
         wrong.append("ImageType")
-    first = next(items(written, _SOURCE_IMAGES), {})
-    if _of(content, first, _REFERENCED_SOP_INSTANCE) in (None, sop_instance):
+    named = [_uid(_of(content, item, _REFERENCED_SOP_INSTANCE)) for item in items(written, _SOURCE_IMAGES)]
+    if named != list(meant.source_uids):
         wrong.append("SourceImageSequence")
     last = [{}, *items(written, _EQUIPMENT)][-1]
     if (_of(content, last, _MANUFACTURER) or b"").strip() != OWN_MANUFACTURER.encode("ascii"):
@@ -183,7 +185,7 @@ def prove_by_pydicom(path: Path, content: bytes, source: Dataset, meant: Meant) 
             wrong.append("file meta information")
         if written.ImageType[0] != "DERIVED":
             wrong.append("ImageType")
-        if written.SourceImageSequence[0].ReferencedSOPInstanceUID == written.SOPInstanceUID:
+        if [item.ReferencedSOPInstanceUID for item in written.SourceImageSequence] != list(meant.source_uids):
             wrong.append("SourceImageSequence")
         if written.ContributingEquipmentSequence[-1].Manufacturer != OWN_MANUFACTURER:
             wrong.append("ContributingEquipmentSequence")

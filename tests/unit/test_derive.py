@@ -348,7 +348,12 @@ def _change_charset(header: Dataset) -> None:
     header.SpecificCharacterSet = "ISO_IR 192"
 
 
+def _name_another_source(header: Dataset) -> None:
+    header.SourceImageSequence[-1].ReferencedSOPInstanceUID = uid("series", "instance", 9)
+
+
 FAULTS = {
+    "SourceImageSequence": _name_another_source,
     "SpecificCharacterSet": _change_charset,
     "PatientID": _swap_patient,
     "ImagePositionPatient": _move,

@@ -277,6 +277,15 @@ def test_a_fault_of_the_template_does_not_pass(
         write_all(volume, volume.hu, making(), tmp_path)
 
 
+def test_a_neighbour_that_is_not_named_does_not_pass(
+    tmp_path: Path, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = HeaderTemplate.header
+    monkeypatch.setattr(HeaderTemplate, "header", lambda self, source, uid, named: header(self, source, uid, named[:1]))
+    with pytest.raises(DerivationError, match="in SourceImageSequence"):
+        write_all(volume, volume.hu, making(), tmp_path)
+
+
 def test_pixels_of_another_slice_do_not_pass(tmp_path: Path, volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
     write = module.write_durably
 
