@@ -277,11 +277,11 @@ def test_a_fault_of_the_template_does_not_pass(
         write_all(volume, volume.hu, making(), tmp_path)
 
 
-def test_a_neighbour_that_is_not_named_does_not_pass(
-    tmp_path: Path, volume: Volume, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_source_does_not_pass(tmp_path: Path, volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
     header = HeaderTemplate.header
-    monkeypatch.setattr(HeaderTemplate, "header", lambda self, source, uid, named: header(self, source, uid, named[:1]))
+    monkeypatch.setattr(
+        HeaderTemplate, "header", lambda self, source, uid, named: header(self, source, uid, (*named[1:], uid))
+    )
     with pytest.raises(DerivationError, match="in SourceImageSequence"):
         write_all(volume, volume.hu, making(), tmp_path)
 
