@@ -26,7 +26,7 @@ from dicomnode import derive as module
 from dicomnode.config import Derivation
 from dicomnode.errors import DerivationError
 from dicomnode.header_template import HeaderTemplate
-from pipelines.element_index import HandedOver
+from pipelines.element_index import ElementIndex, HandedOver
 from pipelines.volume import SeriesRefused, Volume, pydicom_silent, read_volume
 
 
@@ -279,9 +279,12 @@ def test_a_fault_of_the_template_does_not_pass(
 
 def test_another_source_does_not_pass(tmp_path: Path, volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
     header = HeaderTemplate.header
-    monkeypatch.setattr(
-        HeaderTemplate, "header", lambda self, source, uid, named: header(self, source, uid, (*named[1:], uid))
-    )
+
+    def faulty(self: HeaderTemplate, source: ElementIndex, uid: str, named: tuple[str, ...]) -> bytes:
+        exchanged = {volume.slice_uids[1]: volume.slice_uids[2]}  # in the middle: there nobody else looks
+        return header(self, source, uid, [exchanged.get(one, one) for one in named])
+
+    monkeypatch.setattr(HeaderTemplate, "header", faulty)
     with pytest.raises(DerivationError, match="in SourceImageSequence"):
         write_all(volume, volume.hu, making(), tmp_path)
 
