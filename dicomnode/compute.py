@@ -137,23 +137,19 @@ class Compute:
 
     def _request(self, job: Job, out: Path) -> Request:
         with self._database.connect() as connection:
-            paths = (
-                connection.execute(
-                    sa.select(instances.c.path)
-                    .join(job_instances, job_instances.c.sop_instance_uid == instances.c.sop_instance_uid)
-                    .where(job_instances.c.job_id == job.id, instances.c.series_uid == job.series_uid)
-                    .order_by(instances.c.path)
-                )
-                .scalars()
-                .all()
-            )
+            received = connection.execute(
+                sa.select(instances.c.path, instances.c.sha256)
+                .join(job_instances, job_instances.c.sop_instance_uid == instances.c.sop_instance_uid)
+                .where(job_instances.c.job_id == job.id, instances.c.series_uid == job.series_uid)
+                .order_by(instances.c.path)
+            ).all()
         assert job.uses is not None
         assert job.strength is not None
         assert job.blend is not None
         assert job.fingerprint is not None
         return Request(
             job_id=job.id,
-            paths=tuple(str(self._spool / path) for path in paths),
+            paths=tuple(str(self._spool / one.path) for one in received),
             out=str(out),
             uses=job.uses,
             strength=job.strength,
@@ -161,6 +157,7 @@ class Compute:
             fingerprint=job.fingerprint,
             created_at=job.created_at.replace(tzinfo=UTC).astimezone().isoformat(),
             settings=self._config.derivation.model_dump(),
+            sha256=tuple(one.sha256 for one in received),
         )
 
     def _cancelled(self, job_id: str) -> bool:

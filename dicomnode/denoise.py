@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from dicomnode.config import Derivation
 from dicomnode.derive import DerivedInstance, SeriesWriter
 from dicomnode.derived_header import Making
-from dicomnode.errors import NodeError
-from dicomnode.spool import PART_SUFFIX, sync_folder
+from dicomnode.errors import DerivationError, NodeError
+from dicomnode.spool import PART_SUFFIX, dataset_digest, sync_folder
 from pipelines import base, gate
 from pipelines.base import ModelCard, OptionRefused, Options, Pipeline, check_options, pipeline_hash
 from pipelines.guard import Guard
@@ -152,6 +152,7 @@ def denoise_series(
     settings: Derivation,
     created_at: datetime,
     report: Report,
+    sha256: Sequence[str] | None = None,
 ) -> Manifest:
     """Derive a denoised series from the files `paths` into the new folder `out`.
 
@@ -164,6 +165,8 @@ def denoise_series(
     created_at
         Time written into the derived objects, with its zone; not read from the clock, so that a second run gives the
         same bytes.
+    sha256
+        Hexadecimal, of the data set of each file as it was received; None if nobody recorded it.
 
     Raises
     ------
@@ -174,7 +177,7 @@ def denoise_series(
     NodeError
         The options are not for this pipeline.
     DerivationError, OSError
-        The result could not be written as meant.
+        A file is not what was received, or the result could not be written as meant.
     """
     if (out / MANIFEST).exists():
         return Manifest.read(out)
@@ -187,6 +190,8 @@ def denoise_series(
     try:
         with ExitStack() as resources:
             with _timed(seconds, "read"):
+                if sha256 is not None:
+                    _check_unchanged(paths, sha256)
                 series = resources.enter_context(open_series(paths))
                 gate.check(series, pipeline.card)
             guard = Guard((series.geometry.spacing_mm[1], series.geometry.spacing_mm[2]))
@@ -243,6 +248,15 @@ def denoise_series(
         return Manifest.read(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _check_unchanged(paths: Sequence[Path], sha256: Sequence[str]) -> None:
+    for path, recorded in zip(paths, sha256, strict=True):
+        if dataset_digest(path) != recorded:
+            raise DerivationError(
+                f"{path} was changed on disk since it was received (SHA-256 of its data set); check the disk, "
+                "put the file back from a backup and retry the job"
+            )
 
 
 def remove_partial(out: Path) -> None:

@@ -47,6 +47,8 @@ class Request:
     """ISO 8601 with the offset of the server's time zone: readers take times without a zone as local."""
     settings: dict[str, Any]
     """The fields of `Derivation`."""
+    sha256: tuple[str, ...] | None = None
+    """Hexadecimal, of the data set in each of `paths` as it was received; None if nobody recorded it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,7 @@ class _Child:
                 settings=Derivation(**request.settings),
                 created_at=datetime.fromisoformat(request.created_at),
                 report=self._report,
+                sha256=request.sha256,
             )
         except SeriesRefused as refusal:
             return Outcome("refused", str(refusal))

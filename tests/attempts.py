@@ -13,6 +13,7 @@ from tables import add_job, add_series, config_of
 from dicomnode.compute import Compute
 from dicomnode.config import Config
 from dicomnode.denoise import Report
+from dicomnode.spool import dataset_digest
 from dicomnode.worker import Outcome, Request
 
 COUNT = 6
@@ -28,10 +29,15 @@ def config_with_route() -> Config:
     )
 
 
-def make_job(database: sa.Engine, uses: str = "identity", identity: str = "job") -> None:
+PATHS = {one: f"instances/series-{k:04d}.dcm" for k, one in enumerate(UIDS)}
+
+
+def make_job(database: sa.Engine, uses: str = "identity", identity: str = "job", *, spool: Path | None = None) -> None:
+    """Make it of `PATHS`, received as they now lie in `spool`, where an attempt comes to read them."""
     with database.begin() as connection:
         if not connection.execute(sa.text("SELECT count(*) FROM instances")).scalar_one():
-            add_series(connection, paths={one: f"instances/series-{k:04d}.dcm" for k, one in enumerate(UIDS)})
+            digests = {path: dataset_digest(spool / path) for path in PATHS.values()} if spool else None
+            add_series(connection, paths=PATHS, sha256=digests)
         add_job(connection, identity, uses=uses, sop_instance_uids=UIDS)
 
 

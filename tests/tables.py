@@ -65,8 +65,12 @@ def add_series(
     *,
     state: SeriesState = SeriesState.CLOSED,
     paths: Mapping[str, str] | None = None,
+    sha256: Mapping[str, str] | None = None,
 ) -> None:
-    """A series, if it is not there, with an instance for each SOP Instance UID → path in the spool."""
+    """A series, if it is not there, with an instance for each SOP Instance UID → path in the spool.
+
+    `sha256` has digests by path, of those that any come to read.
+    """
     connection.execute(
         sa.insert(series)
         .prefix_with("OR IGNORE")
@@ -82,7 +86,7 @@ def add_series(
                 transfer_syntax_uid=EXPLICIT,
                 path=path,
                 size_bytes=1,
-                sha256="0" * 64,
+                sha256=(sha256 or {}).get(path, "0" * 64),
                 calling_ae="SCANNER",
                 called_ae="NODE",
                 received_at=now(),

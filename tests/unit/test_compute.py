@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from attempts import COUNT, UIDS, Scripted, compute_with, config_with_route, make_job
+from attempts import COUNT, PATHS, UIDS, Scripted, compute_with, config_with_route, make_job
 from ct_builder import phantom, write_series
 from node_process import PLUGINS
 from peers import wait_for
@@ -96,7 +97,7 @@ def test_each_outcome_has_its_state(
 def test_done_means_planned_for_every_destination(
     config: Config, database: sa.Engine, own_spool: Path, worker: Worker
 ) -> None:
-    make_job(database)
+    make_job(database, spool=own_spool)
     compute_with(config, database, own_spool, worker).process("job", 0)
     job = row(database, "jobs")
     manifest = Manifest.read(own_spool / "derived" / "job")
@@ -155,7 +156,7 @@ def test_what_computed_it_and_why_is_in_the_row(config: Config, database: sa.Eng
 def test_a_pipeline_that_misbehaves_sends_nothing(
     config: Config, database: sa.Engine, own_spool: Path, worker: Worker, uses: str, state: JobState
 ) -> None:
-    make_job(database, uses)
+    make_job(database, uses, spool=own_spool)
     compute_with(config, database, own_spool, worker).process("job", 0)
     assert row(database, "jobs")["state"] == state
     assert rows(database, "deliveries") == []
@@ -166,7 +167,7 @@ def test_a_pipeline_that_misbehaves_sends_nothing(
 def test_a_route_that_left_the_configuration(
     config: Config, database: sa.Engine, spool: Path, own_spool: Path, worker: Worker
 ) -> None:
-    make_job(database)
+    make_job(database, spool=own_spool)
     without = config_of(destinations={"a": 104})
     compute_with(without, database, own_spool, worker).process("job", 0)
     job = row(database, "jobs")
@@ -181,15 +182,38 @@ def test_a_route_that_left_the_configuration(
     assert (own_spool / "derived" / "job" / MANIFEST).stat().st_mtime_ns == written
 
 
+def test_a_file_that_changed_since_it_was_received_is_not_denoised(
+    config: Config, database: sa.Engine, spool: Path, own_spool: Path, worker: Worker
+) -> None:
+    """Its pixels are zeros of the disk's making: as an image they are a possible one, and nothing else would notice."""
+    make_job(database, spool=spool)
+    (own_spool / "instances").unlink()
+    shutil.copytree(spool / "instances", own_spool / "instances")
+    damaged = own_spool / PATHS[UIDS[2]]
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-2000] + bytes(2000))
+    compute_with(config, database, own_spool, worker).process("job", 0)
+    job = row(database, "jobs")
+    assert job["state"] == JobState.FAILED
+    assert job["reason"].startswith(f"{damaged} was changed on disk since it was received")
+    assert list((own_spool / "derived").iterdir()) == []
+    damaged.write_bytes(content)
+    with database.begin() as connection:
+        module.job_table.retry(connection, "job")
+    compute_with(config, database, own_spool, worker).process("job", 1)
+    assert row(database, "jobs")["state"] == JobState.DISPATCHING
+
+
 def test_the_request_names_the_slices_of_the_job(config: Config, database: sa.Engine, spool: Path) -> None:
     worker = Scripted(Outcome("failed", "x"))
     with database.begin() as connection:
-        add_series(connection, paths={one: f"instances/series-{k:04d}.dcm" for k, one in enumerate(UIDS)})
+        add_series(connection, paths=PATHS, sha256={path: f"{k:064x}" for k, path in enumerate(PATHS.values())})
         add_series(connection, "9.9", paths=dict.fromkeys(UIDS, "instances/foreign.dcm"))  # the same UIDs elsewhere
         add_job(connection, sop_instance_uids=UIDS[1:4], strength=0.75, blend=0.5)
     compute_with(config, database, spool, worker).process("job", 0)
     (request,) = worker.requests
     assert request.paths == tuple(str(spool / "instances" / f"series-{k:04d}.dcm") for k in (1, 2, 3))
+    assert request.sha256 == tuple(f"{k:064x}" for k in (1, 2, 3))
     assert (request.uses, request.strength, request.blend) == ("identity", 0.75, 0.5)
     assert request.out == str(spool / "derived" / "job")
     made = datetime.fromisoformat(request.created_at)
@@ -203,8 +227,8 @@ def test_the_request_names_the_slices_of_the_job(config: Config, database: sa.En
 def test_a_poison_series_has_failed_after_max_worker_deaths(
     config: Config, database: sa.Engine, own_spool: Path, worker: Worker, controls: Path
 ) -> None:
-    make_job(database, "test-crash")
-    make_job(database, identity="next")
+    make_job(database, "test-crash", spool=own_spool)
+    make_job(database, identity="next", spool=own_spool)
     compute = compute_with(config, database, own_spool, worker)
     for run in range(5):
         compute.process("job", run)
@@ -220,7 +244,7 @@ def test_a_poison_series_has_failed_after_max_worker_deaths(
 def test_one_dead_child_costs_one_attempt(
     config: Config, database: sa.Engine, own_spool: Path, worker: Worker, controls: Path
 ) -> None:
-    make_job(database, "test-held")
+    make_job(database, "test-held", spool=own_spool)
     (controls / "hold").touch()
     compute = compute_with(config, database, own_spool, worker)
     thread = threading.Thread(target=compute.process, args=("job", 0))
