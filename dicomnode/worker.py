@@ -124,7 +124,7 @@ class Worker:
             process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.wait(_END_WAIT_S)
+            _ended(process)
             _close(process)
 
     @property
@@ -151,18 +151,18 @@ class Worker:
             except BrokenPipeError:
                 log.warning("worker %d ended before it took its work", process.pid)
             except ValueError as error:
-                log.error("worker %d said what is no answer (%s); it is ended", process.pid, error)
+                if not self._stopped:  # else it is `stop` that closed the pipe
+                    log.error("worker %d said what is no answer (%s); it is ended", process.pid, error)
                 process.kill()
             except BaseException:
                 # Its words for this request would be taken for the answer to the next.
                 process.kill()
-                process.wait(_END_WAIT_S)
+                _ended(process)
                 raise
             finally:
                 with self._guard:
                     self._job_id = None
-            code = process.wait(_END_WAIT_S)
-            raise WorkerDied(f"the worker process ended with {_exit_text(code)}")
+            raise WorkerDied(f"the worker process {_ended(process)}")
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is None:
@@ -196,8 +196,15 @@ def configured_worker(compute: Compute) -> Worker:
     return Worker(min(compute.threads or cores, cores), compute.device, compute.precision)
 
 
-def _exit_text(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
+def _ended(process: subprocess.Popen[str]) -> str:
+    """Wait for the end of a process that was killed or closed its pipe, kill it if it stays, and say how it ended."""
+    for _ in range(2):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(_END_WAIT_S)
+            return f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"
+        process.kill()
+    log.error("worker %d was killed and does not end: it waits for the system, perhaps for a disk", process.pid)
+    return "was killed and does not end"
 
 
 def _close(process: subprocess.Popen[str]) -> None:

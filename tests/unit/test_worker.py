@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -305,6 +306,76 @@ def test_a_stopped_worker_starts_no_child_again(
     with pytest.raises(WorkerDied):
         worker.run(request_for("identity"), ignore)
     assert worker.pid is None
+
+
+def test_a_stop_in_the_middle_of_a_job_is_not_blamed_on_the_child(
+    worker: Worker,
+    request_for: Callable[..., Request],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    worker.describe("identity", Options())
+    process = worker._process
+    assert process is not None
+    pipe = process.stdout
+    assert pipe is not None
+
+    class StoppedMeanwhile:
+        """The child's words, whose reader comes to the pipe when it was just closed."""
+
+        def __iter__(self) -> Iterator[str]:
+            worker.stop()
+            return iter(pipe)
+
+        def close(self) -> None:
+            pipe.close()
+
+    monkeypatch.setattr(process, "stdout", StoppedMeanwhile())
+    with pytest.raises(WorkerDied, match="signal 9"):
+        worker.run(request_for("identity"), ignore)
+    assert [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING] == []
+
+
+def test_a_child_that_is_silent_and_stays_is_killed(
+    worker: Worker, request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs an attempt, as every lost child; it is no fault of the node."""
+    worker.describe("identity", Options())
+    process = worker._process
+    assert process is not None
+    waits: list[float] = []
+    wait = process.wait
+
+    def patient(timeout: float) -> int:
+        waits.append(timeout)
+        if len(waits) == 1:
+            raise subprocess.TimeoutExpired("child", timeout)
+        return wait(timeout)
+
+    monkeypatch.setattr(process, "wait", patient)
+    monkeypatch.setattr(process, "stdout", iter([]))
+    with pytest.raises(WorkerDied, match="signal 9"):
+        worker.run(request_for("identity"), ignore)
+    monkeypatch.undo()
+    assert not alive(process.pid)
+
+
+def test_a_child_that_cannot_be_killed_does_not_keep_the_node_from_stopping(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one does not die while it waits for a disk that has gone."""
+    worker.describe("identity", Options())
+    process = worker._process
+    assert process is not None
+
+    def unending(timeout: float) -> int:
+        raise subprocess.TimeoutExpired("child", timeout)
+
+    monkeypatch.setattr(process, "wait", unending)
+    worker.stop()
+    assert f"worker {process.pid} was killed and does not end" in caplog.text
+    monkeypatch.undo()
+    process.wait(20)
 
 
 def test_the_child_ends_with_its_parent_whatever_it_does(controls: Path, request_for: Callable[..., Request]) -> None:
