@@ -115,6 +115,8 @@ class Worker:
             if self._job_id != job_id or self._process is None:
                 return False
             self._process.kill()
+            # Under the guard: its answer may be in the pipe already, and the next job must not go to a dying process.
+            _ended(self._process)
             return True
 
     def stop(self) -> None:

@@ -252,6 +252,34 @@ def test_cancel_kills_the_child_of_that_job_only(
     assert not (controls / "derived" / "mine").exists()
 
 
+def test_a_cancel_that_comes_with_the_answer_costs_the_next_job_nothing(
+    worker: Worker, request_for: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child dies of it a moment after the answer was read, and as late as it may: when it is waited for."""
+    worker.describe("identity", Options())
+    process = worker._process
+    assert process is not None
+    words, kill, wait = process.stdout, process.kill, process.wait
+    assert words is not None
+
+    def cancelled_at_the_answer() -> Iterator[str]:
+        for line in words:
+            if "progress" not in line:
+                assert worker.cancel("first")
+            yield line
+
+    def die(timeout: float) -> int:
+        kill()
+        return wait(timeout)
+
+    monkeypatch.setattr(process, "stdout", cancelled_at_the_answer())
+    monkeypatch.setattr(process, "kill", lambda: None)
+    monkeypatch.setattr(process, "wait", die)
+    assert worker.run(request_for("identity", "first"), ignore).kind == "done"
+    monkeypatch.undo()
+    assert worker.pid is None, "the next job would be given to the dying child"
+
+
 def test_a_listener_that_fails_never_lets_an_old_answer_reach_the_next_job(
     worker: Worker, controls: Path, request_for: Callable[..., Request]
 ) -> None:
