@@ -15,7 +15,7 @@ from dicomnode.config import Config
 from dicomnode.db import JobState, instances, job_instances, jobs, now
 from dicomnode.delivery import plan
 from dicomnode.denoise import Manifest, Progress, remove_partial, seconds_in_words
-from dicomnode.errors import WorkerDied, fault
+from dicomnode.errors import WorkerDied, fault, ground_gave_way
 from dicomnode.jobs import Job
 from dicomnode.scu import Outgoing
 from dicomnode.worker import Outcome, Request, Worker
@@ -47,11 +47,12 @@ class Compute:
             return
         try:
             self._attempt(job)
-        except OSError as error:
-            job_table.no_infrastructure(self._database, job.id, f"{type(error).__name__}: {error}")
         except sa.exc.SQLAlchemyError:
             raise  # the dispatcher finds an attempt without a result and tries it again
         except Exception as error:  # a fault of ours is to be seen at the job, not repeated for ever
+            if isinstance(error, OSError) and ground_gave_way(error):
+                job_table.no_infrastructure(self._database, job.id, f"{type(error).__name__}: {error}")
+                return
             reason = f"a fault of the node: {fault(error)}"
             log.error("job %s: %s", job.id[:12], reason)
             with self._database.begin() as connection:

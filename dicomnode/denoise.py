@@ -252,7 +252,12 @@ def denoise_series(
 
 def _check_unchanged(paths: Sequence[Path], sha256: Sequence[str]) -> None:
     for path, recorded in zip(paths, sha256, strict=True):
-        if dataset_digest(path) != recorded:
+        try:
+            found = dataset_digest(path)
+        except OSError as error:
+            error.filename = str(path)  # an error of reading does not say of what
+            raise
+        if found != recorded:
             raise DerivationError(
                 f"{path} was changed on disk since it was received (SHA-256 of its data set); check the disk, "
                 "put the file back from a backup and retry the job"

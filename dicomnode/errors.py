@@ -20,10 +20,14 @@ NodeError
     └── NoStorageCommitment no Storage Commitment there (permanent)
 """
 
+import errno
+import os
 import traceback
 
 _FRAMES = 4
 """So many places tell where a fault is."""
+_GROUND = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+"""No space, nothing to be written to, no file handles, no memory, no processes."""
 
 
 class NodeError(Exception):
@@ -118,12 +122,19 @@ class NoStorageCommitment(PeerError):
     permanent = True
 
 
+def ground_gave_way(error: OSError) -> bool:
+    """Whether it is the machine that has run out of something: the same may go well later, whoever asks for it."""
+    return error.errno in _GROUND
+
+
 def fault(error: BaseException) -> str:
     """What to log of an error that nobody foresaw: its type, and the way to it, the place where it was raised first.
 
-    Not its words: those of a library may quote a header, and so a patient.
+    Not its words: those of a library may quote a header, and so a patient. But those of the system for its number.
     """
     way = " < ".join(
         f"{frame.name}:{frame.lineno}" for frame in reversed(traceback.extract_tb(error.__traceback__)[-_FRAMES:])
     )
-    return f"{type(error).__name__} at {way}"
+    number = error.errno if isinstance(error, OSError) else None
+    known = f" ({os.strerror(number)})" if number and number in errno.errorcode else ""
+    return f"{type(error).__name__}{known} at {way}"

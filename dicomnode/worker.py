@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from dicomnode.config import Compute, Derivation
 from dicomnode.denoise import Progress, Report, Withheld, denoise_series, identify
-from dicomnode.errors import ConfigError, NodeError, WorkerDied, fault
+from dicomnode.errors import ConfigError, NodeError, WorkerDied, fault, ground_gave_way
 from pipelines.base import Device, Execution, Options, Pipeline, PipelineFault, Precision, load
 from pipelines.volume import SeriesRefused
 
@@ -260,10 +260,13 @@ class _Child:
             return Outcome("refused", str(refusal))
         except Withheld as verdict:
             return Outcome("withheld", str(verdict), verdict.figures)
-        except FileNotFoundError as error:
-            return Outcome("failed", f"{error.filename} is gone; restore it from a backup and retry the job")
         except OSError as error:
-            return Outcome("no-infrastructure", f"{type(error).__name__}: {error}")
+            if ground_gave_way(error):
+                return Outcome("no-infrastructure", f"{type(error).__name__}: {error}")
+            if str(error.filename) in request.paths:
+                what = "is gone" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+                return Outcome("failed", f"{error.filename} {what}; restore it from a backup and retry the job")
+            return Outcome("failed", f"a fault in the pipeline or the node: {fault(error)}")
         except (NodeError, PipelineFault) as error:  # without what caused it, which may quote the header
             return Outcome("failed", str(error))
         except Exception as error:  # a fault in a pipeline must end as a visible outcome of this job, with its place

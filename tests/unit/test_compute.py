@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -311,27 +312,43 @@ def test_what_is_not_due_is_not_computed(config: Config, database: sa.Engine, sp
     assert worker.requests == []
 
 
-@pytest.mark.parametrize(
-    ("manifest", "state"), [(None, JobState.QUEUED), ("{", JobState.FAILED), ('{"options": {}}', JobState.FAILED)]
-)
+@pytest.mark.parametrize("manifest", [None, "{", '{"options": {}}'])
 def test_a_result_that_cannot_be_read_ends_visibly(
     config: Config,
     database: sa.Engine,
     own_spool: Path,
     caplog: pytest.LogCaptureFixture,
     manifest: str | None,
-    state: JobState,
 ) -> None:
-    """Not repeated for ever: a fault of ours is a failed job, a folder that went away may come back."""
+    """Not repeated for ever: nobody knows that it would end otherwise."""
     make_job(database)
     out = own_spool / "derived" / "job"
     out.mkdir(parents=True)
     if manifest is not None:
         (out / MANIFEST).write_text(manifest)
     compute_with(config, database, own_spool, Scripted(Outcome("done"))).process("job", 0)
-    assert row(database, "jobs")["state"] == state
+    assert row(database, "jobs")["state"] == JobState.FAILED
     assert row(database, "jobs")["crashes"] == 0
-    assert ("read:" in caplog.text) == (state is JobState.FAILED)
+    assert "read:" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("number", "state"),
+    [
+        *((number, JobState.QUEUED) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)),
+        *((number, JobState.QUEUED) for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)),
+        *((number, JobState.FAILED) for number in (errno.EIO, errno.EACCES, errno.ENOENT, errno.ECONNREFUSED)),
+    ],
+)
+def test_an_attempt_is_repeated_only_where_the_machine_has_run_out_of_something(
+    config: Config, database: sa.Engine, spool: Path, number: int, state: JobState
+) -> None:
+    make_job(database)
+    worker = Scripted(OSError(number, os.strerror(number)))
+    compute_with(config, database, spool, worker).process("job", 0)
+    assert row(database, "jobs")["state"] == state
+    assert os.strerror(number) in row(database, "jobs")["reason"]
+    assert row(database, "jobs")["crashes"] == 0
 
 
 def test_a_database_that_fails_under_the_attempt_is_left_to_the_dispatcher(

@@ -114,7 +114,7 @@ def test_a_fault_of_ours_is_a_documented_status_and_a_line(
     (path,) = write_series(tmp_path / "ct", phantom(1, 16))
     assert association.send_c_store(dcmread(path)).Status == 0x0110
     assert "0x0110" in caplog.text
-    assert "OSError at free_bytes" in caplog.text
+    assert "OSError (Input/output error) at free_bytes" in caplog.text
 
 
 def test_only_the_configured_classes_are_accepted(receiving: Callable[..., Any]) -> None:

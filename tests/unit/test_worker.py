@@ -63,6 +63,16 @@ class Quoting(Identity):
             raise DerivationError("1.2.3 cannot be derived from") from error
 
 
+class Unreachable(Identity):
+    def denoise(self, series, options):
+        raise ConnectionRefusedError(111, "Connection refused for Doe^Jane")
+
+
+class Unfinished(Identity):
+    def denoise(self, series, options):
+        return open("/nonexistent/table-of-the-plug-in")
+
+
 class Untrained(Identity):
     def __init__(self, execution=None):
         from pipelines.runtime import read_card
@@ -81,7 +91,8 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (info / "entry_points.txt").write_text(
         "[dicomnode.pipelines]\ntest-talkative = talkative:Talkative\ntest-unloadable = talkative:Unloadable\n"
         "test-absent = no_such_module:Pipeline\ntest-untrained = talkative:Untrained\n"
-        "test-quoting = talkative:Quoting\n"
+        "test-quoting = talkative:Quoting\ntest-unreachable = talkative:Unreachable\n"
+        "test-unfinished = talkative:Unfinished\n"
     )
     return folder
 
@@ -450,6 +461,8 @@ def test_the_child_is_told_what_is_configured_and_no_more_threads_than_cores(
         ("test-broken", "failed", "a fault in the pipeline or the node: ValueError at denoise:"),
         ("test-harmful", "withheld", ""),
         ("test-no-space", "no-infrastructure", "OSError: [Errno 28] No space left on device"),
+        ("test-unreachable", "failed", "ConnectionRefusedError (Connection refused) at denoise:"),
+        ("test-unfinished", "failed", "FileNotFoundError (No such file or directory) at denoise:"),
     ],
 )
 def test_each_end_has_its_outcome(
@@ -460,6 +473,7 @@ def test_each_end_has_its_outcome(
     assert words in outcome.detail
     assert outcome.detail
     assert "Doe" not in outcome.detail
+    assert "backup" not in outcome.detail
     assert (outcome.figures is not None) == (kind == "withheld")
     assert list((controls / "derived").iterdir()) == []
 
@@ -490,3 +504,15 @@ def test_a_vanished_source_file_fails_the_job_instead_of_repeating_it(
     outcome = worker.run(request_for("identity", paths=tuple(map(str, files))), ignore)
     assert outcome.kind == "failed"
     assert str(files[1]) in outcome.detail
+
+
+def test_a_source_file_that_cannot_be_read_fails_the_job_likewise(
+    worker: Worker, request_for: Callable[..., Request], tmp_path: Path
+) -> None:
+    """It lies on what can be opened, but gives no byte: the first page of a process."""
+    files = write_series(tmp_path / "three", phantom(3, 32))
+    files[0].unlink()
+    files[0].symlink_to("/proc/self/mem")
+    outcome = worker.run(request_for("identity", paths=tuple(map(str, files)), sha256=("0" * 64,) * 3), ignore)
+    assert outcome.kind == "failed"
+    assert outcome.detail.startswith(f"{files[0]} cannot be read (Input/output error); restore it from a backup")
