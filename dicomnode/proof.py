@@ -26,10 +26,10 @@ from pipelines.ct_slice import OWN_MANUFACTURER
 from pipelines.element_index import EXPLICIT_LITTLE, PIXEL_DATA, Element, ElementIndex, HandedOver, index_file, items
 
 BROKEN = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, InvalidDicomError, LookupError, MemoryError),
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, InvalidDicomError, LookupError),
     *(NotImplementedError, RuntimeError, TypeError, ValueError),
 )
-"""What reading, decoding or encoding a damaged object raises; OSError is not among them: the disk may recover."""
+"""What reading, decoding or encoding a damaged object raises; not OSError and MemoryError: the machine may recover."""
 
 _KEPT = (
     *("SOPClassUID", "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "AccessionNumber"),

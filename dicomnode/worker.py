@@ -1,8 +1,9 @@
 """The compute child: a process of its own that keeps the models loaded and runs one series at a time.
 
 Parent and child speak JSON lines over the child's stdin and stdout: paths in, progress out, files on disk. A network
-that runs out of memory or crashes in native code ends the child and costs one attempt; the node, its associations and
-its database live on. The child ends itself when the parent's end of the pipe closes, whatever it is doing.
+that crashes in native code, or runs out of memory as Python or the system tells it, ends the child and costs one
+attempt; the node, its associations and its database live on. The child ends itself when the parent's end of the pipe
+closes, whatever it is doing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from dicomnode.config import Compute, Derivation
 from dicomnode.denoise import Progress, Report, Withheld, denoise_series, identify
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 NICENESS = 10
 """Reception and delivery go first."""
 _END_WAIT_S = 5.0
+_OUT_OF_MEMORY = 12
+"""Exit code of the child; ENOMEM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +206,8 @@ def _ended(process: subprocess.Popen[str]) -> str:
     for _ in range(2):
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(_END_WAIT_S)
+            if code == _OUT_OF_MEMORY:
+                return "ran out of memory"
             return f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"
         process.kill()
     log.error("worker %d was killed and does not end: it waits for the system, perhaps for a disk", process.pid)
@@ -242,6 +247,8 @@ class _Child:
     def _run(self, request: Request) -> Outcome:
         try:
             pipeline = self._pipeline(request.uses)
+        except MemoryError as error:
+            _run_out(error)
         except Exception as error:  # as in `_describe`; no header was read yet that its words could quote
             return Outcome("failed", f"{type(error).__name__}: {error}")
         try:
@@ -267,6 +274,8 @@ class _Child:
                 what = "is gone" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
                 return Outcome("failed", f"{error.filename} {what}; restore it from a backup and retry the job")
             return Outcome("failed", f"a fault in the pipeline or the node: {fault(error)}")
+        except MemoryError as error:
+            _run_out(error)
         except (NodeError, PipelineFault) as error:  # without what caused it, which may quote the header
             return Outcome("failed", str(error))
         except Exception as error:  # a fault in a pipeline must end as a visible outcome of this job, with its place
@@ -284,6 +293,12 @@ class _Child:
     def _say(self, answer: dict[str, Any]) -> None:
         self._answers.write(json.dumps(answer) + "\n")
         self._answers.flush()
+
+
+def _run_out(error: MemoryError) -> NoReturn:
+    """End the process: nothing else gives all memory back for sure, and the next attempt may find more."""
+    log.error("out of memory: %s", fault(error))
+    os._exit(_OUT_OF_MEMORY)
 
 
 def main() -> None:

@@ -214,8 +214,8 @@ class CTSlice:
             if stored_limits(int(ds.BitsStored), bool(ds.PixelRepresentation)) != self.limits:
                 raise ValueError("the file was replaced while it was being read")
             return stored
-        except OSError:
-            raise  # the disk, not the object
+        except (OSError, MemoryError):
+            raise  # the machine, not the object
         except Exception as error:  # decoders raise whatever they like on damaged data
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise SeriesRefused(

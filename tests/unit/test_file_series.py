@@ -256,3 +256,13 @@ def test_a_slice_that_cannot_be_read_is_told_when_it_is_asked_for_and_not_earlie
             assert np.array_equal(next(results), hu[k])
         with pytest.raises(error):
             next(results)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(*arguments: object) -> None:
+        bytes(2**62)
+
+    monkeypatch.setattr("pipelines.ct_slice.pixel_array", greedy)
+    files = write_series(tmp_path, phantom(3, 16), transfer_syntax=RLELossless)
+    with open_series(files) as series, pytest.raises(MemoryError):
+        series.plane(1)

@@ -49,6 +49,19 @@ def test_a_full_disk_is_no_fault_of_the_object(tmp_path: Path, monkeypatch: pyte
         write_all(volume, volume.hu, making(), tmp_path)
 
 
+@pytest.mark.parametrize("step", ["derive.derived_pixels", "derive._encode", "proof.dcmread"])
+def test_memory_that_runs_out_is_no_fault_of_the_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def greedy(*arguments: object) -> None:
+        bytes(2**62)
+
+    monkeypatch.setattr(f"dicomnode.{step}", greedy)
+    volume = read_volume(write_series(tmp_path, phantom(1, 16)))
+    with pytest.raises(MemoryError):
+        write_all(volume, volume.hu, making(), tmp_path)
+
+
 def test_each_file_is_synced_and_the_folder_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     fsync = os.fsync

@@ -63,6 +63,16 @@ class Quoting(Identity):
             raise DerivationError("1.2.3 cannot be derived from") from error
 
 
+class Greedy(Identity):
+    def denoise(self, series, options):
+        bytes(2**62)
+
+
+class GreedyWhileLoading(Identity):
+    def __init__(self, execution=None):
+        bytes(2**62)
+
+
 class Unreachable(Identity):
     def denoise(self, series, options):
         raise ConnectionRefusedError(111, "Connection refused for Doe^Jane")
@@ -92,6 +102,7 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "[dicomnode.pipelines]\ntest-talkative = talkative:Talkative\ntest-unloadable = talkative:Unloadable\n"
         "test-absent = no_such_module:Pipeline\ntest-untrained = talkative:Untrained\n"
         "test-quoting = talkative:Quoting\ntest-unreachable = talkative:Unreachable\n"
+        "test-greedy = talkative:Greedy\ntest-greedy-while-loading = talkative:GreedyWhileLoading\n"
         "test-unfinished = talkative:Unfinished\n"
     )
     return folder
@@ -248,6 +259,21 @@ def test_a_dead_child_costs_the_attempt_and_the_next_request_starts_another(
     (controls / "hold").unlink()
     assert worker.run(request_for("test-held"), ignore).kind == "done"
     assert worker.pid != running.pid
+
+
+@pytest.mark.parametrize("uses", ["test-greedy", "test-greedy-while-loading"])
+def test_a_child_without_memory_ends_and_costs_the_attempt(
+    worker: Worker, controls: Path, request_for: Callable[..., Request], uses: str
+) -> None:
+    """What it has is free then, and the next attempt may find enough."""
+    worker.describe("identity", Options())
+    first = worker.pid
+    with pytest.raises(WorkerDied, match="ran out of memory"):
+        worker.run(request_for(uses), ignore)
+    assert worker.pid is None
+    assert not list(controls.glob("derived/*"))
+    assert worker.run(request_for("identity"), ignore).kind == "done"
+    assert worker.pid != first
 
 
 def test_cancel_kills_the_child_of_that_job_only(
