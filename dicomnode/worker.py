@@ -235,6 +235,7 @@ class _Child:
             self._say(self._describe(message["describe"], Options(**message["options"])))
         else:
             self._say(asdict(self._run(Request(**message["run"]))))
+            _give_memory_back()
 
     def _describe(self, uses: str, options: Options) -> dict[str, Any]:
         try:
@@ -293,6 +294,13 @@ class _Child:
     def _say(self, answer: dict[str, Any]) -> None:
         self._answers.write(json.dumps(answer) + "\n")
         self._answers.flush()
+
+
+def _give_memory_back() -> None:
+    """Between two series, what the networks' library keeps for the next one; nothing where no network is loaded."""
+    openvino_core = sys.modules.get("pipelines.openvino_core")
+    if openvino_core is not None:
+        openvino_core.give_memory_back()
 
 
 def _run_out(error: MemoryError) -> NoReturn:
