@@ -47,8 +47,9 @@ class Planning:
     ) -> None:
         """Plan the original's way at once, wherever a route wants it, whatever happens to any denoising.
 
-        A destination that these very bytes were planned for already is left out, however often they come again: else a
-        PACS that routes to the node what the node forwards to it would never come to rest.
+        A destination that these very bytes were planned for already is left out, however often they come again, else a
+        PACS that routes to the node what the node forwards to it would never come to rest; and however many routes name
+        it, because it may refuse what it has.
         """
         wanted_by = [
             (match, (*match.route.originals_to, *(match.send_to if match.action == "forward" else ())))
@@ -85,6 +86,7 @@ class Planning:
                 instance.sha256,
             )
             plan(connection, identity, targets, [item], self._spool)
+            planned |= set(targets)
 
     def _planned_destinations(self, connection: sa.Connection, instance: Instance) -> set[str]:
         return set(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,32 @@ def test_what_a_destination_got_is_not_forwarded_to_it_again(
     node.begin()
     node.run(*files)
     assert (rows(node.database, "transfers"), node.jobs(JobKind.ORIGINALS)) == before
+
+
+def test_a_destination_that_two_routes_name_gets_each_original_once(
+    reception: Callable[..., Reception], files: list[Path]
+) -> None:
+    soft = {**CT[0], "name": "soft", "originals_to": ["archive"], "continue": True}
+    node = reception([soft, {"name": "rest", "action": "forward", "send_to": ["archive", "pacs"]}])
+    for _ in range(2):  # the series is sent again, too
+        node.run(*files)
+        got = Counter((one["destination"], one["sop_instance_uid"]) for one in rows(node.database, "transfers"))
+        assert got == {(name, dcmread(path).SOPInstanceUID): 1 for name in ("archive", "pacs") for path in files}
+        found = {job["route"]: job["reason"] for job in node.jobs(JobKind.ORIGINALS)}
+        assert found == {
+            "soft": "originals to archive, as they arrive",
+            "rest": "originals to pacs, as they arrive",
+        }
+        node.begin()
+
+
+def test_a_route_whose_destinations_are_all_served_makes_no_job_of_originals(
+    reception: Callable[..., Reception], files: list[Path]
+) -> None:
+    soft = {**CT[0], "name": "soft", "originals_to": ["archive"], "continue": True}
+    node = reception([soft, {"name": "rest", "action": "forward", "send_to": ["archive"]}])
+    node.run(*files)
+    assert [(job["route"], job["n_in"]) for job in node.jobs(JobKind.ORIGINALS)] == [("soft", len(files))]
 
 
 def test_an_object_whose_file_was_removed_is_taken_anew_with_other_bytes(
