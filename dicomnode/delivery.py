@@ -21,7 +21,7 @@ from dicomnode.answers import Answers
 from dicomnode.config import Config
 from dicomnode.config import Delivery as DeliverySettings
 from dicomnode.db import BEGUN, DeliveryState, JobState, TransferState, deliveries, jobs, now, transfers
-from dicomnode.errors import NodeError, PeerError, fault
+from dicomnode.errors import NodeError, PeerError, UnreadableFile, fault
 from dicomnode.requestor import Peer
 from dicomnode.scu import Outgoing, store
 from dicomnode.settlement import settle
@@ -223,6 +223,9 @@ class Delivery:
             )
         except PeerError as error:
             trouble, rejected = str(error), error.permanent
+        except UnreadableFile as error:
+            trouble = str(error)
+            log.error("job %s to %s: %s; it is tried again", job_id[:12], destination, trouble)
         except sa.exc.SQLAlchemyError:
             raise  # the dispatcher finds an attempt without a result and tries it again
         except Exception as error:  # a fault of ours is to be seen at the job, and gets the pauses of any other trouble

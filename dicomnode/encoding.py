@@ -23,7 +23,7 @@ from pydicom.uid import (
     JPEGLSNearLossless,
 )
 
-from dicomnode.errors import UnsendableFile
+from dicomnode.errors import UnreadableFile, UnsendableFile
 from pipelines.element_index import LONG_VRS
 
 UNCOMPRESSED: tuple[str, ...] = (str(ExplicitVRLittleEndian), str(ImplicitVRLittleEndian))
@@ -62,14 +62,18 @@ def data_set(
     Raises
     ------
     UnsendableFile
-        The file cannot be read, is no DICOM file, is not the one it should be, was damaged, or cannot be rewritten.
+        The file is gone, forbidden, no DICOM file, not the one it should be, was damaged, or cannot be rewritten.
+    UnreadableFile
+        It cannot be read for a reason that may pass: no free descriptor or memory, a disk that does not answer.
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UnsendableFile(
             f"file cannot be read ({error.strerror}); the spool must keep it until it is sent"
         ) from error
+    except OSError as error:
+        raise UnreadableFile(f"the file of {sop_instance_uid} cannot be read now ({error.strerror})") from error
     meta, offset = _file_meta(content)
     if meta.get(_SOP_INSTANCE_UID) != sop_instance_uid:
         raise UnsendableFile(f"file holds SOP instance {meta.get(_SOP_INSTANCE_UID)}, not the one to be sent")

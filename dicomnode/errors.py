@@ -8,7 +8,8 @@ NodeError
 ├── DerivationError        a derived object was not what it should be
 ├── WorkerDied             the compute child vanished: one attempt is lost, not the job
 ├── MalformedPdu           bytes that PS3.7 or PS3.8 does not allow
-├── UnsendableFile         a file that no syntax of the peer can carry, or that cannot be read
+├── UnsendableFile         a file that no syntax of the peer can carry, or that is gone or damaged
+├── UnreadableFile         a file that cannot be read now (no free descriptor, a failing disk): tried again
 └── PeerError              sending stopped; what was not answered is sent again, unless `permanent`
     ├── PeerUnreachable    no connection
     ├── AssociationRejected  permanent or transient, as the peer says
@@ -68,6 +69,10 @@ class MalformedPdu(NodeError):
 
 class UnsendableFile(NodeError):
     """A file that cannot be sent as it stands or in any syntax the peer takes; nothing of it went out."""
+
+
+class UnreadableFile(NodeError):
+    """A file that this machine could not read now and perhaps can later; nothing of it went out."""
 
 
 class PeerError(NodeError):

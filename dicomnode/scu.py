@@ -16,7 +16,7 @@ from pynetdicom.dsutils import encode
 
 from dicomnode import pdu
 from dicomnode.encoding import UNCOMPRESSED, data_set
-from dicomnode.errors import NoStorageCommitment, UnsendableFile, VerificationFailed
+from dicomnode.errors import NoStorageCommitment, UnreadableFile, UnsendableFile, VerificationFailed
 from dicomnode.message import Message
 from dicomnode.pdu import Element
 from dicomnode.requestor import Association, Peer
@@ -77,7 +77,7 @@ def store(
     items
         Sent in their order within each association.
     on_answer
-        Called once for each item, in this thread, as soon as it is answered or found unsendable.
+        Called once for each item that can be read, in this thread, as soon as it is answered or found unsendable.
     should_stop
         Asked before every item; True releases the association and returns.
     on_request
@@ -88,7 +88,10 @@ def store(
     ------
     PeerError
         Of the items for which `on_answer` was not called, only the last of `on_request` may have arrived.
+    UnreadableFile
+        Of the first file that could not be read now, after all others were sent.
     """
+    unreadable: UnreadableFile | None = None
     for contexts, batch in _plan(items):
         if should_stop():
             return
@@ -96,7 +99,14 @@ def store(
             for item in batch:
                 if should_stop():
                     return
-                on_answer(_store_one(association, peer, item, on_request))
+                try:
+                    answer = _store_one(association, peer, item, on_request)
+                except UnreadableFile as error:  # perhaps a bad place of the disk: it must not hold up the others
+                    unreadable = unreadable or error
+                else:
+                    on_answer(answer)
+    if unreadable is not None:
+        raise unreadable
 
 
 def echo(peer: Peer) -> float:

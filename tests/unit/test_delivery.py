@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -295,6 +298,53 @@ def test_an_item_that_cannot_be_sent_fails_alone(
     files[1].write_bytes(whole)
     with database.begin() as connection:
         job_table.retry(connection, "job")
+    assert sender.attempt()["state"] == DeliveryState.SENT
+
+
+def test_a_file_that_cannot_be_read_now_is_sent_later(
+    sender: Sender, oracle: StorageOracle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others go at once; the one that cannot be read keeps its delivery waiting, with the pauses of any trouble."""
+    read_bytes = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path == sender.items[1].path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", failing)
+        for failures in range(PROMPT["failure_status_tries"] + 2):
+            waiting = sender.attempt()
+            assert (waiting["state"], waiting["failures"]) == (DeliveryState.WAITING, failures)
+            assert waiting["next_try_at"] > waiting["updated_at"]
+            assert waiting["reason"] == f"the file of {UIDS[1]} cannot be read now (Input/output error)"
+            assert sender.states() == ["ACCEPTED", "WAITING", "ACCEPTED", "ACCEPTED"]
+            assert unanswered(sender) == set()
+    assert waiting["reason"] in caplog.text
+    assert waiting["reason"] in events(sender.database)[-1][1]
+    assert (oracle.images, oracle.aborted) == (COUNT - 1, 0)
+    assert sender.attempt()["state"] == DeliveryState.SENT
+    assert sender.job["state"] == JobState.DONE
+
+
+def test_no_descriptor_left_is_no_refusal(sender: Sender, oracle: StorageOracle, monkeypatch: Any) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    read_bytes = Path.read_bytes
+
+    def starved(path: Path) -> bytes:
+        """Reads as a process does that may open no further file: the kernel says so, not the test."""
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            return read_bytes(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", starved)
+        waiting = sender.attempt()
+    assert (waiting["state"], sender.states()) == (DeliveryState.WAITING, ["WAITING"] * COUNT)
+    assert "Too many open files" in waiting["reason"]
     assert sender.attempt()["state"] == DeliveryState.SENT
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import re
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -25,7 +29,7 @@ from pydicom.uid import (
 from scanner import data_set_of
 
 from dicomnode.encoding import UNCOMPRESSED, data_set
-from dicomnode.errors import UnsendableFile
+from dicomnode.errors import UnreadableFile, UnsendableFile
 
 LOSSLESS = (
     "ts-explicit-le",
@@ -152,6 +156,32 @@ def test_a_file_that_changed_on_disk_does_not_go(tmp_path: Path, wanted: str) ->
         path.write_bytes(damaged)
         with pytest.raises(UnsendableFile, match="changed on disk"):
             data_set(path, uid, RLELossless, wanted, digest)
+
+
+def unreadable(number: int) -> Callable[[Path], bytes]:
+    def read_bytes(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number), str(path))
+
+    return read_bytes
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE])
+def test_a_file_that_cannot_be_read_now_is_not_unsendable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = one_image(tmp_path, phantom(1), RLELossless)
+    monkeypatch.setattr(Path, "read_bytes", unreadable(number))
+    with pytest.raises(UnreadableFile, match=rf"1\.2\.3 cannot be read now \({re.escape(os.strerror(number))}\)"):
+        data_set(path, "1.2.3", RLELossless, RLELossless)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EISDIR, errno.EACCES])
+def test_a_file_that_is_gone_or_forbidden_is_unsendable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(Path, "read_bytes", unreadable(number))
+    with pytest.raises(UnsendableFile, match=re.escape(os.strerror(number))):
+        data_set(tmp_path / "x.dcm", "1.2.3", RLELossless, RLELossless)
 
 
 def test_files_that_cannot_go_say_why(tmp_path: Path) -> None:
