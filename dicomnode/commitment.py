@@ -32,7 +32,7 @@ from dicomnode import jobs as job_table
 from dicomnode.answers import Verdict, judge_commitment
 from dicomnode.config import Config
 from dicomnode.db import DeliveryState, TransferState, commitments, deliveries, now, transfers
-from dicomnode.delivery import begin, counts, pause, peer, refusals
+from dicomnode.delivery import away_too_long, begin, counts, pause, peer, refusals
 from dicomnode.errors import NoStorageCommitment, PeerError, fault
 from dicomnode.received_header import read_report
 from dicomnode.scu import request_commitment
@@ -176,7 +176,7 @@ class Commitment:
                     _move(connection, row, DeliveryState.COMMITTING, reason, pause(settings, asked))
             else:
                 rejections = row.rejections + 1 if trouble is not None and trouble.permanent else 0
-                too_old = now() - row.created_at > timedelta(days=settings.give_up_after_days)
+                too_old = away_too_long(connection, settings, row)
                 if isinstance(trouble, NoStorageCommitment):
                     _move(connection, row, DeliveryState.FAILED, str(trouble))
                 elif too_old or rejections >= settings.failure_status_tries:

@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 from collections.abc import Collection
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ def peer(config: Config, name: str) -> Peer:
 def plan(
     connection: sa.Connection, job_id: str, destinations: Collection[str], items: Collection[Outgoing], spool: Path
 ) -> None:
-    """Write down what has to go where; again is harmless, more items reopen a delivery that was through.
+    """Write down what has to go where; again is harmless, more items begin a delivery anew that was through.
 
     Every item must know the digest of its data set: it may wait for days before it is read again.
     """
@@ -99,7 +99,15 @@ def plan(
                     transfers.c.state == TransferState.WAITING,
                 ),
             )
-            .values(state=DeliveryState.WAITING, next_try_at=None, enqueued=0, updated_at=at)
+            .values(
+                state=DeliveryState.WAITING,
+                next_try_at=None,
+                failures=0,
+                rejections=0,
+                enqueued=0,
+                created_at=at,
+                updated_at=at,
+            )
         )
 
 
@@ -164,6 +172,21 @@ def pause(settings: DeliverySettings, failures: int) -> timedelta:
     longest = min(settings.retry_first_s * 2.0 ** min(max(failures - 1, 0), 30), settings.retry_max_s)
     # Jitter, so that a hundred jobs do not knock all at once on a PACS that just came back.
     return timedelta(seconds=longest * random.uniform(0.5, 1.0))  # noqa: S311 - a pause, not a secret
+
+
+def away_too_long(connection: sa.Connection, settings: DeliverySettings, row: sa.Row[Any]) -> bool:
+    """Whether a delivery got nothing to its end for `give_up_after_days`.
+
+    Counted from its last instance that did, not from its plan: a PACS that was away for long and just came back takes a
+    large series in several attempts.
+    """
+    ended = sa.select(sa.func.max(transfers.c.updated_at)).where(
+        transfers.c.job_id == row.job_id,
+        transfers.c.destination == row.destination,
+        transfers.c.state.not_in([TransferState.WAITING, TransferState.OFFERED]),
+    )
+    since: datetime = max(row.created_at, connection.execute(ended).scalar_one() or row.created_at)
+    return now() - since > timedelta(days=settings.give_up_after_days)
 
 
 def counts(connection: sa.Connection, job_id: str, destination: str) -> dict[str, int]:
@@ -330,9 +353,8 @@ class Delivery:
         states = counts(connection, row.job_id, row.destination)
         waiting, total = states.get(TransferState.WAITING, 0), sum(states.values())
         if waiting:
-            too_old = now() - row.created_at > timedelta(days=settings.give_up_after_days)
             too_often = rejections >= settings.failure_status_tries
-            if too_old or too_often:
+            if too_often or away_too_long(connection, settings, row):
                 reason = f"gave up: {trouble or 'not accepted'}; {waiting} of {total} not accepted"
                 return DeliveryState.FAILED, reason, timedelta()
             # Images that came while the association was open are due at once; after trouble the peer gets a pause.

@@ -13,7 +13,7 @@ from oracle import Script
 from peers import free_port
 from sender import PROMPT
 
-from dicomnode.db import DeliveryState, JobState, deliveries, now
+from dicomnode.db import DeliveryState, JobState, deliveries, now, transfers
 
 S = DeliveryState
 TRIES = PROMPT["failure_status_tries"]
@@ -77,6 +77,9 @@ def test_trouble_that_passes_is_tried_until_the_configured_age(
         old = now() - timedelta(days=site.config.delivery.give_up_after_days, seconds=1)
         connection.execute(sa.update(deliveries).values(created_at=old))
     pacs.stop()
+    assert site.ask()["state"] == S.COMMITTING, "it took the images a moment ago"
+    with site.database.begin() as connection:
+        connection.execute(sa.update(transfers).values(updated_at=old))
     assert site.ask()["state"] == S.FAILED
     assert site.job["reason"].startswith("pacs: gave up: no connection to pacs")
 

@@ -14,7 +14,7 @@ from sender import COUNT, PROMPT, Sender, outgoing
 from tables import events, rows
 
 from dicomnode import delivery as module
-from dicomnode.db import DeliveryState, JobState, deliveries, jobs, now
+from dicomnode.db import DeliveryState, JobState, deliveries, jobs, now, transfers
 from dicomnode.delivery import Delivery, plan, put_back
 
 # ── when again ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -83,6 +83,23 @@ def test_trouble_that_passes_is_tried_until_the_configured_age(
     assert sender.job["state"] == JobState.FAILED
 
 
+def test_the_age_counts_from_the_last_image_that_got_through(sender: Sender, oracle: StorageOracle) -> None:
+    """The PACS comes back after too long, takes a part, and breaks off twice: it is there, so nobody gives up."""
+    old = now() - timedelta(days=sender.config.delivery.give_up_after_days, seconds=1)
+    with sender.database.begin() as connection:
+        connection.execute(sa.update(deliveries).values(created_at=old))
+    oracle.script = Script(drop_at={2})
+    assert sender.attempt()["state"] == DeliveryState.WAITING
+    assert sender.states() == ["ACCEPTED", "WAITING", "WAITING", "WAITING"]
+    oracle.script = Script(reject="transient")
+    assert sender.attempt()["state"] == DeliveryState.WAITING
+    with sender.database.begin() as connection:
+        connection.execute(sa.update(transfers).values(updated_at=old))
+    assert sender.attempt()["state"] == DeliveryState.FAILED
+    assert "gave up: " in sender.job["reason"]
+    assert "3 of 4 not accepted" in sender.job["reason"]
+
+
 def test_a_permanent_rejection_after_many_passing_troubles_has_its_own_count(
     sender: Sender, oracle: StorageOracle
 ) -> None:
@@ -124,6 +141,24 @@ def test_an_image_that_comes_later_reopens_its_delivery(
     assert (sender.row()["state"], sender.row()["next_try_at"]) == (DeliveryState.WAITING, None)
     assert sender.attempt()["state"] == DeliveryState.SENT
     assert oracle.images == COUNT
+
+
+def test_a_failed_delivery_that_an_image_reopens_begins_anew(
+    database: sa.Engine, sent_series: list[Path], oracle: StorageOracle
+) -> None:
+    sender = Sender(database, sent_series[:3], {"pacs": oracle.port})
+    with database.begin() as connection:
+        connection.execute(sa.update(jobs).values(kind="ORIGINALS"))
+        connection.execute(sa.text("UPDATE series SET state = 'OPEN'"))
+        old = now() - timedelta(days=sender.config.delivery.give_up_after_days, seconds=1)
+        connection.execute(sa.update(deliveries).values(created_at=old))
+    oracle.script = Script(reject="permanent")
+    assert sender.attempt()["state"] == DeliveryState.FAILED
+    with database.begin() as connection:
+        plan(connection, "job", ["pacs"], [outgoing(3, sent_series[3])], sender.spool)
+    tries = [sender.attempt() for _ in range(PROMPT["failure_status_tries"])]
+    assert [one["state"] for one in tries] == ["WAITING", "WAITING", "FAILED"]
+    assert [one["failures"] for one in tries] == [1, 2, 3]
 
 
 def test_an_image_that_comes_during_an_attempt_is_due_at_once(
