@@ -169,9 +169,12 @@ class Intake:
     def _header(self, path: Path) -> Header | None:
         """Values of a file in the spool; None, and said, if it was damaged after it was received."""
         try:
-            return header_values(dcmread(path, stop_before_pixels=True), self.keywords)
+            ds = dcmread(path, stop_before_pixels=True)
+            if ds.SOPInstanceUID != path.stem:  # the parser reads on through much that is damaged
+                raise SpoolError(f"{path} holds another object")
+            return header_values(ds, self.keywords)
         except Exception as error:  # whatever the parser stumbles over: the rest of the series goes on
-            log.error("%s cannot be read any more (%s); restore it or send it again", path, type(error).__name__)
+            log.error("%s cannot be read any more (%s): put it back or delete it", path, type(error).__name__)
             return None
 
     # ── index ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,7 +202,7 @@ class Intake:
         opened = self._open.get(instance.series_uid)
         if opened is None:
             opened = self._open[instance.series_uid] = OpenSeries(instance.series_uid, instance.study_uid, generation)
-        opened.fault = f"{uid} not indexed: {why}"
+        opened.fault = f"a fault of the node: {uid} not indexed: {why}"
         opened.last_activity_s = time.monotonic()
 
     def _index(self, batch: Sequence[_Stored]) -> None:
@@ -279,16 +282,29 @@ class Intake:
         )
 
     def _recall(self, connection: sa.Connection, series_uid: str, study_uid: str, generation: int) -> OpenSeries:
-        """An open series with the headers of what the spool has of it."""
+        """An open series with the headers of what the spool has of it.
+
+        What somebody removed is left out. What was damaged since it came is not: the rest would look like all.
+        """
         opened = OpenSeries(series_uid, study_uid, generation, last_activity_s=time.monotonic())
         rows = connection.execute(sa.select(instances).where(instances.c.series_uid == series_uid)).all()
+        damaged = 0
         for row in rows:
             path = self._spool.root / row.path
-            header = self._header(path) if path.exists() else None
-            if header is not None:
-                opened.headers[row.sop_instance_uid] = header
-                matches = self._router.match(header, row.calling_ae, row.called_ae)
-                opened.may_be_denoised |= any(match.action == "pipeline" for match in matches)
+            if not path.exists():
+                continue
+            header = self._header(path)
+            if header is None:
+                damaged += 1
+                continue
+            opened.headers[row.sop_instance_uid] = header
+            matches = self._router.match(header, row.calling_ae, row.called_ae)
+            opened.may_be_denoised |= any(match.action == "pipeline" for match in matches)
+        if damaged:
+            opened.fault = (
+                f"received images that cannot be read any more: {damaged}; put their files, which the log names, back "
+                "from a backup, or delete them, then send the series again"
+            )
         return opened
 
     def _flag_conflict(self, connection: sa.Connection, instance: Instance) -> None:
@@ -321,7 +337,7 @@ class Intake:
             except _LATER:
                 raise
             except Exception as error:  # a fault of ours: this series is not judged, all others are
-                opened.fault = opened.fault or fault(error)
+                opened.fault = opened.fault or f"a fault of the node: {fault(error)}"
                 self._give_up(opened)
 
     def _close_if_complete(self, opened: OpenSeries) -> None:
@@ -355,7 +371,7 @@ class Intake:
             log.info("series %s closed: %s", opened.series_uid, judged.reason)
 
     def _give_up(self, opened: OpenSeries) -> None:
-        """Close a series that a fault of ours keeps from being judged, with a failed job that says so."""
+        """Close a series that cannot be judged, with a failed job that says why."""
         with self._database.begin() as connection:
             self._planning.give_up(connection, opened)
         del self._open[opened.series_uid]

@@ -108,9 +108,9 @@ class Planning:
         self._settle(connection, opened, judged.reason)
 
     def give_up(self, connection: sa.Connection, opened: OpenSeries) -> None:
-        """Close a series that a fault of the node kept from being judged: a failed job says so."""
+        """Close a series that cannot be judged: a failed job says why."""
         rows = connection.execute(sa.select(instances).where(instances.c.series_uid == opened.series_uid)).all()
-        reason = f"a fault of the node: {opened.fault}; every image received is kept"
+        reason = f"the series was not judged: {opened.fault}; its files are kept"
         self._create_ended(connection, opened, JobState.FAILED, "", reason, rows)
         self._settle(connection, opened, reason)
 

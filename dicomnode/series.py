@@ -173,7 +173,7 @@ class OpenSeries:
     last_activity_s: float = 0.0
     """On the monotonic clock."""
     fault: str = ""
-    """What in the node itself keeps the series from being judged."""
+    """What keeps the series from being judged, in words: in the node itself, or on its disk."""
 
 
 def quiet_needed_s(

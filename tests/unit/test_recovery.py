@@ -19,7 +19,7 @@ from reception import CT, QUIET, SERIES, Reception, receptions
 from tables import config_of, row, rows
 
 from dicomnode import intake as module
-from dicomnode.db import SeriesState, series
+from dicomnode.db import JobState, SeriesState, series
 from dicomnode.intake import Intake
 from dicomnode.requestor import Peer
 from dicomnode.scp import StorageServer
@@ -99,8 +99,9 @@ def test_a_row_without_a_file_is_reported_and_stops_nothing(
     assert [job["n_in"] for job in node.jobs()] == [5]
 
 
+@pytest.mark.filterwarnings("ignore")  # as in a node, where pydicom reads on through the last of these
 @pytest.mark.parametrize("content", [b"", b"\0" * 200, b"\0" * 128 + b"DICM" + b"\xff" * 100])
-def test_a_damaged_file_stops_neither_the_start_nor_its_series(
+def test_a_damaged_file_does_not_stop_the_start_and_its_series_says_so(
     reception: Callable[..., Reception], files: list[Path], caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
     node = reception()
@@ -114,7 +115,38 @@ def test_a_damaged_file_stops_neither_the_start_nor_its_series(
     node.intake.recover()
     assert "1.2.3.dcm" in caplog.text
     node.run()
-    assert [job["n_in"] for job in node.jobs()] == [5]
+    (failed,) = node.jobs()
+    assert (failed["state"], failed["n_in"]) == (JobState.FAILED, 6)
+    assert "received images that cannot be read any more: 1;" in failed["reason"]
+
+
+@pytest.mark.parametrize("cure", ["put back", "deleted"])
+def test_a_series_with_a_damaged_file_is_judged_again_once_it_is_mended(
+    reception: Callable[..., Reception], files: list[Path], caplog: pytest.LogCaptureFixture, cure: str
+) -> None:
+    """It grows while one of its files cannot be read: five slices that seem to be all must not be denoised as such."""
+    node = reception()
+    node.run(*files[:5])
+    path = sorted(node.spool.paths())[0]  # the first of the stack: without it the rest has no gap
+    whole = path.read_bytes()
+    path.write_bytes(b"\0" * len(whole))
+    node.begin()
+    node.run(files[5])
+    first, failed = node.jobs()
+    assert (first["state"], first["superseded_by"]) == (JobState.QUEUED, None)
+    assert (failed["state"], failed["n_in"]) == (JobState.FAILED, 6)
+    why = "the series was not judged: received images that cannot be read any more: 1; put their files"
+    assert failed["reason"].startswith(why)
+    assert str(path) in caplog.text
+    path.unlink()
+    if cure == "put back":
+        path.write_bytes(whole)
+    node.begin()
+    node.run(*files)
+    *_, whole_series = node.jobs()
+    assert (whole_series["state"], whole_series["n_in"]) == (JobState.QUEUED, 6)
+    assert "6 slices without a gap" in whole_series["reason"]
+    assert row(node.database, "jobs", id=first["id"])["superseded_by"] == whole_series["id"]
 
 
 def test_an_object_whose_first_acknowledgement_failed_gets_its_row_from_the_second(
