@@ -201,12 +201,12 @@ def write_round(volume: Volume, datasets: list[Dataset], made: Making, folder: P
             os.truncate(folder / f"{k}.dcm", 0)
         with SeriesWriter(volume, made, folder) as writer:
             meant = [
-                writer._meant(path, uid, volume.plane(k), volume.hu[k] + np.float32(3))
+                writer._meant(path, (uid,), volume.plane(k), volume.hu[k] + np.float32(3))
                 for k, (path, uid) in enumerate(zip(volume.slice_paths, volume.slice_uids, strict=True))
             ]
-            for path, uid, (source, what) in zip(volume.slice_paths, volume.slice_uids, meant, strict=True):
+            for path, (source, what) in zip(volume.slice_paths, meant, strict=True):
                 target = folder / f"{what.sop_instance_uid}.dcm"
-                clock.timed(WRITE, _write)(writer, path, uid, source, what, target)
+                clock.timed(WRITE, _write)(writer, path, source, what, target)
                 os.truncate(target, 0)
             del meant
         for name in ("_read", "derived_pixels", "prove", "prove_by_pydicom"):
@@ -231,8 +231,8 @@ def write_round(volume: Volume, datasets: list[Dataset], made: Making, folder: P
     return clock
 
 
-def _write(writer: SeriesWriter, path: Path, uid: str, source: ElementIndex | None, meant: Meant, target: Path) -> None:
-    parts, _ = writer._encode(path, source, [uid], meant)
+def _write(writer: SeriesWriter, path: Path, source: ElementIndex | None, meant: Meant, target: Path) -> None:
+    parts, _ = writer._encode(path, source, meant)
     write_durably(target, parts)
 
 
