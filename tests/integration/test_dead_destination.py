@@ -14,7 +14,7 @@ from peers import HOST, wait_for
 from scanner import image, send
 
 SLICES = 4
-PAIRS = 3
+PAIRS = 5
 HANGS_S = 30.0
 """Each attempt at the dead destination, which takes the connection and never answers."""
 DELAYED_S = 1.0

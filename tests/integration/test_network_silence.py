@@ -42,7 +42,7 @@ def trace_node(folder: Path, pacs_port: int) -> str:
     with NodeProcess(folder / "node", pacs_port, settings, prefix=("env", "-u", "CI", *strace)) as node:
         send(node.port, images)
         # What the guard thinks of a phantom this small is not the question here.
-        wait_for(lambda: {job["state"] for job in node.jobs()} <= {"DONE", "WITHHELD"} and len(node.jobs()) == 2, 90)
+        wait_for(lambda: [job["state"] in {"DONE", "WITHHELD"} for job in node.jobs()] == [True, True], 90)
         assert node.stop() == 0
         end = f"{node.pid} +++ exited with 0 +++"
         wait_for(lambda: end in re.sub(" +", " ", trace.read_text()), what="the end of the trace")
