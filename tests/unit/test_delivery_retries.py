@@ -127,13 +127,18 @@ def test_planning_again_changes_nothing(sender: Sender) -> None:
     assert {one["path"] for one in before[1]} == {item.path.name for item in sender.items}
 
 
+def _let_it_grow(connection: sa.Connection) -> None:
+    """Make the job one of originals whose series is still open."""
+    connection.execute(sa.update(jobs).values(kind="ORIGINALS"))
+    connection.execute(sa.text("UPDATE series SET state = 'OPEN'"))
+
+
 def test_an_image_that_comes_later_reopens_its_delivery(
     database: sa.Engine, sent_series: list[Path], oracle: StorageOracle
 ) -> None:
     sender = Sender(database, sent_series[:3], {"pacs": oracle.port})
     with database.begin() as connection:
-        connection.execute(sa.update(jobs).values(kind="ORIGINALS"))
-        connection.execute(sa.text("UPDATE series SET state = 'OPEN'"))
+        _let_it_grow(connection)
     assert sender.attempt()["state"] == DeliveryState.SENT
     assert sender.job["state"] == JobState.DISPATCHING
     with database.begin() as connection:
@@ -148,8 +153,7 @@ def test_a_failed_delivery_that_an_image_reopens_begins_anew(
 ) -> None:
     sender = Sender(database, sent_series[:3], {"pacs": oracle.port})
     with database.begin() as connection:
-        connection.execute(sa.update(jobs).values(kind="ORIGINALS"))
-        connection.execute(sa.text("UPDATE series SET state = 'OPEN'"))
+        _let_it_grow(connection)
         old = now() - timedelta(days=sender.config.delivery.give_up_after_days, seconds=1)
         connection.execute(sa.update(deliveries).values(created_at=old))
     oracle.script = Script(reject="permanent")
