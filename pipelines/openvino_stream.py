@@ -228,8 +228,10 @@ class StreamEngine:
         # after which level the relu stands, and which level's trunk each adds: see the picture
         relus = set(range(1, n - 2, 2))
         adds = {**{k: k - 2 for k in range(2, n - 2, 2)}, n - 2: 0}
-        # a trunk is needed until the last that adds it is there, as many steps later as levels lie between
-        self._trunks = {k: ring(max(j for j in adds if adds[j] == k) - k + 1, features, working) for k in adds.values()}
+        # Trunks are kept until the last that adds them is there, as many steps later as levels lie between. That of the
+        # head is added twice; those of the blocks lie in one ring, where each block adds to the plane in its place.
+        head, sums = ring(n - 1, features, working), ring(max(n - 4, 1), features, working)
+        self._trunks = {k: sums if k else head for k in adds.values()}
         self._rings = [
             ring(
                 WINDOW,
@@ -257,7 +259,7 @@ class StreamEngine:
     @property
     def state_bytes(self) -> int:
         """Bytes of all rings: the memory of a volume of any length, beside that of one segment at work."""
-        trunks = self._trunks.values()
+        trunks = {id(ring): ring for ring in self._trunks.values()}.values()
         return sum(ring.values.nbytes for ring in (self._input, self._result, *self._rings, *trunks))
 
     @property

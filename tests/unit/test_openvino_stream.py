@@ -198,6 +198,14 @@ def test_memory_does_not_grow_with_the_number_of_slices() -> None:
     assert engine.state_bytes == (4 * 3 + 4) * features + (3 + 6 + 1) * single
 
 
+def test_the_sums_of_all_blocks_lie_in_one_ring() -> None:
+    """For as many planes as lie between the first block and the last; rings of their own would be three for each."""
+    _, weights = _network(STResNet, 4, 3, seed=0)
+    engine = StreamEngine(weights, SHAPE, precision="fp32", ranges=None, threads=1)
+    single = _volume(1)[0].nbytes
+    assert engine.state_bytes == (8 * 3 + 8 + 5) * 4 * single + (3 + 10 + 1) * single
+
+
 def test_no_plane_is_copied_between_the_segments() -> None:
     """What a segment wrote lies in a ring; OpenVINO would hand out a copy of it too, at every step."""
     _, weights = _network(STResNet, 24, 2, seed=0)
