@@ -26,6 +26,9 @@ LOW_FREQUENCY_MM = 1.5
 """Standard deviation of the Gaussian whose band passes unchanged: half of what has 0.125 periods per mm, nearly all of
 what is wider than 15 mm. Wider Gaussians kept organs at their HU and let lesions of 6 mm fade."""
 
+ROWS_AT_ONCE = 64
+"""Of a blurred image: so many stay in the cache of a core from step to step, and half the time goes."""
+
 
 def network_input(given: Plane | Volume) -> Array:
     """HU with air for padding; as many dimensions as `given`."""
@@ -70,30 +73,50 @@ class Rail:
         inside
             Where it may change anything (`pipelines.body`), (y, x).
         """
-        fixed = _untouchable(plane) | ~inside
-        change = denoised - given
-        change -= self.low_frequencies(change, ~fixed)
-        change *= self._part
-        change[fixed] = 0
-        return np.asarray(plane.hu + change)
+        free = inside & ~_untouchable(plane)
+        hu = plane.hu.copy()
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        if rows.size:
+            box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+            change = denoised[box] - given[box]
+            change -= self.low_frequencies(change, free[box])
+            change *= self._part
+            change[~free[box]] = 0
+            hu[box] += change
+        return hu
 
     def low_frequencies(self, change: Array, where: Mask) -> Array:
         """Local mean of `change` over the pixels `where`: both blurred, then divided; (y, x)."""
-        if not np.array_equal(where, self._where):  # of most series it is the same for every slice
+        if not np.array_equal(where, self._where):  # of many series it is the same for every slice
             self._where = where
             self._weight = np.maximum(self._blurred(where.astype(np.float32)), np.float32(1e-3))
         return np.asarray(self._blurred(change * where) / self._weight)
 
     def _blurred(self, image: Array) -> Array:
-        """Separable Gaussian, zeros around the image."""
+        """Separable Gaussian, zeros around the image; some rows at once, which stay in the cache meanwhile."""
         half = len(self._taps) - 1
-        for axis in (0, 1):
-            padded = np.moveaxis(np.pad(image, [(half, half) if a == axis else (0, 0) for a in (0, 1)]), axis, 0)
-            image = image * self._taps[0]
-            out = np.moveaxis(image, axis, 0)
-            for k in range(1, half + 1):
-                out += self._taps[k] * (padded[half - k : half - k + len(out)] + padded[half + k : half + k + len(out)])
-        return image
+        rows, columns = image.shape
+        above = np.pad(image, [(half, half), (0, 0)])
+        beside = np.zeros((ROWS_AT_ONCE, columns + 2 * half), np.float32)
+        pairs = np.empty((ROWS_AT_ONCE, columns), np.float32)
+        blurred = np.empty_like(image)
+        for top in range(0, rows, ROWS_AT_ONCE):
+            out = blurred[top : top + ROWS_AT_ONCE]
+            n = len(out)
+            self._convolve(above[top : top + n + 2 * half], 0, pairs[:n], out)
+            beside[:n, half : half + columns] = out
+            self._convolve(beside[:n], 1, pairs[:n], out)
+        return blurred
+
+    def _convolve(self, padded: Array, axis: int, pairs: Array, out: Array) -> None:
+        """Along `axis`, of which `padded` has half a kernel more at both ends than `out`; `pairs` is for scratch."""
+        padded, pairs, out = (np.moveaxis(x, axis, 0) for x in (padded, pairs, out))
+        half, n = len(self._taps) - 1, len(out)
+        np.multiply(padded[half : half + n], self._taps[0], out=out)
+        for k in range(1, half + 1):
+            np.add(padded[half - k : half - k + n], padded[half + k : half + k + n], out=pairs)
+            pairs *= self._taps[k]
+            out += pairs
 
 
 def _untouchable(plane: Plane) -> Mask:
