@@ -157,10 +157,9 @@ def _keep_freed_memory() -> None:
 
     For one plane a network for volumes takes and frees the memory between its convolutions some 26 times, 16 MB and
     more. Whether glibc gave that to the system each time depended on what happened to lie behind it; where it did,
-    `st3d` took up to 1.8 times as long, all of it in page faults (60 slices of 512², INT8). Planes of 32 MB, as with 64
-    features or in fp32, still come from the system: without a threshold that is not so, but what the heap then keeps
-    costs 80 MB. No thread gets a heap of its own, which would keep the same once more. Other C libraries lack the
-    function.
+    `st3d` took far longer, all of it in page faults. Planes of 32 MB, as with 64 features or in fp32, still come from
+    the system: without a threshold that is not so, but the heap then keeps more than the memory that is promised. No
+    thread gets a heap of its own, which would keep the same once more. Other C libraries lack the function.
     """
     tell = getattr(ctypes.CDLL(None), "mallopt", None)
     if tell is not None:

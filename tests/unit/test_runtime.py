@@ -266,7 +266,7 @@ def test_what_computes_is_part_of_the_hash() -> None:
 def test_what_is_left_in_float_is_part_of_it_where_8_bits_are_the_rest(
     monkeypatch: pytest.MonkeyPatch, floats: Precision
 ) -> None:
-    """A CPU without bf16 moves voxels by up to 19 HU against one with it, and a UID names one image."""
+    """A CPU without bf16 makes other voxels than one with it, and a UID names one image."""
     monkeypatch.setattr(openvino_core, "cpu_supports", lambda precision: precision in ("fp32", "int8", floats))
     assert load("fast-2.5d", Execution("cpu", "int8")).card.floats == floats
     assert load("fast-2.5d", Execution("cpu", "fp32")).card.floats == ""
