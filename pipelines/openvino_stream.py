@@ -22,6 +22,7 @@ the number of slices, and the result is that of the whole volume at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
@@ -90,7 +91,7 @@ class _Ring:
     def __init__(self, depth: int, planes: Planes) -> None:
         self.planes = planes
         shape = [1, depth, planes.rows, planes.columns, planes.channels]
-        self.values = np.full(shape, planes.code.zero, planes.code.dtype)
+        self.values = np.empty(shape, planes.code.dtype)
         # OpenVINO's tensors are views and keep nothing alive: the ring does
         self._views = [self.values[:, k : k + 1] for k in range(depth)]
         self._slots = [ov.Tensor(view, list(view.shape), planes.code.type) for view in self._views]
@@ -127,8 +128,11 @@ class _Segment:
     compiled: list[Any] = field(default_factory=list)
     """For plane p the model number p mod their number."""
 
-    def compile(self, precision: Precision, threads: int) -> None:
-        """Compile it for each place of the window, see `pipelines.openvino_core.compile_model`."""
+    def compile(self, precision: Precision, threads: int, scratch: NDArray[np.uint8]) -> None:
+        """Compile it for each place of the window, see `pipelines.openvino_core.compile_model`.
+
+        Each is run once, on `scratch`: what compiling took is only freed then, and the rings need no memory meanwhile.
+        """
         self._tensors: dict[str, Callable[[int], Any]] = {"plane": self.plane.slot}
         if self.window is not None:
             self._tensors["window"] = self.window[0].whole
@@ -151,8 +155,10 @@ class _Segment:
             )
             self.compiled.append(compile_model(model, precision, threads))
             self._requests.append(self.compiled[-1].create_infer_request())
-            self._given.append({})
-            self.run(p)  # of whatever the rings hold: what compiling took is only freed after a first run
+            self._given.append({name: _like(of_plane(p), scratch) for name, of_plane in self._tensors.items()})
+            for name, tensor in self._given[-1].items():
+                self._requests[-1].set_tensor(name, tensor)
+            self._infer(p)
         give_memory_back()
 
     def run(self, p: int) -> None:
@@ -163,10 +169,20 @@ class _Segment:
             if self._given[k].get(name) is not tensor:
                 self._requests[k].set_tensor(name, tensor)
                 self._given[k][name] = tensor
+        self._infer(k)
+
+    def _infer(self, k: int) -> None:
+        """Run model `k`."""
         self._requests[k].infer(share_outputs=True)  # else it returns a copy of all that it wrote
         # Dozens of models, of which one runs: each would keep planes of its own for what lies between its convolutions,
         # several times the memory of the rings. Given back, the next one takes the same memory.
         self.compiled[k].release_memory()
+
+
+def _like(tensor: Any, memory: NDArray[np.uint8]) -> Any:
+    """A tensor of the same type and size at the beginning of `memory`, to be used as long as that is there."""
+    values = memory[: tensor.byte_size].view(tensor.data.dtype).reshape(tensor.shape)
+    return ov.Tensor(values, tensor.shape, tensor.element_type)
 
 
 class StreamEngine:
@@ -253,8 +269,10 @@ class StreamEngine:
             )
             for k in range(-1, n)
         ]
-        for made_by in self._segments:
-            made_by.compile(precision, threads)
+        scratch = np.zeros(4 * WINDOW * features * shape[0] * shape[1], np.uint8)  # no tensor is larger, in fp32
+        with ThreadPoolExecutor(threads) as pool:  # most of compiling is the work of one core
+            for made in [pool.submit(made_by.compile, precision, threads, scratch) for made_by in self._segments]:
+                made.result()
 
     @property
     def state_bytes(self) -> int:

@@ -154,7 +154,7 @@ PLANES_AHEAD = 4
 """Read while whoever asks works on the one before: decoding JPEG 2000 takes 33 ms a slice."""
 IS_MAX_CHARACTERS = 12
 """Of an integer string (PS3.5 table 6.2-1)."""
-PLANES_KEPT = 64
+PLANES_KEPT = 40
 """Of 1.3 MB (512²). A network for volumes answers some 20 slices later, and those who compare ask again then."""
 
 
