@@ -213,8 +213,8 @@ def segment(
         y = _convolve(x, along, np.roll(along.weight, turn, axis=2))
         if skip is not None and along.largest is not None:
             # OpenVINO would move the scale of an 8-bit convolution behind the sum and then find no fast way to make
-            # codes of it: of STResNet a tenth more time, of SRResNet3D twice to eight times as much. It moves nothing
-            # past an operation that clips.
+            # codes of it: a step more over all planes, or none of its fast kernels. It moves nothing past an operation
+            # that clips.
             y = op.clamp(y, -_LARGEST, _LARGEST)
         terms.append(y)
     if skip is not None:

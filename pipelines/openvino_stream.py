@@ -14,9 +14,10 @@ step t plane t − k of the volume; so a result comes out as soon as the last sl
 
 All that stays from step to step lies in rings, made once: plane p in slot p mod depth, which OpenVINO reads and writes
 in place. A window of three is never shifted; instead each segment is compiled three times, with its weights turned to
-where the newest plane lies. The skips (lower lines) are rings as well, as deep as what they wait for is late. A plane
-outside the volume is a slot filled with the code of zero. So every voxel is computed once, memory does not grow with
-the number of slices, and the result is that of the whole volume at once.
+where the newest plane lies. The skips (lower lines) are rings as well, as deep as what they wait for is late. Those of
+the blocks are one ring, as deep as all blocks together are late, in which each block adds to the plane in its slot. A
+plane outside the volume is a slot filled with the code of zero. So every voxel is computed once, memory does not grow
+with the number of slices, and the result is that of the whole volume at once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import WeightsDamaged
-from pipelines.openvino_core import Precision, compile_model, convolution_precisions, float_of, give_memory_back, ov
+from pipelines.openvino_core import (
+    Precision,
+    compile_model,
+    convolution_precisions,
+    core,
+    float_of,
+    give_memory_back,
+    ov,
+)
 from pipelines.openvino_segments import Code, Convolution, Planes, Reach, segment
 
 Plane = NDArray[np.float32]
@@ -39,6 +48,8 @@ Plane = NDArray[np.float32]
 
 WINDOW = 3
 """Planes that a convolution in depth sees."""
+COMPILED_AT_ONCE = 4
+"""Segments, as compiling is mostly the work of one core; each takes memory for some planes meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +139,7 @@ class _Segment:
     compiled: list[Any] = field(default_factory=list)
     """For plane p the model number p mod their number."""
 
-    def compile(self, precision: Precision, threads: int, scratch: NDArray[np.uint8]) -> None:
-        """Compile it for each place of the window, see `pipelines.openvino_core.compile_model`.
-
-        Each is run once, on `scratch`: what compiling took is only freed then, and the rings need no memory meanwhile.
-        """
+    def __post_init__(self) -> None:
         self._tensors: dict[str, Callable[[int], Any]] = {"plane": self.plane.slot}
         if self.window is not None:
             self._tensors["window"] = self.window[0].whole
@@ -143,6 +150,18 @@ class _Segment:
         self._requests: list[Any] = []
         self._given: list[dict[str, Any]] = []
         """The tensors that each request has: for most planes the ones that it needs again."""
+
+    @property
+    def largest_bytes(self) -> int:
+        """Size of its largest tensor."""
+        return max(int(of_plane(0).byte_size) for of_plane in self._tensors.values())
+
+    def compile(self, precision: Precision, threads: int, scratch: NDArray[np.uint8]) -> None:
+        """Compile it for each place of the window, see `pipelines.openvino_core.compile_model`.
+
+        Each is run once, on `scratch` of `largest_bytes`: what compiling took is only freed then, and the rings need no
+        memory meanwhile. `run` gives the requests tensors of the rings before it uses them, so `scratch` may go.
+        """
         for p in range(WINDOW if self.window else 1):
             model = segment(
                 # slot s holds one of the planes p − 1, p, p + 1, and gets the weights of that one
@@ -166,7 +185,7 @@ class _Segment:
         k = p % len(self.compiled)
         for name, of_plane in self._tensors.items():
             tensor = of_plane(p)
-            if self._given[k].get(name) is not tensor:
+            if self._given[k][name] is not tensor:
                 self._requests[k].set_tensor(name, tensor)
                 self._given[k][name] = tensor
         self._infer(k)
@@ -244,8 +263,10 @@ class StreamEngine:
         # after which level the relu stands, and which level's trunk each adds: see the picture
         relus = set(range(1, n - 2, 2))
         adds = {**{k: k - 2 for k in range(2, n - 2, 2)}, n - 2: 0}
-        # Trunks are kept until the last that adds them is there, as many steps later as levels lie between. That of the
-        # head is added twice; those of the blocks lie in one ring, where each block adds to the plane in its place.
+        # Trunks are kept until the last that adds them is there, as many steps later as levels lie between: that of the
+        # head from level 0 to n − 2, those of the blocks from level 2 to n − 3. Each block adds to the plane of the one
+        # before where that lies. A model may read and write one memory so as long as it adds pixel by pixel, as
+        # OpenVINO does; one that did not would fail in the tests, and in the check at start.
         head, sums = ring(n - 1, features, working), ring(max(n - 4, 1), features, working)
         self._trunks = {k: sums if k else head for k in adds.values()}
         self._rings = [
@@ -269,10 +290,11 @@ class StreamEngine:
             )
             for k in range(-1, n)
         ]
-        scratch = np.zeros(4 * WINDOW * features * shape[0] * shape[1], np.uint8)  # no tensor is larger, in fp32
-        with ThreadPoolExecutor(threads) as pool:  # most of compiling is the work of one core
-            for made in [pool.submit(made_by.compile, precision, threads, scratch) for made_by in self._segments]:
-                made.result()
+        core()  # made once, and before there are threads: see there
+        scratch = np.zeros(max(made_by.largest_bytes for made_by in self._segments), np.uint8)
+        with ThreadPoolExecutor(min(threads, COMPILED_AT_ONCE)) as pool:
+            for _ in pool.map(lambda made_by: made_by.compile(precision, threads, scratch), self._segments):
+                pass  # or raise what it raised
 
     @property
     def state_bytes(self) -> int:

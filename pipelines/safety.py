@@ -27,7 +27,7 @@ LOW_FREQUENCY_MM = 1.5
 what is wider than 15 mm. Wider Gaussians kept organs at their HU and let lesions of 6 mm fade."""
 
 ROWS_AT_ONCE = 64
-"""Of a blurred image: so many stay in the cache of a core from step to step, and half the time goes."""
+"""Of an image that is blurred: so few stay in the cache of a core from one step to the next."""
 
 
 def network_input(given: Plane | Volume) -> Array:
@@ -71,7 +71,7 @@ class Rail:
         denoised
             Output of the network, (y, x) HU.
         inside
-            Where it may change anything (`pipelines.body`), (y, x).
+            Where it may change anything (`pipelines.body`), (y, x); elsewhere `denoised` counts for nothing.
         """
         free = inside & ~_untouchable(plane)
         hu = plane.hu.copy()
@@ -90,7 +90,7 @@ class Rail:
         if not np.array_equal(where, self._where):  # of many series it is the same for every slice
             self._where = where
             self._weight = np.maximum(self._blurred(where.astype(np.float32)), np.float32(1e-3))
-        return np.asarray(self._blurred(change * where) / self._weight)
+        return np.asarray(self._blurred(np.where(where, change, np.float32(0))) / self._weight)
 
     def _blurred(self, image: Array) -> Array:
         """Separable Gaussian, zeros around the image; some rows at once, which stay in the cache meanwhile."""
@@ -99,7 +99,7 @@ class Rail:
         above = np.pad(image, [(half, half), (0, 0)])
         beside = np.zeros((ROWS_AT_ONCE, columns + 2 * half), np.float32)
         pairs = np.empty((ROWS_AT_ONCE, columns), np.float32)
-        blurred = np.empty_like(image)
+        blurred = np.empty((rows, columns), np.float32)
         for top in range(0, rows, ROWS_AT_ONCE):
             out = blurred[top : top + ROWS_AT_ONCE]
             n = len(out)

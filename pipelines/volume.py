@@ -154,8 +154,9 @@ PLANES_AHEAD = 4
 """Read while whoever asks works on the one before: decoding JPEG 2000 takes 33 ms a slice."""
 IS_MAX_CHARACTERS = 12
 """Of an integer string (PS3.5 table 6.2-1)."""
-PLANES_KEPT = 40
-"""Of 1.3 MB (512²). A network for volumes answers some 20 slices later, and those who compare ask again then."""
+PLANES_KEPT = 48
+"""Of 1.3 MB (512²). A network for volumes answers 19 slices later, and is compared with what it was given some 4 later:
+so long a slice is kept, among as many others that are asked for meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from ct_builder import phantom, write_series
 from peers import wait_for
 from pydicom.uid import RLELossless
 
+from dicomnode.denoise import _SLICES_AHEAD
 from pipelines import volume as module
 from pipelines.base import Envelope, Options, denoise, load
 from pipelines.ct_slice import CTSlice
@@ -127,6 +128,18 @@ def test_what_is_kept_is_not_decoded_again_and_what_is_not_is(
         for k in (0, 1, 2, 0, 1, 2, 0, 3, 0, 1):
             assert np.array_equal(series.plane(k).hu, volume.hu[k])
     assert decoded == _names(0, 1, 2, 3, 1)
+
+
+def test_what_a_network_for_volumes_asks_for_again_is_not_decoded_again(tmp_path: Path, decoded: list[str]) -> None:
+    """Its answer is compared with the slice some steps after it, by the rail and, where it is ahead, by the guard."""
+    behind = 19, 19 + _SLICES_AHEAD
+    count = PLANES_KEPT + 20
+    with open_series(write_series(tmp_path, phantom(count, 16))) as series:
+        for t in range(count + behind[-1]):
+            for k in (t, *(t - late for late in behind)):
+                if 0 <= k < count:
+                    series.plane(k)
+    assert sorted(decoded) == _names(*range(count))
 
 
 def test_a_slice_that_reads_otherwise_the_second_time_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -15,9 +16,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import nn
 
-from pipelines import openvino_segments
+from pipelines import openvino_segments, openvino_stream
 from pipelines.base import WeightsDamaged
-from pipelines.openvino_core import compile_model, convolution_precisions, cpu_supports, give_memory_back
+from pipelines.openvino_core import (
+    Precision,
+    PrecisionRefused,
+    compile_model,
+    convolution_precisions,
+    cpu_supports,
+    give_memory_back,
+)
 from pipelines.openvino_segments import Code, Convolution, Planes, segment
 from pipelines.openvino_stream import Plane, StreamEngine
 from pipelines.runtime import WEIGHTS
@@ -98,7 +106,7 @@ def _noisy_phantom(seed: int) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize(
     ("kind", "features", "blocks"),
-    [(STResNet, 32, 3), (STResNet, 12, 0), (SRResNet3D, 16, 2)],
+    [(STResNet, 32, 3), (STResNet, 12, 0), (SRResNet3D, 16, 3)],
     ids=["spatial-temporal", "no blocks", "volumetric"],
 )
 def test_a_stream_is_the_whole_volume_at_once(
@@ -147,7 +155,7 @@ def test_the_shipped_network_in_fewer_bits() -> None:
 @pytest.mark.skipif(not cpu_supports("int8"), reason="this CPU has no 8-bit dot products")
 def test_volumetric_convolutions_run_in_eight_bits() -> None:
     """Half of them take what a relu left, which has no negative codes."""
-    network, weights = _network(SRResNet3D, 16, 1, seed=5)
+    network, weights = _network(SRResNet3D, 16, 3, seed=5)
     volume = _volume(9)
     expected = _whole(network, volume)
     ranges = _largest_inputs(network, volume)
@@ -164,6 +172,33 @@ def test_volumetric_convolutions_run_in_eight_bits() -> None:
     ]
     assert "Convolution" in kinds
     assert "Transpose" not in kinds  # the order of the stores is that of the kernels
+
+
+@pytest.mark.parametrize("precision", [p for p in ("fp32", "bf16", "int8") if cpu_supports(p)])
+def test_what_lies_in_new_rings_and_who_compiles_makes_no_difference(precision: Precision) -> None:
+    """Rings are not filled when they are made, and their memory may hold anything, numbers that are none included."""
+    network, weights = _network(STResNet, 16, 3, seed=3)
+    volume = _volume(7)
+    ranges = _largest_inputs(network, volume) if precision == "int8" else None
+    one, several = (
+        StreamEngine(weights, SHAPE, precision=precision, ranges=ranges, threads=threads) for threads in (1, 3)
+    )
+    for ring in (several._input, several._result, *several._rings, *several._trunks.values()):
+        ring.values.view(np.uint8)[...] = 255
+    assert np.abs(_streamed(several, volume) - _streamed(one, volume)).max() * HU < 0.01
+
+
+def test_what_compiling_raises_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread of its own, of which none stays."""
+
+    def refused(*_: object) -> None:
+        raise PrecisionRefused("not here")
+
+    monkeypatch.setattr(openvino_stream, "compile_model", refused)
+    threads = threading.active_count()
+    with pytest.raises(PrecisionRefused, match="not here"):
+        StreamEngine(_network(STResNet, 4, 1, seed=0)[1], SHAPE, precision="fp32", ranges=None, threads=2)
+    assert threading.active_count() == threads
 
 
 def test_a_result_comes_when_its_neighbourhood_is_there() -> None:
@@ -229,7 +264,7 @@ def _mib_beside_the_rings() -> float:
     for shape in (SHAPE, (256, 256)):  # the first takes what is taken once
         before = _resident_mib()
         engine = StreamEngine(weights, shape, precision="fp32", ranges=None, threads=1)
-        assert len(_streamed(engine, _volume(5, shape))) == 5
+        assert len(_streamed(engine, _volume(engine.halo + 1, shape))) == engine.halo + 1
         give_memory_back()
     return _resident_mib() - before - engine.state_bytes / 2**20
 

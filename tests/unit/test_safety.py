@@ -133,6 +133,36 @@ def test_what_lies_outside_is_left_alone_and_counts_for_nothing() -> None:
     assert np.array_equal(rail(_plane(hu), hu, denoised, inside), out)
 
 
+def test_a_body_of_any_outline_is_worked_on_as_in_the_whole_slice() -> None:
+    """Only the box around it is looked at: the formula, over all pixels, gives the same."""
+    rng = np.random.default_rng(9)
+    hu, denoised = (gaussian_filter(rng.normal(0, 200, (171, 190)), 2).astype(np.float32) for _ in range(2))
+    y, x = np.indices(hu.shape)
+    inside = (y - 80) ** 2 + (x - 70) ** 2 < 55**2
+    inside |= (y > 150) & (x > 120)  # to the border of the slice
+    hu[60, 60] = METAL_HU + 1
+    denoised[~inside] = np.nan
+    free = inside & ((y < 60 - METAL_MARGIN_PX) | (y > 60 + METAL_MARGIN_PX) | (x < 57) | (x > 63))
+    change = np.where(free, denoised - hu, 0)
+    blurred, weight = (
+        gaussian_filter(
+            a, LOW_FREQUENCY_MM / PIXEL_MM, mode="constant", radius=math.ceil(3 * LOW_FREQUENCY_MM / PIXEL_MM)
+        )
+        for a in (change.astype(np.float64), free.astype(np.float64))
+    )
+    expected = hu + np.where(free, 0.7 * (change - blurred / np.maximum(weight, 1e-3)), 0)
+    out = Rail(PIXEL_MM, 0.7)(_plane(hu), hu, denoised, inside)
+    np.testing.assert_allclose(out, expected, atol=1e-2)
+    assert np.array_equal(out[~free], hu[~free])
+
+
+def test_a_slice_without_a_body_leaves_as_it_came() -> None:
+    hu = np.random.default_rng(10).normal(-1000, 20, (30, 30)).astype(np.float32)
+    out = Rail(PIXEL_MM, 1.0)(_plane(hu), hu, hu + 5, np.zeros(hu.shape, np.bool_))
+    assert np.array_equal(out, hu)
+    assert not np.shares_memory(out, hu)
+
+
 @pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
 def test_part_is_linear(part: float) -> None:
     hu = np.random.default_rng(3).normal(0, 20, (50, 50)).astype(np.float32)

@@ -26,107 +26,11 @@ from dicomnode.errors import ConfigError, NodeError, WorkerDied
 from dicomnode.worker import Outcome, Request, Worker, configured_worker
 from pipelines.base import Execution, Options, load, pipeline_hash
 
-TALKATIVE = """
-import os, time
-from dataclasses import replace
-from pathlib import Path
-from pipelines.identity import Identity
-
-print("a word while the module is loaded", flush=True)
-
-
-class Talkative(Identity):
-    def __init__(self, execution=None):
-        super().__init__()
-        self.card = replace(self.card, name="test-talkative")
-        with (Path(os.environ["TEST_PIPELINES"]) / "loads").open("a") as file:
-            file.write("x")
-
-    def denoise(self, series, options):
-        print('{"kind": "done"}', flush=True)
-        os.write(1, b'{"kind": "failed"}' + bytes([10]))
-        os.system("echo noise of a child of the child")
-        return super().denoise(series, options)
-
-
-class Unloadable(Identity):
-    def __init__(self, execution=None):
-        raise RuntimeError("no weights here")
-
-
-class Quoting(Identity):
-    def denoise(self, series, options):
-        from dicomnode.errors import DerivationError
-        try:
-            int("Phantom^Synthetic")
-        except ValueError as error:
-            raise DerivationError("1.2.3 cannot be derived from") from error
-
-
-class Keeping(Identity):
-    def __init__(self, execution=None):
-        from pipelines.openvino_core import core
-        super().__init__()
-        core()
-
-    def denoise(self, series, options):
-        blocks = [b"x" * 2**24 for _ in range(16)]
-        above = [b"x" * 1000 for _ in range(1000)]
-        del blocks
-        (Path(os.environ["TEST_PIPELINES"]) / "memory").write_text(Path("/proc/self/status").read_text())
-        yield from super().denoise(series, options)
-
-
-class Greedy(Identity):
-    def denoise(self, series, options):
-        bytes(2**62)
-
-
-class GreedyWhileLoading(Identity):
-    def __init__(self, execution=None):
-        bytes(2**62)
-
-
-class Unreachable(Identity):
-    def denoise(self, series, options):
-        raise ConnectionRefusedError(111, "Connection refused for Doe^Jane")
-
-
-class Unfinished(Identity):
-    def denoise(self, series, options):
-        return open("/nonexistent/table-of-the-plug-in")
-
-
-class Untrained(Identity):
-    def __init__(self, execution=None):
-        from pipelines.runtime import read_card
-        read_card("absent")
-"""
-
-
-@pytest.fixture(scope="module")
-def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package of the test's own beside tests/plugins, announced as a hospital would announce its pipeline."""
-    folder = tmp_path_factory.mktemp("plugins")
-    (folder / "talkative.py").write_text(TALKATIVE)
-    info = folder / "talkative-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: talkative\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[dicomnode.pipelines]\ntest-talkative = talkative:Talkative\ntest-unloadable = talkative:Unloadable\n"
-        "test-absent = no_such_module:Pipeline\ntest-untrained = talkative:Untrained\n"
-        "test-quoting = talkative:Quoting\ntest-unreachable = talkative:Unreachable\n"
-        "test-keeping = talkative:Keeping\ntest-greedy = talkative:Greedy\n"
-        "test-greedy-while-loading = talkative:GreedyWhileLoading\n"
-        "test-unfinished = talkative:Unfinished\n"
-    )
-    return folder
-
 
 @pytest.fixture
-def controls(plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder through which the pipelines of the children are steered."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (plugins, PLUGINS))))
+    monkeypatch.setenv("PYTHONPATH", str(PLUGINS))
     monkeypatch.setenv("TEST_PIPELINES", str(tmp_path))
     return tmp_path
 
