@@ -20,7 +20,7 @@ from sqlalchemy.dialects.sqlite import insert
 from dicomnode import jobs as job_table
 from dicomnode.config import Config
 from dicomnode.db import JobState, SeriesState, instances, jobs, series
-from dicomnode.errors import SpoolError, fault
+from dicomnode.errors import SpoolError, fault, ground_gave_way
 from dicomnode.planning import Planning
 from dicomnode.router import Router, header_values
 from dicomnode.series import KEYWORDS, PROVEN_QUIET_S, Header, OpenSeries, evidence, proven, quiet_needed_s
@@ -167,13 +167,21 @@ class Intake:
         return batch
 
     def _header(self, path: Path) -> Header | None:
-        """Values of a file in the spool; None, and said, if it was damaged after it was received."""
+        """Values of a file in the spool; None, and said, if it was damaged after it was received.
+
+        Raises
+        ------
+        OSError
+            If the machine has run out of something, so that it can be read later.
+        """
         try:
             ds = dcmread(path, stop_before_pixels=True)
             if ds.SOPInstanceUID != path.stem:  # the parser reads on through much that is damaged
                 raise SpoolError(f"{path} holds another object")
             return header_values(ds, self.keywords)
         except Exception as error:  # whatever the parser stumbles over: the rest of the series goes on
+            if isinstance(error, OSError) and ground_gave_way(error):
+                raise
             log.error("%s cannot be read any more (%s): put it back or delete it", path, type(error).__name__)
             return None
 

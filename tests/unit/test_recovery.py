@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sqlite3
 import threading
@@ -118,6 +119,26 @@ def test_a_damaged_file_does_not_stop_the_start_and_its_series_says_so(
     (failed,) = node.jobs()
     assert (failed["state"], failed["n_in"]) == (JobState.FAILED, 6)
     assert "received images that cannot be read any more: 1;" in failed["reason"]
+
+
+def test_a_file_that_nobody_can_open_for_now_is_not_taken_for_damaged(
+    reception: Callable[..., Reception], files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = reception()
+    node.run(*files[:5])
+    node.begin()
+    refused = iter(range(2))
+    read = module.dcmread
+
+    def short_of_handles(path: Path, **how: Any) -> Any:
+        if next(refused, None) is not None:
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return read(path, **how)
+
+    monkeypatch.setattr(module, "dcmread", short_of_handles)
+    node.run(files[5])
+    assert next(refused, None) is None
+    assert [(job["state"], job["n_in"]) for job in node.jobs()] == [(JobState.QUEUED, 5), (JobState.QUEUED, 6)]
 
 
 @pytest.mark.parametrize("cure", ["put back", "deleted"])
