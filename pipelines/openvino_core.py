@@ -103,7 +103,7 @@ def float_of(precision: Precision) -> Float:
 
 @cache
 def core() -> Any:
-    """The one `openvino.Core` of this process; asked for first by a single thread, which starts the others."""
+    """The one `openvino.Core` of this process."""
     _keep_freed_memory()
     return ov.Core()
 

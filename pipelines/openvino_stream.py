@@ -23,7 +23,6 @@ with the number of slices, and the result is that of the whole volume at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from typing import Any
@@ -36,7 +35,6 @@ from pipelines.openvino_core import (
     Precision,
     compile_model,
     convolution_precisions,
-    core,
     float_of,
     give_memory_back,
     ov,
@@ -48,8 +46,6 @@ Plane = NDArray[np.float32]
 
 WINDOW = 3
 """Planes that a convolution in depth sees."""
-COMPILED_AT_ONCE = 4
-"""Segments, as compiling is mostly the work of one core; each takes memory for some planes meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -290,11 +286,10 @@ class StreamEngine:
             )
             for k in range(-1, n)
         ]
-        core()  # made once, and before there are threads: see there
         scratch = np.zeros(max(made_by.largest_bytes for made_by in self._segments), np.uint8)
-        with ThreadPoolExecutor(min(threads, COMPILED_AT_ONCE)) as pool:
-            for _ in pool.map(lambda made_by: made_by.compile(precision, threads, scratch), self._segments):
-                pass  # or raise what it raised
+        for made_by in self._segments:
+            # One after the other: side by side they leave gaps in the heap, which fill up while volumes run through.
+            made_by.compile(precision, threads, scratch)
 
     @property
     def state_bytes(self) -> int:
