@@ -71,7 +71,7 @@ class Unreachable(Identity):
 
 class Unfinished(Identity):
     def denoise(self, series, options):
-        return Path("/nonexistent/table-of-the-plug-in").open()
+        return os.open("/nonexistent/table-of-the-plug-in", os.O_RDONLY)
 
 
 class Untrained(Identity):
