@@ -83,7 +83,7 @@ def start(command: Sequence[str], port: int, environment: dict[str, str]) -> sub
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"{command[0]} does not listen") from None
-            time.sleep(0.05)
+            time.sleep(0.05)  # a foreign program: nothing but its port tells that it listens
 
 
 def dcmsend(port: int, items: Sequence[Outgoing]) -> None:

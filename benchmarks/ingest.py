@@ -75,7 +75,7 @@ class Server:
         before = -1.0
         while (now := self._cpu_s()) != before:
             before = now
-            time.sleep(0.3)
+            time.sleep(0.3)  # longer than the step of the clock that the system counts its work by
         return now
 
     def _cpu_s(self) -> float:
@@ -182,7 +182,7 @@ def idle(server: Server, items: Sequence[Outgoing]) -> tuple[float, float]:
         if not arrived.acquire(timeout=60):
             raise SystemExit("an association did not bring its image")
     began_s = server.cpu_s()
-    time.sleep(_IDLE_S)
+    time.sleep(_IDLE_S)  # idling is what is measured
     per_cent = 100 * (server._cpu_s() - began_s) / _IDLE_S
     each_kib = (server.resident_kib() - before_kib) / _IDLE
     over.set()

@@ -51,7 +51,7 @@ def inference(network: nn.Module, tile: Array, device: str, kind: str, *, stream
             given = torch.from_numpy(tile)[None, None].to(device)
             if streamed:
                 planes = (given[:, :, k] for k in range(given.shape[2]))
-                result = torch.cat([plane[0].float() for plane in network.stream(planes)])  # type: ignore[operator]
+                result = torch.cat([plane[0].float() for plane in network.stream(planes)])  # type: ignore[operator]  # a method
             else:
                 result = network(given)[0, 0].float()
             return np.asarray(result.cpu().numpy())
@@ -67,7 +67,7 @@ def training(name: str, network: nn.Module, device: str, folder: Path, *, mixed:
     network.requires_grad_(True)
     loop = Run(network, how.predict, how.loss(), None, how.schedule, lambda _: {}, folder, device=device)  # type: ignore[arg-type]  # no data: the batch is there
     if not mixed:
-        loop._autocast = nullcontext  # type: ignore[method-assign]
+        loop._autocast = nullcontext  # type: ignore[method-assign]  # so that it stays in fp32
     return lambda: float(loop._teach(batch))
 
 

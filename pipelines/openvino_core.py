@@ -159,7 +159,8 @@ def _keep_freed_memory() -> None:
     more. Whether glibc gave that to the system each time depended on what happened to lie behind it; where it did,
     `st3d` took far longer, all of it in page faults. Planes of 32 MB, as with 64 features or in fp32, still come from
     the system: without a threshold that is not so, but the heap then keeps more than the memory that is promised. No
-    thread gets a heap of its own, which would keep the same once more. Other C libraries lack the function.
+    thread that begins later gets a heap of its own, which would keep the same once more. Other C libraries lack the
+    function.
     """
     tell = getattr(ctypes.CDLL(None), "mallopt", None)
     if tell is not None:

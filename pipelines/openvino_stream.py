@@ -31,14 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import WeightsDamaged
-from pipelines.openvino_core import (
-    Precision,
-    compile_model,
-    convolution_precisions,
-    float_of,
-    give_memory_back,
-    ov,
-)
+from pipelines.openvino_core import Precision, compile_model, convolution_precisions, float_of, give_memory_back, ov
 from pipelines.openvino_segments import Code, Convolution, Planes, Reach, segment
 
 Plane = NDArray[np.float32]
@@ -262,7 +255,7 @@ class StreamEngine:
         # Trunks are kept until the last that adds them is there, as many steps later as levels lie between: that of the
         # head from level 0 to n − 2, those of the blocks from level 2 to n − 3. Each block adds to the plane of the one
         # before where that lies. A model may read and write one memory so as long as it adds pixel by pixel, as
-        # OpenVINO does; one that did not would fail in the tests, and in the check at start.
+        # OpenVINO does; one that did not would fail in the tests, and in INT8 in the check at start.
         head, sums = ring(n - 1, features, working), ring(max(n - 4, 1), features, working)
         self._trunks = {k: sums if k else head for k in adds.values()}
         self._rings = [

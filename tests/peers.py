@@ -36,7 +36,7 @@ def wait_for(condition: Callable[[], T], timeout_s: float = 10.0, what: str = "t
         if value:
             return value
         assert time.monotonic() < deadline, f"{what} did not come true in {timeout_s} s"
-        time.sleep(0.01)
+        time.sleep(0.01)  # between two looks; the condition ends the wait
 
 
 _handed_out: set[int] = set()

@@ -17,13 +17,7 @@ from torch import nn
 
 from pipelines import openvino_segments
 from pipelines.base import WeightsDamaged
-from pipelines.openvino_core import (
-    Precision,
-    compile_model,
-    convolution_precisions,
-    cpu_supports,
-    give_memory_back,
-)
+from pipelines.openvino_core import Precision, compile_model, convolution_precisions, cpu_supports, give_memory_back
 from pipelines.openvino_segments import Code, Convolution, Planes, segment
 from pipelines.openvino_stream import Plane, StreamEngine
 from pipelines.runtime import WEIGHTS
