@@ -23,9 +23,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from pipelines.openvino_core import ISA_LIMIT, cpu_flags
 from training.command_line import without_folders
 
 TYPES = ("fp32", "bf16", "int8")
+FLAG = {
+    "vfmadd231ps": "avx512f",
+    "vdpbf16ps": "avx512_bf16",
+    "tdpbf16ps": "amx_bf16",
+    "vpdpbusd": "avx512_vnni",
+    "tdpbusd": "amx_int8",
+}
+"""Of the CPU, as Linux names it, by the instruction of peak.c that needs it."""
 QUIET = 0.9
 """Part of the machine's best peak below which a round does not count."""
 ATTEMPTS = 3
@@ -84,10 +93,14 @@ class Machine:
         self._stack.close()
 
     def rates(self, cores: int) -> list[Rate]:
-        """Run peak.c on so many cores; nothing of a type that the processor has no instructions for."""
+        """Run peak.c on so many cores; nothing of instructions that the processor has not, or OpenVINO leaves out."""
         done = subprocess.run([str(self._program), str(cores)], capture_output=True, text=True, check=True)
         lines = (line.split() for line in done.stdout.splitlines())
-        return [Rate(kind, instruction, float(best), float(middle)) for _, kind, instruction, best, middle in lines]
+        return [
+            Rate(kind, instruction, float(best), float(middle))
+            for _, kind, instruction, best, middle in lines
+            if FLAG[instruction] in cpu_flags()
+        ]
 
     def look(self) -> Mapping[str, float]:
         """What it makes now, GMAC/s by type."""
@@ -237,8 +250,9 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 def command(paths: Iterable[Path | None]) -> str:
-    """The command line; of `paths` the last part alone."""
-    return f"python benchmarks/{Path(sys.argv[0]).name} {without_folders(sys.argv[1:], paths)}"
+    """The command line, with a limit to the instructions before it; of `paths` the last part alone."""
+    limit = f"{ISA_LIMIT}={os.environ[ISA_LIMIT]} " if os.environ.get(ISA_LIMIT) else ""
+    return f"{limit}python benchmarks/{Path(sys.argv[0]).name} {without_folders(sys.argv[1:], paths)}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

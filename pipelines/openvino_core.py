@@ -11,6 +11,7 @@ made impossible to import before OpenVINO is; OpenVINO has a stub for this case.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
     "compile_model",
     "convolution_precisions",
     "core",
+    "cpu_flags",
     "cpu_supports",
     "float_of",
     "give_memory_back",
@@ -54,6 +56,12 @@ FLAGS: dict[str, frozenset[str]] = {
 }
 """CPU flags of which one is needed, as Linux names them."""
 
+ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"
+"""Environment variable that keeps oneDNN, whose kernels OpenVINO has, from instructions that the CPU does have."""
+_AMX = frozenset({"amx_tile", "amx_bf16", "amx_int8"})
+_LEFT_OUT = {"AVX512_CORE_BF16": _AMX, "AVX512_CORE_VNNI": _AMX | {"avx512_bf16"}}
+"""Flags that a value of `ISA_LIMIT` makes those of a CPU without them; other values are not followed here."""
+
 _TYPES = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
 
 _MALLOC = {
@@ -69,13 +77,14 @@ class PrecisionRefused(RuntimeError):
 
 
 @cache
-def _cpu_flags() -> frozenset[str]:
-    """Flags of the first CPU; none where Linux does not tell them."""
+def cpu_flags() -> frozenset[str]:
+    """Flags of the first CPU, but for those that OpenVINO is told to leave out; none where Linux does not tell them."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:
         return frozenset()
-    return next((frozenset(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), frozenset())
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return frozenset(flags) - _LEFT_OUT.get(os.environ.get(ISA_LIMIT, ""), frozenset())
 
 
 def cpu_supports(precision: Precision) -> bool:
@@ -83,7 +92,7 @@ def cpu_supports(precision: Precision) -> bool:
 
     OpenVINO's own list of capabilities names INT8 on every x86 CPU and is of no use for this.
     """
-    return precision == "fp32" or not FLAGS[precision].isdisjoint(_cpu_flags())
+    return precision == "fp32" or not FLAGS[precision].isdisjoint(cpu_flags())
 
 
 def has_int8_tiles() -> bool:
@@ -91,7 +100,7 @@ def has_int8_tiles() -> bool:
 
     Elsewhere it wants one without: VNNI has no other instruction.
     """
-    return "amx_int8" in _cpu_flags()
+    return "amx_int8" in cpu_flags()
 
 
 def float_of(precision: Precision) -> Float:

@@ -34,9 +34,10 @@ HASWELL = "avx2 fma"
 def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     file = tmp_path / "cpuinfo"
     monkeypatch.setattr(openvino_core, "CPUINFO", file)
-    openvino_core._cpu_flags.cache_clear()
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    openvino_core.cpu_flags.cache_clear()
     yield file
-    openvino_core._cpu_flags.cache_clear()
+    openvino_core.cpu_flags.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,18 @@ def test_the_flags_decide(cpuinfo: Path, flags: str, int8: bool, bf16: bool, bes
 def test_an_unknown_cpu_has_fp32_only(cpuinfo: Path) -> None:
     assert not cpuinfo.exists()
     assert (cpu_supports("int8"), cpu_supports("bf16"), cpu_supports("fp32")) == (False, False, True)
+
+
+@pytest.mark.parametrize(
+    ("limit", "bf16", "tiles"),
+    [("AVX512_CORE_VNNI", False, False), ("AVX512_CORE_BF16", True, False), ("ALL", True, True)],
+)
+def test_what_openvino_is_told_to_leave_out_is_left_out_here(
+    cpuinfo: Path, monkeypatch: pytest.MonkeyPatch, limit: str, bf16: bool, tiles: bool
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    cpuinfo.write_text(f"flags\t\t: fpu {SAPPHIRE_RAPIDS}\n")
+    assert (cpu_supports("int8"), cpu_supports("bf16"), has_int8_tiles()) == (True, bf16, tiles)
 
 
 def _convolution() -> object:

@@ -155,6 +155,7 @@ def told_by_peak(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(machine.subprocess, "run", run)
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(machine.FLAG.values()))
     return told
 
 
@@ -174,6 +175,19 @@ def test_the_peak_is_that_of_the_tiles_where_there_are_any(told_by_peak: list[st
             "Peak of these cores: 200 in fp32 (vfmadd231ps), 2800 in bf16 (tdpbf16ps; 110 by vdpbf16ps), "
             "5600 in int8 (tdpbusd; 800 by vpdpbusd) GMAC/s."
         )
+
+
+def test_instructions_that_openvino_leaves_out_make_no_peak(
+    told_by_peak: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"avx512f", "avx512_bf16", "avx512_vnni"}))
+    told_by_peak += [
+        "2 bf16 vdpbf16ps 100 90\n2 bf16 tdpbf16ps 2800 2000\n2 int8 vpdpbusd 800 700\n2 int8 tdpbusd 5500 1\n"
+    ]
+    with machine.Machine(2) as here:
+        assert here.peak == {"fp32": 0, "bf16": 100, "int8": 800}
+    assert machine.command([]).startswith("ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/")
 
 
 def test_a_type_without_an_instruction_has_no_peak(told_by_peak: list[str]) -> None:
