@@ -17,7 +17,7 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
 from pipelines import ct_slice as module
 from pipelines.ct_slice import CTSlice, SeriesRefused, plain_slice, read_slice
@@ -174,6 +174,34 @@ def test_more_behind_the_pixels(rich: Path) -> None:
     for behind in (padding + bytes(4), padding, b"\0\0", bytes(8), whole[-600:], _SPLICES[2], b"\xe0\x7f\x10\0"):
         rich.write_bytes(whole + behind)
         agree(rich)
+
+
+@pytest.mark.parametrize("transfer_syntax", [ExplicitVRLittleEndian, RLELossless])
+def test_stored_values_come_into_memory_of_the_caller(tmp_path: Path, transfer_syntax: UID) -> None:
+    paths = write_series(tmp_path, phantom(3, 16), transfer_syntax=transfer_syntax)
+    first = dcmread(paths[0]).pixel_array
+    stored = np.zeros((3, 16, 16), first.dtype)
+    for k, path in enumerate(paths):
+        assert np.shares_memory(read_slice(path).stored(into=stored[k]), stored[k])
+        np.testing.assert_array_equal(stored[k], dcmread(path).pixel_array)
+    for other in (np.zeros((16, 16), np.float32), np.zeros((2, 16, 16), first.dtype)):
+        with pytest.raises(ValueError, match="do not fit"):
+            read_slice(paths[0]).stored(into=other)
+
+
+def test_pixels_of_another_file_are_not_taken(rich: Path) -> None:
+    """Between its header and its pixels a file was replaced by one of another object, as long as it was."""
+    one = read_slice(rich)
+    assert one.plain is not None
+    size = rich.stat().st_size
+
+    def other(ds: Dataset) -> None:
+        ds.SOPInstanceUID = ds.SOPInstanceUID[:-1] + str(9 - int(ds.SOPInstanceUID[-1]))
+
+    edit(rich, other)
+    assert rich.stat().st_size == size
+    with pytest.raises(SeriesRefused, match="undecodable"), pydicom_silent():
+        one.stored()
 
 
 _TEXT = st.text(st.sampled_from("0123456789.-+eE \\^=AZaz_\0äß\n"), max_size=24)
