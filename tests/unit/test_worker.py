@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from child import ignore, requests, steered, workers
 from ct_builder import phantom, write_series
-from node_process import PLUGINS
 from peers import wait_for
 
-from dicomnode.config import Compute, Derivation
+from dicomnode.config import Compute
 from dicomnode.denoise import Manifest, Progress
 from dicomnode.errors import ConfigError, NodeError, WorkerDied
 from dicomnode.worker import Outcome, Request, Worker, configured_worker
@@ -29,17 +28,12 @@ from pipelines.base import Execution, Options, load, pipeline_hash
 
 @pytest.fixture
 def controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folder through which the pipelines of the children are steered."""
-    monkeypatch.setenv("PYTHONPATH", str(PLUGINS))
-    monkeypatch.setenv("TEST_PIPELINES", str(tmp_path))
-    return tmp_path
+    return steered(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def worker(controls: Path) -> Iterator[Worker]:
-    made = Worker(1)
-    yield made
-    made.stop()
+    yield from workers()
 
 
 @pytest.fixture(scope="module")
@@ -49,25 +43,7 @@ def series_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def request_for(series_files: list[Path], tmp_path: Path) -> Callable[..., Request]:
-    def made(uses: str, job_id: str = "job", **changes: Any) -> Request:
-        values: dict[str, Any] = {
-            "job_id": job_id,
-            "paths": tuple(map(str, series_files)),
-            "out": str(tmp_path / "derived" / job_id),
-            "uses": uses,
-            "strength": 1.0,
-            "blend": 1.0,
-            "fingerprint": "f" * 64,
-            "created_at": "2026-11-20T10:00:00+01:00",
-            "settings": Derivation().model_dump(),
-        }
-        return Request(**{**values, **changes})
-
-    return made
-
-
-def ignore(progress: Progress) -> None:
-    """A listener to the progress who does not care."""
+    return requests(series_files, tmp_path)
 
 
 def alive(pid: int) -> bool:
@@ -155,16 +131,6 @@ def test_a_pipeline_that_cannot_be_loaded_is_named_with_its_error(worker: Worker
     with pytest.raises(NodeError, match=f"pipeline '{name}' cannot be loaded: {reason}"):
         worker.describe(name, Options())
     assert worker.describe("identity", Options())
-
-
-def test_weights_that_are_missing_are_no_missing_slices(worker: Worker, request_for: Callable[..., Request]) -> None:
-    told = "WeightsMissing: there are no weights of 'absent' in weights (absent.json is missing): train them"
-    with pytest.raises(NodeError, match=re.escape(f"pipeline 'test-untrained' cannot be loaded: {told}")):
-        worker.describe("test-untrained", Options())
-    outcome = worker.run(request_for("test-untrained"), ignore)
-    assert outcome.kind == "failed"
-    assert outcome.detail.startswith(told)
-    assert "backup" not in outcome.detail
 
 
 def test_a_dead_child_costs_the_attempt_and_the_next_request_starts_another(
@@ -413,66 +379,3 @@ def test_the_child_is_told_what_is_configured_and_no_more_threads_than_cores(
     told = json.loads((started / "cmdline").read_bytes().split(b"\0")[3])
     assert told == {"device": "cpu", "precision": "bf16", "threads": threads}
     made.stop()
-
-
-@pytest.mark.parametrize(
-    ("uses", "kind", "words"),
-    [
-        ("test-broken", "failed", "a fault in the pipeline or the node: ValueError at denoise:"),
-        ("test-harmful", "withheld", ""),
-        ("test-no-space", "no-infrastructure", "OSError: [Errno 28] No space left on device"),
-        ("test-unreachable", "failed", "ConnectionRefusedError (Connection refused) at denoise:"),
-        ("test-unfinished", "failed", "FileNotFoundError (No such file or directory) at denoise:"),
-    ],
-)
-def test_each_end_has_its_outcome(
-    worker: Worker, controls: Path, request_for: Callable[..., Request], uses: str, kind: str, words: str
-) -> None:
-    outcome = worker.run(request_for(uses), ignore)
-    assert outcome.kind == kind
-    assert words in outcome.detail
-    assert outcome.detail
-    assert "Doe" not in outcome.detail
-    assert "backup" not in outcome.detail
-    assert (outcome.figures is not None) == (kind == "withheld")
-    assert list((controls / "derived").iterdir()) == []
-
-
-def test_what_caused_an_error_of_ours_is_not_told(
-    worker: Worker, request_for: Callable[..., Request], capfd: pytest.CaptureFixture[str]
-) -> None:
-    """It is a library's, and may quote the header."""
-    outcome = worker.run(request_for("test-quoting"), ignore)
-    assert outcome == Outcome("failed", "1.2.3 cannot be derived from")
-    assert "Phantom" not in capfd.readouterr().err
-
-
-def test_a_series_that_the_gate_refuses(
-    worker: Worker, controls: Path, request_for: Callable[..., Request], tmp_path: Path
-) -> None:
-    files = write_series(tmp_path / "two", phantom(4, 32), ImageOrientationPatient=None)
-    outcome = worker.run(request_for("identity", paths=tuple(map(str, files))), ignore)
-    assert outcome.kind == "refused"
-    assert outcome.detail
-
-
-def test_a_vanished_source_file_fails_the_job_instead_of_repeating_it(
-    worker: Worker, request_for: Callable[..., Request], tmp_path: Path
-) -> None:
-    files = write_series(tmp_path / "three", phantom(3, 32))
-    files[1].unlink()
-    outcome = worker.run(request_for("identity", paths=tuple(map(str, files))), ignore)
-    assert outcome.kind == "failed"
-    assert str(files[1]) in outcome.detail
-
-
-def test_a_source_file_that_cannot_be_read_fails_the_job_likewise(
-    worker: Worker, request_for: Callable[..., Request], tmp_path: Path
-) -> None:
-    """It lies on what can be opened, but gives no byte: the first page of a process."""
-    files = write_series(tmp_path / "three", phantom(3, 32))
-    files[0].unlink()
-    files[0].symlink_to("/proc/self/mem")
-    outcome = worker.run(request_for("identity", paths=tuple(map(str, files)), sha256=("0" * 64,) * 3), ignore)
-    assert outcome.kind == "failed"
-    assert outcome.detail.startswith(f"{files[0]} cannot be read (Input/output error); restore it from a backup")
