@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 FLAG = "--alone"
 
 
-def ask(program: str, told: Any) -> Any:
-    """What the script `program` answers, see `answer`.
+def ask(program: str, told: Any, environment: Mapping[str, str] | None = None) -> Any:
+    """What the script `program` answers, see `answer`; with other environment variables than this process has.
 
     Raises
     ------
@@ -21,7 +21,7 @@ def ask(program: str, told: Any) -> Any:
         If it failed; with what it wrote.
     """
     command = [sys.executable, program, FLAG]
-    done = subprocess.run(command, input=json.dumps(told), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=json.dumps(told), capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{Path(program).name} failed with {told}:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

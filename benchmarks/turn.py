@@ -22,6 +22,7 @@ from memory import Repeated, forget_peak, megabytes
 
 from dicomnode.config import Derivation
 from dicomnode.denoise import denoise_series
+from dicomnode.worker import child_environment
 from pipelines.base import Execution, Options, Pipeline, denoise
 from pipelines.body import Box
 from pipelines.body import box as real_box
@@ -88,8 +89,9 @@ def run(case: Case, paths: Sequence[Path], weights: Path) -> Measured:
         If it failed.
     """
     with tempfile.TemporaryDirectory(dir=paths[0].parent.parent) as scratch:
-        told = {"case": asdict(case), "paths": [str(path) for path in paths[: case.slices]]}
-        return Measured(**ask(__file__, {**told, "out": str(Path(scratch) / "out"), "weights": str(weights)}))
+        told: dict[str, Any] = {"case": asdict(case), "paths": [str(path) for path in paths[: case.slices]]}
+        told |= {"out": str(Path(scratch) / "out"), "weights": str(weights)}
+        return Measured(**ask(__file__, told, child_environment(case.cores)))
 
 
 def run_slices(form: Form, slices: int, weights: Path) -> MeasuredSlices:
@@ -100,7 +102,8 @@ def run_slices(form: Form, slices: int, weights: Path) -> MeasuredSlices:
     SystemExit
         If it failed.
     """
-    return MeasuredSlices(*ask(__file__, {"form": form, "slices": slices, "weights": str(weights)}))
+    told = {"form": form, "slices": slices, "weights": str(weights)}
+    return MeasuredSlices(*ask(__file__, told, child_environment(len(os.sched_getaffinity(0)))))
 
 
 @contextmanager

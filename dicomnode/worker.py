@@ -181,8 +181,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # Read by the numeric libraries when they are imported, numpy's before the child's first own line.
-            env={**os.environ, "OMP_NUM_THREADS": str(self._execution.threads)},
+            env=child_environment(self._execution.threads),
             # Not ours to receive: Ctrl-C in the terminal is for the node, which stops its child itself. But no session
             # of its own: Linux shares the cores among sessions first (sched(7), autogroup), and a nice child in another
             # one takes as much as all of reception.
@@ -190,6 +189,17 @@ class Worker:
         )
         log.info("worker process %d started", self._process.pid)
         return self._process
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """Environment variables of a process that computes: what is read before the first line of its own.
+
+    numpy makes its threads when it is imported. glibc (2.35 and later; others ignore it) asks for pages of 2 MB for all
+    that it hands out, which the kernel gives on demand alone: planes are megabytes large and are taken anew all the
+    time, and of small pages each costs a page fault.
+    """
+    tunables = ":".join(filter(None, ("glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES"))))
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": tunables}
 
 
 def configured_worker(compute: Compute) -> Worker:

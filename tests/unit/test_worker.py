@@ -22,7 +22,7 @@ from peers import wait_for
 from dicomnode.config import Compute
 from dicomnode.denoise import Manifest, Progress
 from dicomnode.errors import ConfigError, NodeError, WorkerDied
-from dicomnode.worker import Outcome, Request, Worker, configured_worker
+from dicomnode.worker import Outcome, Request, Worker, child_environment, configured_worker
 from pipelines.base import Execution, Options, load, pipeline_hash
 
 
@@ -364,6 +364,23 @@ def test_the_child_yields_to_reception(worker: Worker) -> None:
     # In a session of its own its niceness would count for nothing: Linux shares the cores among sessions first.
     assert os.getsid(worker.pid) == os.getsid(0)
     assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()  # Ctrl-C in the node's terminal is not for the child
+
+
+def test_what_the_c_library_is_told_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=7")
+    assert child_environment(2)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=7"
+
+
+def test_the_memory_of_the_child_comes_in_large_pages(worker: Worker) -> None:
+    """Where glibc asks for them and the kernel gives them to who asks."""
+    name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    on_demand = "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35) or not on_demand:
+        pytest.skip("this system gives no large pages to malloc")
+    worker.describe("identity", Options())
+    _, heap = Path(f"/proc/{worker.pid}/smaps").read_text().split("[heap]", 1)
+    flags = next(line for line in heap.splitlines() if line.startswith("VmFlags:"))
+    assert "hg" in flags.split()
 
 
 @pytest.mark.parametrize(("configured", "threads"), [(0, 3), (2, 2), (1000, 3)])
