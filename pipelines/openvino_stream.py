@@ -22,6 +22,7 @@ with the number of slices, and the result is that of the whole volume at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, repeat
@@ -39,6 +40,8 @@ Plane = NDArray[np.float32]
 
 WINDOW = 3
 """Planes that a convolution in depth sees."""
+CACHE_LINE = 64
+"""Bytes. NumPy's arrays begin 16 behind one, and each wide access of a kernel then meets two."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class _Ring:
     def __init__(self, depth: int, planes: Planes) -> None:
         self.planes = planes
         shape = [1, depth, planes.rows, planes.columns, planes.channels]
-        self.values = np.empty(shape, planes.code.dtype)
+        self.values = _aligned(shape, planes.code.dtype)
         # OpenVINO's tensors are views and keep nothing alive: the ring does
         self._views = [self.values[:, k : k + 1] for k in range(depth)]
         self._slots = [ov.Tensor(view, list(view.shape), planes.code.type) for view in self._views]
@@ -113,6 +116,14 @@ class _Ring:
     def outside(self, p: int) -> None:
         """Make plane `p` one outside the volume."""
         self.plane(p)[...] = self.planes.code.zero
+
+
+def _aligned(shape: list[int], dtype: type[np.generic]) -> NDArray[Any]:
+    """Memory that nobody has touched, from the beginning of a cache line on."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + CACHE_LINE, np.uint8)
+    first = -memory.ctypes.data % CACHE_LINE
+    return memory[first : first + size].view(dtype).reshape(shape)
 
 
 @dataclass

@@ -218,6 +218,13 @@ def test_the_sums_of_all_blocks_lie_in_one_ring() -> None:
     assert engine.state_bytes == (8 * 3 + 8 + 5) * 4 * single + (3 + 10 + 1) * single
 
 
+def test_rings_begin_where_a_line_of_the_cache_does() -> None:
+    _, weights = _network(STResNet, 4, 1, seed=0)
+    engine = StreamEngine(weights, (256, 256), precision="fp32", ranges=None, threads=1)
+    rings = [engine._input, engine._result, *engine._rings, *engine._trunks.values()]
+    assert [ring.values.ctypes.data % 64 for ring in rings] == [0] * len(rings)
+
+
 def test_no_plane_is_copied_between_the_segments() -> None:
     """What a segment wrote lies in a ring; OpenVINO would hand out a copy of it too, at every step."""
     _, weights = _network(STResNet, 24, 2, seed=0)
