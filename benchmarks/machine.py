@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from pipelines.openvino_core import ISA_LIMIT, cpu_flags
+from pipelines.openvino_core import ISA_LIMITS, cpu_flags, isa_limit
 from training.command_line import without_folders
 
 TYPES = ("fp32", "bf16", "int8")
@@ -251,7 +251,7 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
 
 def command(paths: Iterable[Path | None]) -> str:
     """The command line, with a limit to the instructions before it; of `paths` the last part alone."""
-    limit = f"{ISA_LIMIT}={os.environ[ISA_LIMIT]} " if os.environ.get(ISA_LIMIT) else ""
+    limit = f"{ISA_LIMITS[0]}={isa_limit()} " if isa_limit() else ""
     return f"{limit}python benchmarks/{Path(sys.argv[0]).name} {without_folders(sys.argv[1:], paths)}"
 
 

@@ -165,7 +165,7 @@ def read_round(paths: list[Path], arrays: tuple[NDArray[Any], NDArray[Any], NDAr
 
     def ours() -> None:
         for k, path in enumerate(paths):
-            read_slice(path).stored(into=stored[k])
+            stored[k] = read_slice(path).stored()
 
     def ours_in_hu() -> None:
         for k, path in enumerate(paths):

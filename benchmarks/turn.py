@@ -89,8 +89,12 @@ def run(case: Case, paths: Sequence[Path], weights: Path) -> Measured:
         If it failed.
     """
     with tempfile.TemporaryDirectory(dir=paths[0].parent.parent) as scratch:
-        told: dict[str, Any] = {"case": asdict(case), "paths": [str(path) for path in paths[: case.slices]]}
-        told |= {"out": str(Path(scratch) / "out"), "weights": str(weights)}
+        told = {
+            "case": asdict(case),
+            "paths": [str(path) for path in paths[: case.slices]],
+            "out": str(Path(scratch) / "out"),
+            "weights": str(weights),
+        }
         return Measured(**ask(__file__, told, child_environment(case.cores)))
 
 

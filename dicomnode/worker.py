@@ -194,9 +194,9 @@ class Worker:
 def child_environment(threads: int) -> dict[str, str]:
     """Environment variables of a process that computes: what is read before the first line of its own.
 
-    numpy makes its threads when it is imported. glibc (2.35 and later; others ignore it) asks for pages of 2 MB for all
-    that it hands out, which the kernel gives on demand alone: planes are megabytes large and are taken anew all the
-    time, and of small pages each costs a page fault.
+    numpy makes its threads when it is imported. glibc (2.35 and later; others ignore it) asks for large pages where the
+    kernel gives them to who asks (transparent_hugepage "madvise"): planes are megabytes large and taken anew all the
+    time, and of small pages each costs a page fault. What a site tells glibc itself comes last and so wins.
     """
     tunables = ":".join(filter(None, ("glibc.malloc.hugetlb=1", os.environ.get("GLIBC_TUNABLES"))))
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": tunables}

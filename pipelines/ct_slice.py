@@ -10,7 +10,6 @@ have the right type. Reasons name UIDs and positions, never the patient.
 
 from __future__ import annotations
 
-import os
 import re
 import zlib
 from dataclasses import dataclass, field, replace
@@ -148,27 +147,20 @@ class CTSlice:
             if np.count_nonzero(constant) >= MIN_PADDING_PART * hu.size:
                 padding |= hu < PADDING_BELOW_HU
 
-    def stored(self, content: bytes | None = None, into: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Stored values, (rows, columns), 8 or 16 bit integers.
+    def stored(self, content: bytes | None = None) -> NDArray[Any]:
+        """Stored values, (rows, columns), 8 or 16 bit integers, not to be written to.
 
         Parameters
         ----------
         content
-            Of the file, if it was read already: the result lies in it and is not to be written to.
-        into
-            Contiguous memory of that shape and type for what is read otherwise. Uncompressed pixels come into it
-            straight from the file.
+            Of the file, if it was read already.
 
         Raises
         ------
         SeriesRefused
             As `read_hu`.
-        ValueError
-            If the values are of another shape or type than `into`.
         """
-        stored = None
-        if self.plain is not None:
-            stored = self._read_plain(into) if content is None else self._plain_in(content)
+        stored = self._plain(content if content is not None else self.path.read_bytes()) if self.plain else None
         if stored is None:
             stored = self._decoded()
         low, high = self.limits
@@ -184,40 +176,19 @@ class CTSlice:
                     f"{(high - low).bit_length()} (an overlay inside the pixels, or a wrong header): their HU cannot "
                     "be told",
                 )
-        if into is None or stored is into:
-            return stored
-        if (stored.shape, stored.dtype) != (into.shape, into.dtype):
-            raise ValueError(f"{stored.dtype} {stored.shape} do not fit {into.dtype} {into.shape}")
-        into[...] = stored
-        return into
+        return stored
 
-    def _read_plain(self, into: NDArray[Any] | None) -> NDArray[Any] | None:
-        """The pixels from the file, in `into` if they fit; None if it is not the file whose header was read."""
-        plain = self.plain
-        assert plain is not None
-        if into is None or (into.shape, into.dtype) != (self.matrix, np.dtype(plain.stored_type)):
-            into = np.empty(self.matrix, plain.stored_type)
-        header, behind = bytearray(plain.offset), b""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            size = os.fstat(descriptor).st_size
-            read = os.preadv(descriptor, [header, into.data], 0)
-            if plain.end != size:
-                behind = os.pread(descriptor, size, 0)
-        finally:
-            os.close(descriptor)
-        if (size, read) != (plain.file_bytes, plain.offset + into.nbytes) or zlib.crc32(header) != plain.header_crc32:
-            return None
-        return into if plain.end == size or _is_plain(behind) else None
-
-    def _plain_in(self, content: bytes) -> NDArray[Any] | None:
+    def _plain(self, content: bytes) -> NDArray[Any] | None:
         """The pixels in the file's bytes; None if these are not those of the file whose header was read."""
         plain = self.plain
         assert plain is not None
         if len(content) != plain.file_bytes or zlib.crc32(memoryview(content)[: plain.offset]) != plain.header_crc32:
             return None
-        if plain.end != plain.file_bytes and not _is_plain(content):
-            return None
+        if plain.end != plain.file_bytes:
+            try:
+                index_file(content)
+            except HandedOver:  # by what follows the pixels
+                return None
         count = self.matrix[0] * self.matrix[1]
         return np.frombuffer(content, plain.stored_type, count, plain.offset).reshape(self.matrix)
 
@@ -250,15 +221,6 @@ class CTSlice:
             raise SeriesRefused(
                 "undecodable", f"pixels of {self.sop_instance_uid} cannot be decoded: {reason}"
             ) from error
-
-
-def _is_plain(content: bytes) -> bool:
-    """Whether a file is one for our own scanner to its end, with what follows the pixels."""
-    try:
-        index_file(content)
-    except HandedOver:
-        return False
-    return True
 
 
 def read_slice(path: Path) -> CTSlice:

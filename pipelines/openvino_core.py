@@ -39,6 +39,7 @@ __all__ = [
     "float_of",
     "give_memory_back",
     "has_int8_tiles",
+    "isa_limit",
     "op",
     "ov",
 ]
@@ -56,11 +57,21 @@ FLAGS: dict[str, frozenset[str]] = {
 }
 """CPU flags of which one is needed, as Linux names them."""
 
-ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"
-"""Environment variable that keeps oneDNN, whose kernels OpenVINO has, from instructions that the CPU does have."""
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Environment variables, the first before the second, that keep oneDNN, whose kernels OpenVINO has, from instructions
+that the CPU does have."""
 _AMX = frozenset({"amx_tile", "amx_bf16", "amx_int8"})
-_LEFT_OUT = {"AVX512_CORE_BF16": _AMX, "AVX512_CORE_VNNI": _AMX | {"avx512_bf16"}}
-"""Flags that a value of `ISA_LIMIT` makes those of a CPU without them; other values are not followed here."""
+_ABOVE_VNNI = _AMX | {"avx512_bf16"}
+_ABOVE_AVX2 = _ABOVE_VNNI | {"avx512f", "avx512_vnni"}
+_LEFT_OUT: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("SSE41", "AVX", "AVX2"), _ABOVE_AVX2 | {"avx_vnni"}),
+    **dict.fromkeys(("AVX2_VNNI", "AVX2_VNNI_2"), _ABOVE_AVX2),
+    "AVX512_CORE": _ABOVE_VNNI | {"avx512_vnni", "avx_vnni"},
+    "AVX512_CORE_VNNI": _ABOVE_VNNI,
+    **dict.fromkeys(("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2_512"), _AMX),
+}
+"""Flags that such a limit makes those of a CPU without them (oneDNN, "CPU Dispatcher Control"). All other values leave
+nothing out that is looked at here; those that it does not know oneDNN ignores, too."""
 
 _TYPES = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16}
 
@@ -84,7 +95,12 @@ def cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
-    return frozenset(flags) - _LEFT_OUT.get(os.environ.get(ISA_LIMIT, ""), frozenset())
+    return frozenset(flags) - _LEFT_OUT.get(isa_limit().upper(), frozenset())
+
+
+def isa_limit() -> str:
+    """The limit that OpenVINO is told, as it stands in the environment; empty if none."""
+    return next(filter(None, map(os.environ.get, ISA_LIMITS)), "")
 
 
 def cpu_supports(precision: Precision) -> bool:

@@ -41,7 +41,8 @@ Plane = NDArray[np.float32]
 WINDOW = 3
 """Planes that a convolution in depth sees."""
 CACHE_LINE = 64
-"""Bytes. NumPy's arrays begin 16 behind one, and each wide access of a kernel then meets two."""
+"""Bytes. Large arrays of NumPy begin 16 behind one, and each wide access of a kernel then meets two. Rings begin at
+one, and so does each plane in them where the bytes of one divide by this, as for 512 × 512."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class _Ring:
 
 
 def _aligned(shape: list[int], dtype: type[np.generic]) -> NDArray[Any]:
-    """Memory that nobody has touched, from the beginning of a cache line on."""
+    """An array of any content that begins at a cache line."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + CACHE_LINE, np.uint8)
     first = -memory.ctypes.data % CACHE_LINE

@@ -34,7 +34,8 @@ HASWELL = "avx2 fma"
 def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     file = tmp_path / "cpuinfo"
     monkeypatch.setattr(openvino_core, "CPUINFO", file)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    for name in openvino_core.ISA_LIMITS:
+        monkeypatch.delenv(name, raising=False)
     openvino_core.cpu_flags.cache_clear()
     yield file
     openvino_core.cpu_flags.cache_clear()
@@ -67,7 +68,14 @@ def test_an_unknown_cpu_has_fp32_only(cpuinfo: Path) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "bf16", "tiles"),
-    [("AVX512_CORE_VNNI", False, False), ("AVX512_CORE_BF16", True, False), ("ALL", True, True)],
+    [
+        ("AVX512_CORE_VNNI", False, False),
+        ("AVX512_CORE_BF16", True, False),
+        ("avx512_core_fp16", True, False),
+        ("AVX512_CORE_AMX", True, True),
+        ("ALL", True, True),
+        ("nonsense", True, True),
+    ],
 )
 def test_what_openvino_is_told_to_leave_out_is_left_out_here(
     cpuinfo: Path, monkeypatch: pytest.MonkeyPatch, limit: str, bf16: bool, tiles: bool
@@ -75,6 +83,16 @@ def test_what_openvino_is_told_to_leave_out_is_left_out_here(
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     cpuinfo.write_text(f"flags\t\t: fpu {SAPPHIRE_RAPIDS}\n")
     assert (cpu_supports("int8"), cpu_supports("bf16"), has_int8_tiles()) == (True, bf16, tiles)
+
+
+def test_either_name_of_the_limit_counts_and_the_newer_more(cpuinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    cpuinfo.write_text(f"flags\t\t: fpu {SAPPHIRE_RAPIDS}\n")
+    assert not cpu_supports("int8")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    openvino_core.cpu_flags.cache_clear()
+    assert cpu_supports("int8")
+    assert not has_int8_tiles()
 
 
 def _convolution() -> object:

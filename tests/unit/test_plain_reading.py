@@ -17,7 +17,7 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from pipelines import ct_slice as module
 from pipelines.ct_slice import CTSlice, SeriesRefused, plain_slice, read_slice
@@ -174,19 +174,6 @@ def test_more_behind_the_pixels(rich: Path) -> None:
     for behind in (padding + bytes(4), padding, b"\0\0", bytes(8), whole[-600:], _SPLICES[2], b"\xe0\x7f\x10\0"):
         rich.write_bytes(whole + behind)
         agree(rich)
-
-
-@pytest.mark.parametrize("transfer_syntax", [ExplicitVRLittleEndian, RLELossless])
-def test_stored_values_come_into_memory_of_the_caller(tmp_path: Path, transfer_syntax: UID) -> None:
-    paths = write_series(tmp_path, phantom(3, 16), transfer_syntax=transfer_syntax)
-    first = dcmread(paths[0]).pixel_array
-    stored = np.zeros((3, 16, 16), first.dtype)
-    for k, path in enumerate(paths):
-        assert np.shares_memory(read_slice(path).stored(into=stored[k]), stored[k])
-        np.testing.assert_array_equal(stored[k], dcmread(path).pixel_array)
-    for other in (np.zeros((16, 16), np.float32), np.zeros((2, 16, 16), first.dtype)):
-        with pytest.raises(ValueError, match="do not fit"):
-            read_slice(paths[0]).stored(into=other)
 
 
 def test_pixels_of_another_file_are_not_taken(rich: Path) -> None:

@@ -62,9 +62,6 @@ def test_operations_of_convolutions_without_padding_and_of_transposed_ones() -> 
     assert operations.products(FFDNet(4, 2), (1, 3, 8, 8), (1, 1, 4, 4)) == 16 * 9 * (13 * 4 + 4 * 4)
 
 
-# the machine
-
-
 # images
 
 
