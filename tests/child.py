@@ -1,31 +1,14 @@
-"""Requests to the compute child, and the folder through which the pipelines of tests/plugins are steered in it."""
+"""Requests to the compute child; the fixtures `controls`, `worker` and `request_for` are in conftest.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-from node_process import PLUGINS
-
 from dicomnode.config import Derivation
 from dicomnode.denoise import Progress
-from dicomnode.worker import Request, Worker
-
-
-def steered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`folder`, through which the pipelines of the children that start from now on are steered."""
-    monkeypatch.setenv("PYTHONPATH", str(PLUGINS))
-    monkeypatch.setenv("TEST_PIPELINES", str(folder))
-    return folder
-
-
-def workers() -> Iterator[Worker]:
-    """Body of a fixture: a worker of one thread, stopped in the end."""
-    made = Worker(1)
-    yield made
-    made.stop()
+from dicomnode.worker import Request
 
 
 def requests(paths: Sequence[Path], folder: Path) -> Callable[..., Request]:

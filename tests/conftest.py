@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from certificates import Certificates
+from child import requests
 from ct_builder import phantom, write_series
-from node_process import NodeProcess
+from node_process import PLUGINS, NodeProcess
 from oracle import StorageOracle
 from sender import COUNT, Sender
 from small_disk import require_small_disks
 from tables import database_in
+
+from dicomnode.worker import Request, Worker
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real CT beside the checkout; never part of the repository."""
@@ -133,3 +136,31 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 def small_disks(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Skips where no small disk can be mounted; a failure with CI set."""
     require_small_disks(tmp_path_factory.mktemp("probe"))
+
+
+@pytest.fixture
+def controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder through which the pipelines of tests/plugins are steered in a compute child."""
+    monkeypatch.setenv("PYTHONPATH", str(PLUGINS))
+    monkeypatch.setenv("TEST_PIPELINES", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def worker(controls: Path) -> Iterator[Worker]:
+    """A compute child of one thread, with those pipelines."""
+    made = Worker(1)
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def worker_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The series of `request_for`."""
+    return write_series(tmp_path_factory.mktemp("ct"), phantom(6, 64))
+
+
+@pytest.fixture
+def request_for(worker_files: list[Path], tmp_path: Path) -> Callable[..., Request]:
+    """A maker of requests to denoise a small series."""
+    return requests(worker_files, tmp_path)

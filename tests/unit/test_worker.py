@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from child import ignore, requests, steered, workers
-from ct_builder import phantom, write_series
+from child import ignore
 from peers import wait_for
 
 from dicomnode.config import Compute
@@ -25,26 +24,6 @@ from dicomnode.denoise import Manifest, Progress
 from dicomnode.errors import ConfigError, NodeError, WorkerDied
 from dicomnode.worker import Outcome, Request, Worker, child_environment, configured_worker
 from pipelines.base import Execution, Options, load, pipeline_hash
-
-
-@pytest.fixture
-def controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return steered(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def worker(controls: Path) -> Iterator[Worker]:
-    yield from workers()
-
-
-@pytest.fixture(scope="module")
-def series_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_series(tmp_path_factory.mktemp("ct"), phantom(6, 64))
-
-
-@pytest.fixture
-def request_for(series_files: list[Path], tmp_path: Path) -> Callable[..., Request]:
-    return requests(series_files, tmp_path)
 
 
 def alive(pid: int) -> bool:

@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from child import ignore, requests, steered, workers
+from child import ignore
 from ct_builder import phantom, write_series
 
 from dicomnode.errors import NodeError
 from dicomnode.worker import Outcome, Request, Worker
 from pipelines.base import Options
-
-
-@pytest.fixture
-def controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return steered(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def worker(controls: Path) -> Iterator[Worker]:
-    yield from workers()
-
-
-@pytest.fixture(scope="module")
-def series_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return write_series(tmp_path_factory.mktemp("ct"), phantom(6, 64))
-
-
-@pytest.fixture
-def request_for(series_files: list[Path], tmp_path: Path) -> Callable[..., Request]:
-    return requests(series_files, tmp_path)
 
 
 def test_weights_that_are_missing_are_no_missing_slices(worker: Worker, request_for: Callable[..., Request]) -> None:
